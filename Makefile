@@ -1,0 +1,40 @@
+# Everyday commands. The virtual environment is made on first use and renewed when setup.cfg changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench clean
+
+help:  ## show this help
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install the package with its development tools
+
+demo: $(STAMP)  ## run the demo: four ways to fine-tune on a generated corpus, table and charts (minutes, no network, no GPU)
+	$(BIN)/darel demo --output-dir demo_output
+
+test: $(STAMP)  ## run the fast tests
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(STAMP)  ## run all tests, kills and two-process launches included
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP)  ## fix style
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+bench: $(STAMP)  ## run the benchmarks; results go to eval/benchmarks/results as JSON
+	$(BIN)/python eval/benchmarks/overhead.py
+	$(BIN)/python eval/benchmarks/budget.py
+
+clean:  ## remove build products (the environment stays)
+	rm -rf build dist *.egg-info demo_output

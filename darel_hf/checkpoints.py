@@ -1,0 +1,126 @@
+"""DAREL's part of a checkpoint: written before Trainer makes it complete, checked before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
+
+from .config import DarelConfig, require
+from .files import atomic_path, write_json
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "darel"
+
+
+def save(checkpoint: str | os.PathLike, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Write `state` (JSON) and `arrays` (safetensors) into the checkpoint folder, each atomically."""
+    folder = Path(checkpoint) / FOLDER
+    with atomic_path(folder / "ledger.safetensors") as temporary:
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, temporary)
+    write_json(folder / "state.json", state)
+
+
+def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Read what [`save`] wrote, the arrays under `"arrays"`. Raises `ValueError` for a checkpoint without it."""
+    folder = Path(checkpoint) / FOLDER
+    remedy = "made without DAREL (or by another version); resume it with Trainer, or start anew"
+    require((folder / "state.json").is_file(), "resume_from_checkpoint", str(checkpoint), remedy)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return {**state, "arrays": load_file(folder / "ledger.safetensors")}
+
+
+def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelConfig) -> None:
+    """Raise `ValueError` if a checkpoint is of other data, or of other settings than these."""
+    remedy = f"made from another data set (fingerprint {state['data']}, this training set has {data})"
+    require(state["data"] == data, "resume_from_checkpoint", str(checkpoint), remedy)
+    for name, value in config.to_dict().items():
+        saved = state["config"].get(name, value)
+        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
+        require(saved == value or name == "scores", name, value, remedy)
+
+
+def problem(checkpoint: str | os.PathLike) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file, or `None` if it is complete and readable."""
+    checkpoint = Path(checkpoint)
+    for name in (TRAINER_STATE_NAME, f"{FOLDER}/state.json"):
+        path = checkpoint / name
+        if path.name != TRAINER_STATE_NAME and not path.parent.exists():
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{path} is missing or cut off"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{path} is cut off"
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if not zipfile.is_zipfile(path):
+            return f"{path} is cut off"
+    return None
+
+
+def all_in(output_dir: str | os.PathLike) -> list[Path]:
+    """Return the checkpoint folders of a run, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: -int(path.name.rsplit("-", 1)[1]))
+
+
+def resolve(wanted: str | bool, output_dir: str) -> str:
+    """
+    Return the checkpoint to resume from.
+
+    Args:
+        wanted (`str` or `True`): a checkpoint folder, or the newest complete one in `output_dir`.
+        output_dir (`str`): folder of the run.
+
+    Raises:
+        ValueError: if there is no complete checkpoint, or the one that was named is not; names the newest complete one.
+    """
+    if wanted is True:
+        for path in all_in(output_dir):
+            trouble = problem(path)
+            if trouble is None:
+                return str(path)
+            logger.warning("%s; going back to the checkpoint before it", trouble)
+        raise ValueError(f"output_dir={output_dir!r}: no complete checkpoint in it; train without resuming")
+    trouble = problem(wanted)
+    if trouble is not None:
+        others = [path for path in all_in(Path(wanted).parent) if path != Path(wanted) and problem(path) is None]
+        last = f"the newest complete one is {others[0]}" if others else "there is no complete one beside it"
+        raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
+    return str(wanted)
+
+
+def refuse_other_run(output_dir: str) -> None:
+    """Raise `ValueError` if the output folder holds checkpoints or the report of an earlier run."""
+    held = [str(path) for path in all_in(output_dir)[:1]]
+    if (Path(output_dir) / FOLDER / "report.json").exists():
+        held.append(str(Path(output_dir) / FOLDER / "report.json"))
+    remedy = f"holds another run ({', '.join(held)}); go on with it (resume_from_checkpoint=True) or name a new folder"
+    require(not held, "output_dir", output_dir, remedy)
+
+
+def short_hash(*values: Any) -> str:
+    """Hash JSON values to 16 hexadecimal digits, for file names."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def remove_folder(path: str | os.PathLike) -> None:
+    """Remove a folder of our own temporary files, if it is there."""
+    shutil.rmtree(path, ignore_errors=True)

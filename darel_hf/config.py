@@ -1,0 +1,138 @@
+"""`DarelConfig`: every setting of the method, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def require(ok: bool, name: str, value: Any, remedy: str, error: type[Exception] = ValueError) -> None:
+    """Raise the one form of error that this package gives for bad input: the field, its value, and the remedy."""
+    if not ok:
+        raise error(f"{name}={value!r}: {remedy}")
+
+
+@dataclass
+class DarelConfig:
+    """
+    Settings of DAREL (DAta REduction with Losses), passed to [`DarelTrainer`] as `darel=`.
+
+    Every default is off: with `DarelConfig()` the trainer trains exactly as `Trainer` does.
+
+    Parameters that control the **offline stage**, before training:
+
+    Args:
+        offline_keep (`float`, defaults to 1.0):
+            Fraction of the training set that is kept, in (0, 1] (the paper's alpha).
+        offline_rule (`str`, defaults to `"trimmed"`):
+            Which samples are kept, by name (see [`darel_hf.selection.RULES`]).
+        scores (`str`, *optional*):
+            Path of a parquet file with columns `sample_id`, `loss`, `n_tokens` (as `darel score` writes it). It is
+            used instead of an offline pass.
+        group_column (`str`, *optional*):
+            Column of the training set whose values are kept in proportion, at least one sample each (a label, a
+            meaning representation). Offline stage only: a candidate batch is too small for groups.
+
+    Parameters that control the **online stage**, in every step:
+
+        online_keep (`float`, defaults to 1.0):
+            Fraction of each candidate batch that gets a backward pass, in (0, 1] (the paper's A). The loader hands
+            out `round(batch_size / online_keep)` candidates; `batch_size` of them are trained on.
+        online_rule (`str`, defaults to `"hardest"`):
+            Which candidates are trained on, by name.
+        rescore_every (`int`, defaults to 1):
+            Epochs from one fresh scoring to the next (the paper's eta, as we read it: the source does not say more
+            than "scheduler"). In between, the same rule picks by the losses in the ledger, without a forward pass.
+
+    Parameters that control the **budget**, which derives the three fractions above and the batch size:
+
+        budget_time (`float`, *optional*):
+            Fraction of the full training time that may be used, in (0, 1] (the paper's t).
+        budget_memory (`float`, *optional*):
+            Fraction of the full peak memory that may be used, in (0, 1] (the paper's m); it lowers the batch size.
+        budget_method (`str`, defaults to `"measured"`):
+            `"measured"` solves our cost model for what was measured on this machine, `"paper"` uses the poster's
+            equations 1 to 4.
+
+    Parameters that say **what is compared**:
+
+        length_correction (`bool`, defaults to `True`):
+            Compare losses among samples of similar length only: the mean loss of a short text is noisier and often
+            higher, so that plain ranking would mostly rank lengths.
+        id_column (`str`, *optional*):
+            Column with a unique integer id of each sample. Without it, a sample's id is its row number.
+        track (`bool`, defaults to `False`):
+            Record the loss of every trained row from the forward pass that trains it.
+        seed (`int`, *optional*):
+            Seed of the rules that draw at random. Defaults to `data_seed`, or else `seed`, of the training arguments.
+
+    Raises:
+        ValueError: for a value out of its range; the message names the field, the value and the remedy.
+        TypeError: for a value of the wrong type.
+
+    Example:
+
+    ```python
+    >>> from darel_hf import DarelConfig
+    >>> DarelConfig(offline_keep=0.8, online_keep=0.3, rescore_every=3).active
+    True
+    ```
+    """
+
+    offline_keep: float = field(default=1.0, metadata={"help": "fraction of the training set kept offline, in (0, 1]"})
+    online_keep: float = field(
+        default=1.0, metadata={"help": "fraction of each candidate batch that gets a backward pass, in (0, 1]"}
+    )
+    rescore_every: int = field(default=1, metadata={"help": "epochs from one fresh scoring to the next"})
+    budget_time: float | None = field(default=None, metadata={"help": "fraction of the full training time, in (0, 1]"})
+    budget_memory: float | None = field(default=None, metadata={"help": "fraction of the full memory, in (0, 1]"})
+    budget_method: str = field(default="measured", metadata={"help": "'measured' or 'paper'"})
+    offline_rule: str = field(default="trimmed", metadata={"help": "rule of the offline stage"})
+    online_rule: str = field(default="hardest", metadata={"help": "rule of the online stage"})
+    scores: str | None = field(default=None, metadata={"help": "parquet file of saved scores"})
+    id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
+    group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
+    length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
+    track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
+    seed: int | None = field(default=None, metadata={"help": "seed of the random rules"})
+
+    def __post_init__(self) -> None:
+        from .selection import RULES
+
+        for name in ("offline_keep", "online_keep", "budget_time", "budget_memory"):
+            value = getattr(self, name)
+            if value is None and name.startswith("budget"):
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(number, name, value, "give a number, a fraction in (0, 1]", TypeError)
+            remedy = "give a fraction in (0, 1]"
+            if 1 < value <= 100:
+                remedy += f" ({value:g} per cent is {value / 100:g})"
+            require(0 < value <= 1, name, value, remedy)
+        whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
+        require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
+        require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
+        for name in ("offline_rule", "online_rule"):
+            value = getattr(self, name)
+            require(value in RULES, name, value, f"unknown rule; choose one of {', '.join(sorted(RULES))}")
+        methods = ("measured", "paper")
+        require(self.budget_method in methods, "budget_method", self.budget_method, f"choose one of {methods}")
+        if self.budget_time is not None or self.budget_memory is not None:
+            for name, default in (("offline_keep", 1.0), ("online_keep", 1.0), ("rescore_every", 1)):
+                value = getattr(self, name)
+                require(value == default, name, value, "a budget derives this; leave it out, or leave out the budget")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a time or memory budget decides the fractions."""
+        return self.budget_time is not None or self.budget_memory is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether anything differs from plain training."""
+        return self.has_budget or self.offline_keep < 1 or self.online_keep < 1 or self.track
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as a plain dict, for JSON."""
+        return dataclasses.asdict(self)

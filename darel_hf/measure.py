@@ -1,0 +1,175 @@
+"""Measure, on a few real batches, what a training step and a scoring pass cost in time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data import ID_KEY
+from .planning import Costs
+from .scoring import BatchScorer, feature_length, token_batches
+
+BATCHES = 6  # batches that are timed; one more warms up
+
+
+@contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Leave the model as it was: its mode, its gradients, and its buffers (running statistics)."""
+    training = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _batches(trainer: Any, dataset: Any, collator: Callable, rows: int, count: int) -> list[Mapping]:
+    """Collate `count` batches of `rows` samples spread over the data set."""
+    generator = np.random.default_rng(0)
+    batches = []
+    for _ in range(count):
+        positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
+        batches.append(trainer._prepare_inputs(collator([dataset[int(i)] for i in positions])))
+    return batches
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
+    trainer.model.train()
+    with trainer.accelerator.autocast():
+        return trainer.compute_loss(trainer.model, {k: v for k, v in batch.items() if k != ID_KEY})
+
+
+def _optimizer_step(trainer: Any) -> Callable[[], Any]:
+    """Return the step of an optimizer like Trainer's on copies of the trainable weights."""
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    try:
+        cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        optimizer = cls(copies, **{k: v for k, v in kwargs.items() if k not in ("params", "model", "optimizer_dict")})
+    except (TypeError, ValueError):  # an optimizer that wants more than parameters; AdamW stands in for its cost
+        optimizer = torch.optim.AdamW(copies)
+
+    def step() -> None:
+        if trainer.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(copies, trainer.args.max_grad_norm)
+        optimizer.step()
+
+    return step
+
+
+def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> Costs | None:
+    """
+    Time a training step, a scoring forward of as many rows, and the offline pass.
+
+    The model, its gradients and the optimizer are left as they were; the caller keeps the random state.
+
+    Args:
+        trainer (`Trainer`): before `train()`.
+        dataset: map-style, items with ids, unused columns removed.
+        collator (`Callable`): keeps ids.
+        rows (`int`): batch size b.
+
+    Returns:
+        [`Costs`], medians over a few batches; `None` where the model cannot run before it is sharded (FSDP, DeepSpeed).
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    device = trainer.args.device
+    scorer = BatchScorer(trainer.model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
+    offline = scorer
+    if trainer.scorer is not None:
+        trainer.scorer.to(device)
+        offline = BatchScorer(trainer.scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
+    batches = _batches(trainer, dataset, collator, rows, BATCHES + 1)
+    accumulation = trainer.args.gradient_accumulation_steps
+    with _untouched(trainer.model):
+        optimizer_step = _optimizer_step(trainer)
+
+        def train(batch: Mapping) -> None:
+            _loss(trainer, batch).backward()
+
+        forwards, steps, updates = [], [], []
+        for number, batch in enumerate(batches):
+            timed = (
+                _seconds(lambda batch=batch: scorer(batch).losses.cpu(), device),
+                _seconds(lambda batch=batch: train(batch), device),
+                _seconds(optimizer_step, device),
+            )
+            if number == 0:
+                continue  # the first batch warms up caches and allocators
+            for values, value in zip((forwards, steps, updates), timed, strict=True):
+                values.append(value)
+        step = statistics.median(steps) + statistics.median(updates) / accumulation
+        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 4 * rows)
+    return Costs(
+        step_seconds=step,
+        forward_share=statistics.median(forwards) / step,
+        offline_share=pass_seconds * rows / step,
+    )
+
+
+def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, rows: int) -> float:
+    """Return the seconds per sample of the offline pass, from one batch of samples of similar length."""
+    generator = np.random.default_rng(1)
+    positions = generator.choice(len(dataset), size=min(8 * rows, len(dataset)), replace=False)
+    items = [dataset[int(i)] for i in positions]
+    batches = list(token_batches(np.array([feature_length(item) for item in items]), 4096, rows))
+    chosen = batches[len(batches) // 2]
+    batch = trainer._prepare_inputs(collator([items[i] for i in chosen]))
+    timed = [_seconds(lambda: scorer(batch).losses.cpu(), trainer.args.device) for _ in range(3)]
+    return min(timed[1:]) / len(chosen)
+
+
+def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) -> float:
+    """
+    Measure the peak memory of a training step on `rows` samples, in bytes.
+
+    On CUDA the allocator's peak; elsewhere weights, gradients and optimizer states plus what is saved for backward.
+    """
+    device = trainer.args.device
+    lengths = [feature_length(dataset[int(i)]) for i in np.linspace(0, len(dataset) - 1, 256).astype(int)]
+    longest = int(np.linspace(0, len(dataset) - 1, 256).astype(int)[int(np.argmax(lengths))])
+    batch = trainer._prepare_inputs(collator([dataset[longest]] * rows))
+    trainable = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    with _untouched(trainer.model):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            _loss(trainer, batch).backward()
+            return float(torch.cuda.max_memory_allocated(device) + 2 * trainable)
+        saved: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = _loss(trainer, batch)
+        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+        activations = sum(size for pointer, size in saved.items() if pointer not in weights)
+        del loss
+        everything = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+        return float(everything + 3 * trainable + activations)

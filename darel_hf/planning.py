@@ -1,0 +1,252 @@
+"""The cost model, the budget equations, and the plan that is shown before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .config import require
+
+#: The paper's floor for both fractions (equation 2), and its usual offline fraction (equation 3).
+SMALLEST_KEEP = 0.1
+USUAL_OFFLINE_KEEP = 0.8
+#: Below this fraction a less frequent scoring is preferred to fewer rows, in `budget_method="measured"`.
+COMFORTABLE_ONLINE_KEEP = 0.3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What the parts of training cost.
+
+    Attributes:
+        step_seconds (`float`): one plain training step on a batch, optimizer included (the paper's t_b); seconds.
+        forward_share (`float`): scoring a row without gradients, relative to a training step on it (f).
+        offline_share (`float`): scoring a row in the offline pass, relative to a training step on it (c * f).
+        measured (`bool`): whether these were measured here, or are textbook values.
+    """
+
+    step_seconds: float
+    forward_share: float
+    offline_share: float
+    measured: bool = True
+
+
+def assumed_costs(lora: bool) -> Costs:
+    """Return textbook shares: a forward is half of a LoRA step, and a third of a full fine-tuning step."""
+    share = 0.5 if lora else 1 / 3
+    return Costs(step_seconds=math.nan, forward_share=share, offline_share=share, measured=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What will be done, decided once, before training.
+
+    Attributes:
+        offline_keep (`float`): fraction of the training set that is kept (alpha).
+        online_keep (`float`): fraction of each candidate batch that is trained on (A).
+        rescore_every (`int`): epochs from one fresh scoring to the next (eta).
+        batch_size (`int`): rows of a micro-batch that is trained on, per process (b).
+        epochs (`float`): passes over the kept samples.
+        samples (`int`): training samples before selection.
+        scores_free (`bool`): whether the offline scores cost nothing (saved ones, or no offline stage).
+        fixed_steps (`bool`): whether `max_steps` fixes the number of steps.
+        slowdown (`float`): time of all rows in batches of `batch_size`, relative to the batch size that the user gave
+            (T_new / T; above 1 where a memory budget made batches smaller).
+        method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
+        costs ([`Costs`]): what the prediction rests on.
+    """
+
+    offline_keep: float
+    online_keep: float
+    rescore_every: int
+    batch_size: int
+    epochs: float
+    samples: int
+    costs: Costs
+    scores_free: bool = False
+    fixed_steps: bool = False
+    slowdown: float = 1.0
+    method: str = "settings"
+
+    @property
+    def candidate_rows(self) -> int:
+        """Rows that the loader hands out for one micro-batch (c = round(b / A))."""
+        return candidate_rows(self.batch_size, self.online_keep)
+
+    @property
+    def kept_samples(self) -> int:
+        """Samples that the offline stage keeps."""
+        return max(1, round(self.offline_keep * self.samples))
+
+    @property
+    def predicted_time(self) -> float:
+        """Time of the run, scoring counted, relative to plain training (for `max_steps`, to as many plain steps)."""
+        online = online_term(self.online_keep, self.rescore_every, self.epochs, self.costs.forward_share)
+        offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
+        if self.fixed_steps:
+            return self.slowdown * (offline + online / self.online_keep)
+        return self.slowdown * (offline + self.offline_keep * online)
+
+    @property
+    def predicted_saving(self) -> float:
+        """1 - `predicted_time`."""
+        return 1 - self.predicted_time
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a plain dict, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Restore what [`Plan.to_dict`] returned."""
+        return cls(**{**values, "costs": Costs(**values["costs"])})
+
+    def __str__(self) -> str:
+        of = f" of {self.samples:,}" if self.samples else ""
+        source = "measured" if self.costs.measured else "assumed"
+        lines = [
+            f"DAREL plan ({self.method})",
+            f"  offline   keep {self.offline_keep:.3f}: {self.kept_samples:,}{of} samples",
+            f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
+            + (f", scored every {self.rescore_every} epoch(s)" if self.online_keep < 1 else ""),
+            f"  costs     forward {self.costs.forward_share:.2f} of a step, "
+            f"offline pass {self.costs.offline_share:.2f} of an epoch ({source})",
+            f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
+        ]
+        return "\n".join(lines)
+
+
+def candidate_rows(batch_size: int, online_keep: float) -> int:
+    """Return c = round(b / A), at least b."""
+    return max(batch_size, round(batch_size / online_keep))
+
+
+def fresh_epochs(rescore_every: int, epochs: float) -> int:
+    """Return in how many of the epochs candidates are scored by a forward pass: ceil(E / eta)."""
+    return math.ceil(math.ceil(epochs) / rescore_every)
+
+
+def online_term(online_keep: float, rescore_every: int, epochs: float, forward_share: float) -> float:
+    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + A, or 1 where nothing is selected."""
+    if online_keep == 1:
+        return 1.0
+    return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs) + online_keep
+
+
+def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
+    """
+    Solve the poster's budget equations. They leave out the cost of scoring.
+
+    Args:
+        full_time (`float`): T, time of the full training.
+        budget_time (`float`): t, the fraction of it that may be used.
+        new_time (`float`): T_new = t_b * N_b * E (equation 1), time of the full number of steps at batch size b.
+
+    Returns:
+        `(alpha, A, eta)`.
+
+    Equations, as reconstructed (the source cuts the second one off):
+
+        (2) A     = T t / (T_new alpha)  if T t > 0.1 T_new alpha, else 0.1       with alpha = 0.8
+        (3) alpha = 0.8;  T t / (T_new A)  if T t < 0.8 T_new A
+        (4) eta   = 1;  2 if 0.5 < A < 0.8;  3 if A <= 0.5                        A before clipping
+            A is then clipped to [0.1, 0.5].
+
+    Example:
+
+    ```python
+    >>> paper_budget(full_time=100.0, budget_time=0.32, new_time=100.0)
+    (0.8, 0.4, 3)
+    ```
+    """
+    allowed = full_time * budget_time
+    alpha = USUAL_OFFLINE_KEEP
+    online = allowed / (new_time * alpha) if allowed > SMALLEST_KEEP * new_time * alpha else SMALLEST_KEEP
+    eta = 3 if online <= 0.5 else 2 if online < 0.8 else 1
+    online = min(max(online, SMALLEST_KEEP), 0.5)
+    if allowed < alpha * new_time * online:
+        alpha = allowed / (new_time * online)
+    return alpha, online, eta
+
+
+def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> float:
+    """Return the smallest fraction of the full time that any plan can reach with both fractions at least 0.1."""
+    scoring = 0.0 if scores_free else costs.offline_share / epochs
+    online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs.forward_share)
+    return scoring + SMALLEST_KEEP * min(1.0, online)
+
+
+def solve_budget(plan: Plan, budget_time: float) -> Plan:
+    """
+    Choose alpha, A and eta so that the cost model meets the time budget.
+
+    In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta that leaves
+    A at 0.3 or more (or, failing that, 0.1); else, where a forward pass costs too much for the online stage (one epoch
+    with LoRA), fewer samples offline.
+
+    Args:
+        plan ([`Plan`]): batch size, epochs, samples and costs.
+        budget_time (`float`): t, fraction of the full time.
+
+    Raises:
+        ValueError: if the budget cannot be met; says what the smallest possible one is.
+    """
+    smallest = plan.slowdown * smallest_budget(plan.costs, plan.epochs, plan.scores_free)
+    remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
+    if not plan.scores_free:
+        remedy += " (saved scores, scores=, make it smaller)"
+    require(budget_time >= smallest, "budget_time", budget_time, remedy)
+    plan = replace(plan, method="measured")
+    if budget_time == 1 and plan.slowdown <= 1:
+        return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    share = plan.costs.forward_share
+    left = budget_time / plan.slowdown - (0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs)
+    offline_only = replace(plan, offline_keep=min(left, 1.0), online_keep=1.0, rescore_every=1)
+    if left >= USUAL_OFFLINE_KEEP:
+        return offline_only
+    periods = range(1, math.ceil(plan.epochs) + 1)
+    for least in (COMFORTABLE_ONLINE_KEEP, SMALLEST_KEEP):
+        for eta in periods:
+            scoring = share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
+            online = left / USUAL_OFFLINE_KEEP - scoring
+            if online >= least:
+                # A batch has whole rows: take the A that they make, and alpha for what is then left.
+                online = plan.batch_size / candidate_rows(plan.batch_size, online)
+                if online < 1:
+                    alpha = left / (scoring + online)
+                    if alpha <= 1:
+                        return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
+    if left >= SMALLEST_KEEP:
+        return offline_only
+    eta = math.ceil(plan.epochs)
+    alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, share)
+    return replace(plan, offline_keep=min(alpha, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+
+
+def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:
+    """
+    Return the largest batch size whose peak memory is within a fraction of the full one.
+
+    Args:
+        memory (`Callable`): `batch size -> bytes`, measured; called a few times. Memory grows linearly in between.
+        batch_size (`int`): the full batch size.
+        budget_memory (`float`): m, fraction of `memory(batch_size)`.
+
+    Raises:
+        ValueError: if even one row does not fit; says what the smallest possible budget is.
+    """
+    full, one = memory(batch_size), memory(1)
+    require(
+        one <= budget_memory * full,
+        "budget_memory",
+        budget_memory,
+        f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}",
+    )
+    if batch_size == 1 or full <= one:
+        return batch_size
+    slope = (full - one) / (batch_size - 1)
+    return min(batch_size, int(1 + (budget_memory * full - one) / slope + 1e-9))

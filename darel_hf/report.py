@@ -1,0 +1,165 @@
+"""`Report`: what was planned, kept, dropped and measured in a run; as text, JSON, a table of samples, and a picture."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .config import DarelConfig
+from .files import atomic_path
+from .ledger import LossLedger
+from .planning import Plan
+from .selection import Samples, length_corrected
+
+
+@dataclass(frozen=True)
+class Report:
+    """
+    The account of one `train()`.
+
+    Attributes:
+        plan ([`Plan`]): what was decided before training.
+        config ([`DarelConfig`]): the settings that the user gave.
+        seconds (`dict`): `total` of the run, and of it `probe` (measuring costs), `offline`, `scoring` (online forward
+            passes) and `selection`; seconds of this process.
+        full_seconds (`float`): estimate of plain training from the measured step; NaN if nothing was measured.
+        steps (`int`): optimizer steps done.
+        rows_backpropagated (`int`): rows that got a backward pass, over all processes.
+        tokens_backpropagated (`int`): their label positions, as far as known.
+        ledger ([`LossLedger`]): losses and counts of every sample.
+        kept (`np.ndarray`): bool `[n]`, in the order of `ledger.ids`: kept by the offline stage.
+        scores_reused (`bool`): whether the offline losses came from the cache.
+    """
+
+    plan: Plan
+    config: DarelConfig
+    seconds: dict[str, float]
+    full_seconds: float
+    steps: int
+    rows_backpropagated: int
+    tokens_backpropagated: int
+    ledger: LossLedger
+    kept: np.ndarray
+    scores_reused: bool
+
+    @property
+    def measured_time(self) -> float:
+        """Total time, scoring counted, relative to the estimated plain training; NaN if nothing was measured."""
+        return self.seconds["total"] / self.full_seconds if self.full_seconds > 0 else math.nan
+
+    @property
+    def percentiles(self) -> np.ndarray:
+        """Loss percentile of each sample among those of similar length, in (0, 1): what the rules look at."""
+        known = ~np.isnan(self.ledger.loss)
+        values = np.full(len(self.ledger), np.nan)
+        samples = Samples(self.ledger.ids[known], self.ledger.loss[known], self.ledger.n_tokens[known])
+        if not self.config.length_correction:
+            samples = Samples(samples.ids, samples.losses, np.zeros(len(samples)))
+        values[known] = length_corrected(samples).losses if known.sum() > 1 else 0.5
+        return values
+
+    def dropped(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """
+        List what the offline stage dropped, most extreme first.
+
+        Args:
+            limit (`int`, *optional*): at most so many.
+
+        Returns:
+            One dict a sample: `sample_id`, `loss`, `n_tokens`, `percentile` (of the loss, among similar lengths) and
+            `why`.
+        """
+        percentiles = self.percentiles
+        rows = np.flatnonzero(~self.kept)
+        rows = rows[np.argsort(-np.abs(percentiles[rows] - 0.5), kind="stable")][:limit]
+        return [
+            {
+                "sample_id": int(self.ledger.ids[row]),
+                "loss": float(self.ledger.loss[row]),
+                "n_tokens": int(self.ledger.n_tokens[row]),
+                "percentile": float(percentiles[row]),
+                "why": self._why(percentiles[row]),
+            }
+            for row in rows
+        ]
+
+    def _why(self, percentile: float) -> str:
+        rule = self.config.offline_rule
+        if rule == "random":
+            return "random: not drawn"
+        side = "harder" if percentile > 0.5 else "easier"
+        share = percentile if percentile > 0.5 else 1 - percentile
+        of = "samples of similar length" if self.config.length_correction else "all samples"
+        return f"{rule}: {side} than {share:.1%} of {of}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the samples as a plain dict, for JSON."""
+        return {
+            "plan": self.plan.to_dict(),
+            "config": self.config.to_dict(),
+            "seconds": self.seconds,
+            "estimated_full_seconds": None if math.isnan(self.full_seconds) else self.full_seconds,
+            "predicted_time": self.plan.predicted_time,
+            "measured_time": None if math.isnan(self.measured_time) else self.measured_time,
+            "steps": self.steps,
+            "samples": len(self.ledger),
+            "kept": int(self.kept.sum()),
+            "dropped": int((~self.kept).sum()),
+            "rows_backpropagated": self.rows_backpropagated,
+            "tokens_backpropagated": self.tokens_backpropagated,
+            "coverage": self.ledger.coverage,
+            "scores_reused": self.scores_reused,
+        }
+
+    def write_samples(self, path: str | os.PathLike) -> None:
+        """Write one row a sample as parquet: id, kept or not, percentile, and all columns of the ledger."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {"sample_id": self.ledger.ids, "kept": self.kept, "percentile": self.percentiles}
+        columns |= {name: values for name, values in self.ledger.state_dict().items() if name != "ids"}
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.table(columns), temporary)
+
+    def plot_losses(self, path: str | os.PathLike) -> None:
+        """Draw the distribution of the offline losses with the kept part marked, as PNG (or by the suffix)."""
+        from matplotlib.figure import Figure
+
+        losses = self.ledger.loss
+        known = ~np.isnan(losses)
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        bins = np.linspace(*np.quantile(losses[known], (0, 0.999)), 60)
+        shown = np.clip(losses, None, bins[-1])
+        parts = [shown[known & self.kept], shown[known & ~self.kept]]
+        labels = [f"kept ({len(parts[0]):,})", f"dropped ({len(parts[1]):,})"]
+        axes.hist(parts, bins=bins, stacked=True, color=["#2a6f97", "#e07a5f"], label=labels)
+        axes.set_xlabel("loss before training (nats per token)")
+        axes.set_ylabel("samples")
+        axes.set_title(f"offline selection: {self.config.offline_rule}, keep {self.plan.offline_keep:.2f}")
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+
+    def __str__(self) -> str:
+        seconds, numbers = self.seconds, self.to_dict()
+        parts = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("probe", "offline", "scoring") if seconds[name])
+        measured = numbers["measured_time"]
+        lines = [
+            str(self.plan),
+            f"  kept      {numbers['kept']:,} of {numbers['samples']:,} samples offline",
+            f"  trained   {self.rows_backpropagated:,} rows ({self.tokens_backpropagated:,} label tokens) in "
+            f"{self.steps:,} steps",
+            f"  time      {seconds['total']:.1f} s" + (f" (of it {parts})" if parts else ""),
+        ]
+        if measured is not None:
+            lines.append(
+                f"  measured  {measured:.2f} of the plain training time estimated from the probe "
+                f"(predicted {self.plan.predicted_time:.2f})"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,444 @@
+"""Losses without gradients: score a batch, or a whole data set fast (sharded over ranks, resumable, cached)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .config import require
+from .data import ID_KEY, WEIGHT_KEY
+from .files import atomic_path
+from .ledger import check_finite
+from .losses import SampleLosses, per_sample_losses, shift_labels, token_losses
+
+logger = logging.getLogger(__name__)
+
+PerSampleLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+
+MAX_TOKENS = 4096  # positions, padding included, in one batch of the offline pass
+WINDOW = 4096  # samples that are read, sorted by length and saved together
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether position t of the model's logits predicts label t + 1."""
+    model = base_model(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+
+
+@contextlib.contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Leave every global random state as it was: scoring and probing must not change what training draws."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+class _StopAtHead:
+    """Catch the hidden states that enter a language-model head, and let the head compute nothing."""
+
+    def __init__(self, head: nn.Module):
+        self.head, self.hidden = head, None
+
+    def _catch(self, module: nn.Module, args: tuple) -> tuple:
+        self.hidden = args[0]
+        return (args[0][:, :0], *args[1:])
+
+    def __enter__(self) -> _StopAtHead:
+        self.handle = self.head.register_forward_pre_hook(self._catch)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+
+
+class BatchScorer:
+    """
+    Compute the losses of a batch in eval mode, without gradients.
+
+    For language models only the positions that carry a label pass the head, a few hundred at a time, so that the logits
+    of a whole batch never exist. The first batch is also scored the plain way: where the two differ (a model that does
+    more after its head), the plain way is taken from then on; and where the plain losses are not the model's own, a
+    warning says so.
+
+    Args:
+        model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot know.
+        want_correct (`bool`): also find out how many positions are predicted right.
+        autocast (`Callable`): returns the context in which the model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        per_sample_loss: PerSampleLoss | None = None,
+        want_correct: bool = False,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        self.model, self.per_sample_loss, self.want_correct, self.autocast = (
+            model,
+            per_sample_loss,
+            want_correct,
+            autocast,
+        )
+        self.shift = is_causal_lm(model)
+        base = base_model(model)
+        self._takes_labels = "labels" in inspect.signature(base.forward).parameters
+        self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self._checked = False
+
+    def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
+        """
+        Score a batch.
+
+        Args:
+            inputs (`Mapping`): the B rows of a batch, on the model's device.
+
+        Raises:
+            ValueError: if there are no labels, or the loss cannot be known and there is no `per_sample_loss`.
+        """
+        inputs = {k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                return self._score(inputs)
+        finally:
+            self.model.train(training)
+
+    def _score(self, inputs: dict[str, Any]) -> SampleLosses:
+        if self.per_sample_loss is not None:
+            losses = self.per_sample_loss(self.model(**inputs), inputs).detach().float()
+            require(losses.dim() == 1, "per_sample_loss", tuple(losses.shape), "return one loss a sample, shape [B]")
+            ones = torch.ones_like(losses, dtype=torch.int64)
+            return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
+        if not torch.is_tensor(inputs.get("labels")):
+            raise ValueError(
+                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
+                "training set (or its collator) must provide labels, or pass per_sample_loss="
+            )
+        if not self._checked:
+            self._check({k: v[:4] if torch.is_tensor(v) and v.dim() else v for k, v in inputs.items()})
+            self._checked = True
+        return self._through_head(inputs) if self._head is not None else self._plain(inputs)[0]
+
+    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, torch.Tensor | None]:
+        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
+        labels = inputs["labels"]
+        if not self._takes_labels:
+            inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = self.model(**inputs)
+        if isinstance(outputs, Mapping):
+            logits, own = outputs.get("logits"), outputs.get("loss")
+        else:
+            own, logits = (outputs[0], outputs[1]) if self._takes_labels else (None, outputs[0])
+        if not torch.is_tensor(logits):
+            raise ValueError(
+                f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
+                "one sample cannot be read off; switch the fusion off, or pass per_sample_loss="
+            )
+        return per_sample_losses(logits, labels, self.shift, want_correct=self.want_correct), own
+
+    def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
+        labels = inputs["labels"]
+        rest = {k: v for k, v in inputs.items() if k != "labels"}
+        if getattr(base_model(self.model).config, "is_encoder_decoder", False) and "decoder_input_ids" not in rest:
+            rest["decoder_input_ids"] = base_model(self.model).prepare_decoder_input_ids_from_labels(labels=labels)
+        with _StopAtHead(self._head) as stop:
+            self.model(**rest)
+        aligned = shift_labels(labels) if self.shift else labels
+        return token_losses(stop.hidden, aligned, project=self._head, want_correct=self.want_correct)
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        plain, own = self._plain(inputs)
+        reduced = plain.losses.device.type != "cpu" or next(self.model.parameters()).dtype != torch.float32
+        tolerance = 2e-2 if reduced or torch.is_autocast_enabled(plain.losses.device.type) else 1e-3
+        if self._head is not None and inputs["labels"].dim() == 2:
+            try:
+                same = torch.allclose(self._through_head(inputs).losses, plain.losses, rtol=tolerance, atol=tolerance)
+            except Exception as error:  # any failure of the shortcut only means that this model cannot take it
+                logger.info("scoring with full logits: %s", error)
+                same = False
+            self._head = self._head if same else None
+        else:
+            self._head = None
+        total = plain.n_tokens.sum()
+        if torch.is_tensor(own) and own.numel() == 1 and total > 0:
+            mean = (plain.losses * plain.n_tokens).sum() / total
+            if torch.isfinite(own) and not torch.allclose(mean, own.float(), rtol=tolerance, atol=tolerance):
+                logger.warning(
+                    "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it adds "
+                    "or weighs something; pass per_sample_loss= to rank by the model's own loss",
+                    mean.item(),
+                    own.item(),
+                )
+
+
+@contextlib.contextmanager
+def skip_identity_adapters(scorer: BatchScorer, inputs: Mapping[str, Any]) -> Iterator[bool]:
+    """
+    Switch adapters off while they change nothing: shown on a probe batch, not assumed (PiSSA starts elsewhere).
+
+    Yields whether they are off. Prompt learning is never skipped: its virtual tokens always change the loss.
+    """
+    model = scorer.model
+    config = getattr(model, "active_peft_config", None)
+    if config is None or getattr(config, "is_prompt_learning", False):
+        yield False
+        return
+    with_adapters = scorer(inputs).losses
+    with model.disable_adapter():
+        without = scorer(inputs).losses
+        if torch.allclose(with_adapters, without, rtol=1e-5, atol=1e-6):
+            yield True
+            return
+    yield False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    Saved or fresh scores of a data set.
+
+    Attributes:
+        ids (`np.ndarray`): int64 `[n]`.
+        losses (`np.ndarray`): float32 `[n]`, eval mode, nats per label position.
+        n_tokens (`np.ndarray`): int32 `[n]`, label positions.
+        correct (`np.ndarray`): float32 `[n]`, fraction of positions predicted right; NaN where not asked for.
+        origin (`dict`): fingerprints of what they come from: `data`, `model`, `loss`.
+    """
+
+    ids: np.ndarray
+    losses: np.ndarray
+    n_tokens: np.ndarray
+    correct: np.ndarray
+    origin: dict[str, str]
+
+
+def save_scores(scores: Scores, path: str | os.PathLike) -> None:
+    """Write scores as parquet (`sample_id`, `loss`, `n_tokens`, `correct`), atomically, origin in the metadata."""
+    columns = {
+        "sample_id": scores.ids,
+        "loss": scores.losses,
+        "n_tokens": scores.n_tokens,
+        "correct": scores.correct,
+    }
+    table = pa.table(columns).replace_schema_metadata({"darel": json.dumps(scores.origin)})
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def load_scores(path: str | os.PathLike) -> Scores:
+    """
+    Read scores from parquet. Columns `sample_id` and `loss` are needed, `n_tokens` and `correct` optional.
+
+    Raises:
+        ValueError: if the file is missing, is no parquet file, or lacks a column; for NaN or infinite losses.
+    """
+    require(Path(path).is_file(), "scores", str(path), "no such file; make it with `darel score`")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"scores={str(path)!r}: not a readable parquet file ({error}); make it again") from None
+    for name in ("sample_id", "loss"):
+        remedy = f"column {name!r} is missing, there are only {table.column_names}"
+        require(name in table.column_names, "scores", str(path), remedy)
+    n = table.num_rows
+
+    def column(name: str, dtype: type, default: float) -> np.ndarray:
+        if name not in table.column_names:
+            return np.full(n, default, dtype=dtype)
+        return table[name].to_numpy().astype(dtype)
+
+    ids, losses = column("sample_id", np.int64, 0), column("loss", np.float32, 0)
+    check_finite(ids, losses)
+    try:
+        origin = json.loads((table.schema.metadata or {}).get(b"darel", b"{}"))
+    except ValueError:
+        origin = {}
+    return Scores(ids, losses, column("n_tokens", np.int32, 0), column("correct", np.float32, np.nan), origin)
+
+
+def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str) -> Scores:
+    """
+    Put saved scores into the order of `ids`.
+
+    Raises:
+        ValueError: if an id has no score, or the scores say that they come from other data than the one with
+            fingerprint `data`.
+    """
+    known = scores.origin.get("data", data)
+    remedy = f"made from other data (fingerprint {known}, this training set has {data}); score this data set"
+    require(known == data, "scores", path, remedy)
+    require(len(np.unique(scores.ids)) == len(scores.ids), "scores", path, "sample ids occur more than once")
+    missing = np.setdiff1d(ids, scores.ids)
+    remedy = f"no score for {len(missing)} of {len(ids)} samples, ids {missing[:10].tolist()}; score this data set"
+    require(len(missing) == 0, "scores", path, remedy)
+    order = np.argsort(scores.ids)
+    rows = order[np.searchsorted(scores.ids[order], ids)]
+    return Scores(ids, scores.losses[rows], scores.n_tokens[rows], scores.correct[rows], scores.origin)
+
+
+def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
+    """
+    Hash a model's class and weights: 32 hexadecimal digits.
+
+    Args:
+        model (`nn.Module`): PEFT models welcome.
+        without_adapters (`bool`): leave out the adapters' weights (those that are switched off change no score).
+    """
+    digest = hashlib.blake2b(type(base_model(model)).__name__.encode(), digest_size=16)
+    prefix = getattr(getattr(model, "base_model", None), "prefix", None) if without_adapters else None
+    for name, tensor in model.state_dict().items():
+        if prefix is not None and prefix in name:
+            continue
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if torch.is_tensor(tensor) and tensor.numel():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def feature_length(feature: Mapping[str, Any]) -> int:
+    """Return a sample's length in tokens, source and target together for seq2seq, or 1 if it has none."""
+    tokens = feature.get("input_ids")
+    if tokens is None:
+        return 1
+    labels = feature.get("labels")
+    target = len(labels) if hasattr(labels, "__len__") and len(labels) != len(tokens) else 0
+    return len(tokens) + target
+
+
+def token_batches(lengths: np.ndarray, max_tokens: int, max_rows: int) -> Iterator[np.ndarray]:
+    """
+    Cut samples into batches of similar length, longest first (a batch that does not fit fails at once, not late).
+
+    Args:
+        lengths (`np.ndarray`): int `[n]`.
+        max_tokens (`int`): at most so many positions a batch, padding included; a longer sample is a batch of its own.
+        max_rows (`int`): at most so many samples a batch.
+
+    Yields:
+        int64 positions; each position once.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        rows = int(np.clip(max_tokens // max(lengths[order[start]], 1), 1, max_rows))
+        yield order[start : start + rows]
+        start += rows
+
+
+def score_dataset(
+    scorer: BatchScorer,
+    dataset: Any,
+    collator: Callable[[list], Mapping],
+    prepare: Callable[[Mapping], Mapping],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_tokens: int = MAX_TOKENS,
+    max_rows: int = 256,
+    parts: str | os.PathLike | None = None,
+    origin: dict[str, str] | None = None,
+) -> Scores:
+    """
+    Score every sample of a data set.
+
+    Args:
+        scorer ([`BatchScorer`]): scores one batch.
+        dataset: map-style data set whose items carry their id under `ID_KEY`.
+        collator (`Callable`): makes a batch of items and keeps the ids, see [`darel_hf.data.CarryIds`].
+        prepare (`Callable`): moves a batch to the model's device.
+        rank, world_size (`int`): this process scores every `world_size`-th sample; all get all scores.
+        max_tokens (`int`): positions a batch, padding included.
+        max_rows (`int`): samples a batch.
+        parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
+        origin (`dict`, *optional*): fingerprints to store with the scores.
+
+    Returns:
+        [`Scores`], ids ascending; equal on every rank.
+
+    Raises:
+        ValueError: for NaN or infinite losses (names the ids); see also [`BatchScorer`].
+    """
+    mine = np.arange(rank, len(dataset), world_size)
+    done: list[np.ndarray] = []
+    progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, disable=rank != 0, leave=False)
+    for number, start in enumerate(range(0, len(mine), WINDOW)):
+        window = mine[start : start + WINDOW]
+        part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"
+        if part is not None and part.exists():
+            done.append(np.load(part, allow_pickle=False))
+            progress.update(len(window))
+        else:
+            done.append(_score_window(scorer, dataset, window, collator, prepare, max_tokens, max_rows, progress))
+            if part is not None and len(mine) > WINDOW:
+                with atomic_path(part) as temporary:
+                    np.save(temporary, done[-1])
+    progress.close()
+    rows = np.concatenate([np.empty(0, _ROW), *done])
+    rows = np.sort(np.concatenate(gather_object([rows])) if world_size > 1 else rows, order="id")
+    check_finite(rows["id"], rows["loss"])
+    return Scores(*(np.ascontiguousarray(rows[name]) for name in _ROW.names), origin or {})
+
+
+_ROW = np.dtype([("id", np.int64), ("loss", np.float32), ("n_tokens", np.int32), ("correct", np.float32)])
+
+
+def _score_window(
+    scorer: BatchScorer,
+    dataset: Any,
+    window: np.ndarray,
+    collator: Callable,
+    prepare: Callable,
+    max_tokens: int,
+    max_rows: int,
+    progress: Any,
+) -> np.ndarray:
+    """Return one record of type `_ROW` a sample."""
+    positions = window.tolist()
+    items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
+    lengths = np.array([feature_length(item) for item in items])
+    collected = []
+    for batch_rows in token_batches(lengths, max_tokens, max_rows):
+        batch = collator([items[i] for i in batch_rows])
+        samples = scorer(prepare(batch))
+        rows = np.empty(len(batch_rows), _ROW)
+        rows["id"] = batch[ID_KEY].cpu().numpy()
+        rows["loss"], rows["n_tokens"], rows["correct"] = (values.cpu().numpy() for values in samples)
+        collected.append(rows)
+        progress.update(len(batch_rows))
+    return np.concatenate(collected)

@@ -1,0 +1,163 @@
+"""`Selector`: ledger, rules and plan in one object without a model; the same for the trainer and for any own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .config import DarelConfig
+from .ledger import LossLedger, check_finite
+from .planning import candidate_rows
+from .scoring import Scores
+from .selection import RULES, Samples, kept_count, length_corrected
+
+
+@dataclass(frozen=True)
+class OfflineSelection:
+    """
+    What the offline stage decided.
+
+    Attributes:
+        positions (`np.ndarray`): int64 `[k]`, rows of the training set that are kept, ascending.
+        weights (`np.ndarray`, *optional*): float `[k]`, their weights in the loss; `None` where all are 1.
+    """
+
+    positions: np.ndarray
+    weights: np.ndarray | None
+
+
+class Selector:
+    """
+    Decide which samples training visits, and which rows of a candidate batch are trained on.
+
+    It knows no model and no Trainer: losses go in, positions come out. Random choices depend on the seed and on the
+    number of the batch alone, so that a resumed run chooses the same.
+
+    Args:
+        config ([`DarelConfig`]): the rules and their settings.
+        ids (`Iterable[int]`): ids of all training samples, unique.
+        seed (`int`): used where `config.seed` is `None`.
+
+    Attributes:
+        ledger ([`LossLedger`]): what is known of every sample.
+
+    Example: an own loop, see the README.
+
+    ```python
+    >>> import numpy as np
+    >>> selector = Selector(DarelConfig(online_keep=0.5, length_correction=False), ids=range(6))
+    >>> selector.candidate_rows(2)
+    4
+    >>> rows, weights = selector.select(ids=[3, 1, 5, 0], losses=[0.1, 2.0, 0.3, 1.0], batch_size=2, batch=0)
+    >>> rows.tolist(), weights
+    ([1, 3], None)
+    ```
+    """
+
+    def __init__(self, config: DarelConfig, ids: Iterable[int], seed: int = 0):
+        self.config = config
+        self.seed = seed if config.seed is None else config.seed
+        self.ids = np.asarray(ids, dtype=np.int64)
+        self.ledger = LossLedger(self.ids)
+
+    def candidate_rows(self, batch_size: int) -> int:
+        """Return how many candidates a batch of `batch_size` trained rows is chosen from: round(b / A)."""
+        return candidate_rows(batch_size, self.config.online_keep)
+
+    def is_fresh(self, epoch: int) -> bool:
+        """Whether candidates are scored by a forward pass in this epoch (0, eta, 2 eta, ...)."""
+        return epoch % self.config.rescore_every == 0
+
+    def select_offline(self, scores: Scores, groups: np.ndarray | None = None) -> OfflineSelection:
+        """
+        Decide which samples are kept for training, and remember their losses.
+
+        Args:
+            scores ([`Scores`]): in the order of `ids`.
+            groups (`np.ndarray`, *optional*): int `[n]`, group number of each sample, each to stay represented.
+
+        Raises:
+            ValueError: see [`darel_hf.selection.Rule`].
+        """
+        correct = None if np.isnan(scores.correct).any() else scores.correct
+        self.ledger.record_scores(scores.ids, scores.losses, scores.n_tokens, step=0, correct=correct, share=False)
+        samples = Samples(scores.ids, scores.losses, scores.n_tokens, groups, correct)
+        if self.config.length_correction:
+            samples = length_corrected(samples)
+        generator = np.random.default_rng([self.seed, 0])
+        return OfflineSelection(*RULES[self.config.offline_rule](samples, self.config.offline_keep, generator))
+
+    def select(
+        self,
+        ids: np.ndarray,
+        losses: np.ndarray,
+        batch_size: int,
+        batch: int,
+        lengths: np.ndarray | None = None,
+        correct: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """
+        Choose the rows of a candidate batch that are trained on.
+
+        Args:
+            ids (`np.ndarray`): int64 `[n]`.
+            losses (`np.ndarray`): float `[n]`, all of eval mode.
+            batch_size (`int`): rows to keep of a full candidate batch; of a smaller one (the last) in proportion.
+            batch (`int`): number of this candidate batch, counted over the run and over all processes.
+            lengths (`np.ndarray`, *optional*): int `[n]`, label positions, for `length_correction`.
+            correct (`np.ndarray`, *optional*): float `[n]`, for rules that need it.
+
+        Returns:
+            `positions` (int64 `[k]`, ascending) and `weights` (float `[k]`, or `None` where all are 1).
+
+        Raises:
+            ValueError: for NaN or infinite losses; the message names the ids.
+        """
+        ids, losses = np.asarray(ids, np.int64), np.asarray(losses, np.float64)
+        check_finite(ids, losses)
+        candidates = self.candidate_rows(batch_size)
+        count = batch_size if len(ids) >= candidates else kept_count(batch_size / candidates, len(ids))
+        # Data loaders repeat samples to even out batches, so rows, not ids, are what must differ; ties still go by id.
+        order = np.argsort(ids, kind="stable")
+        row_ids = np.empty(len(ids), np.int64)
+        row_ids[order] = np.arange(len(ids))
+        samples = Samples(row_ids, losses, lengths, None, correct)
+        if self.config.length_correction:
+            samples = length_corrected(samples)
+        generator = np.random.default_rng([self.seed, 1, batch])
+        positions, weights = RULES[self.config.online_rule](samples, count / len(ids), generator)
+        self.ledger.record_training(ids[positions])
+        return positions, weights
+
+    def needs_correct(self, stage: str) -> bool:
+        """Whether the rule of the `"offline"` or `"online"` stage needs to know which predictions are right."""
+        return "correct" in RULES[getattr(self.config, f"{stage}_rule")].needs
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return what a checkpoint must remember, as arrays."""
+        return self.ledger.state_dict()
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Restore what [`Selector.state_dict`] returned."""
+        self.ledger.load_state_dict(state)
+
+
+def group_numbers(values: list[Any]) -> np.ndarray:
+    """Number the distinct values of a column: int64 `[n]`."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(repr(value), len(numbers)) for value in values], dtype=np.int64)
+
+
+def with_fractions(config: DarelConfig, offline_keep: float, online_keep: float, rescore_every: int) -> DarelConfig:
+    """Return the settings with the fractions that a plan decided, and no budget."""
+    return replace(
+        config,
+        budget_time=None,
+        budget_memory=None,
+        offline_keep=offline_keep,
+        online_keep=online_keep,
+        rescore_every=rescore_every,
+    )

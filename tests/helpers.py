@@ -1,0 +1,97 @@
+"""Tiny real models, data and trainers that the tests share."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+VOCABULARY = 64
+PAD = 0
+
+
+class PadCollator:
+    """Right-pad `input_ids`, `attention_mask` and `labels`."""
+
+    def __init__(self, pad_to_multiple_of: int | None = None):
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
+        width = max(len(feature["input_ids"]) for feature in features)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-width // multiple) * multiple
+        fill = {"input_ids": PAD, "attention_mask": 0, "labels": -100}
+        return {
+            key: torch.tensor([list(f[key]) + [value] * (width - len(f[key])) for f in features])
+            for key, value in fill.items()
+        }
+
+
+def tiny_gpt2(dropout: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
+    """A 2-layer GPT-2 with random weights."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=PAD,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def tiny_lora(dropout: float = 0.0, seed: int = 0):
+    """A tiny GPT-2 with LoRA on its attention."""
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["c_attn"], lora_dropout=dropout, task_type="CAUSAL_LM", fan_in_fan_out=True
+    )
+    return get_peft_model(tiny_gpt2(dropout, seed), config)
+
+
+def token_data(n: int = 37, seed: int = 0, prompt: bool = True) -> datasets.Dataset:
+    """`n` sequences of 4 to 20 tokens, the first two masked in the labels if `prompt`; a `group` column beside them."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        ids = generator.integers(2, VOCABULARY, generator.integers(4, 21)).tolist()
+        labels = [-100, -100, *ids[2:]] if prompt else list(ids)
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "group": i % 5})
+    return datasets.Dataset.from_list(rows)
+
+
+def arguments(folder, **settings) -> TrainingArguments:
+    """Training arguments for a few quiet steps on the CPU."""
+    defaults = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        num_train_epochs=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+        dataloader_pin_memory=False,
+    )
+    return TrainingArguments(**{**defaults, **settings})
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of all weights."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Assert that two state dicts are equal bit for bit."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different
