@@ -1,0 +1,67 @@
+"""A user's script, launched by the journeys: tiny GPT-2 with LoRA, settings from a JSON file, results to a folder."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import PadCollator, arguments, tiny_lora, token_data
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.checkpoints import all_in, problem
+
+
+class Heartbeat(TrainerCallback):
+    """Write the step to a file, slowly enough that a parent can aim between steps."""
+
+    def __init__(self, path, pause):
+        self.path, self.pause = path, pause
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.path.write_text(str(state.global_step))
+        time.sleep(self.pause)
+
+
+def main():
+    torch.set_num_threads(1)
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(settings["folder"])
+    run = folder / "run"
+    trainer = DarelTrainer(
+        model=tiny_lora(dropout=settings.get("dropout", 0.0)),
+        args=arguments(run, **settings["arguments"]),
+        train_dataset=token_data(settings.get("samples", 37)),
+        data_collator=PadCollator(),
+        darel=DarelConfig(**settings["darel"]),
+    )
+    rows = []
+    choose = trainer.get_batch_samples
+
+    def remember(*args):
+        batches, count = choose(*args)
+        rows.extend(batch["input_ids"].shape[0] for batch in batches)
+        return batches, count
+
+    trainer.get_batch_samples = remember
+    if settings.get("pause"):
+        trainer.add_callback(Heartbeat(folder / "step", settings["pause"]))
+    resume = any(problem(path) is None for path in all_in(run))
+    trainer.train(resume_from_checkpoint=resume)
+    rank = trainer.args.process_index
+    state = {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
+    save_file(state, folder / f"weights-{rank}.safetensors")
+    ledger = trainer.report.ledger if trainer.report is not None else None
+    kept = trainer.report.kept if trainer.report is not None else np.ones(0, bool)
+    arrays = ledger.state_dict() if ledger is not None else {}
+    np.savez(folder / f"ledger-{rank}.npz", **arrays, kept=kept, rows=np.array(rows))
+
+
+if __name__ == "__main__":
+    main()
