@@ -64,8 +64,8 @@ class DarelConfig:
             Column with a unique integer id of each sample. Without it, a sample's id is its row number.
         track (`bool`, defaults to `False`):
             Record the loss of every trained row from the forward pass that trains it.
-        seed (`int`, *optional*):
-            Seed of the rules that draw at random. Defaults to `data_seed`, or else `seed`, of the training arguments.
+
+    Rules that draw at random use `data_seed`, or else `seed`, of the training arguments.
 
     Raises:
         ValueError: for a value out of its range; the message names the field, the value and the remedy.
@@ -95,7 +95,6 @@ class DarelConfig:
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
-    seed: int | None = field(default=None, metadata={"help": "seed of the random rules"})
 
     def __post_init__(self) -> None:
         from .selection import RULES

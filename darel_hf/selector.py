@@ -39,7 +39,7 @@ class Selector:
     Args:
         config ([`DarelConfig`]): the rules and their settings.
         ids (`Iterable[int]`): ids of all training samples, unique.
-        seed (`int`): used where `config.seed` is `None`.
+        seed (`int`): of the rules that draw at random.
 
     Attributes:
         ledger ([`LossLedger`]): what is known of every sample.
@@ -59,7 +59,7 @@ class Selector:
 
     def __init__(self, config: DarelConfig, ids: Iterable[int], seed: int = 0):
         self.config = config
-        self.seed = seed if config.seed is None else config.seed
+        self.seed = seed
         self.ids = np.asarray(ids, dtype=np.int64)
         self.ledger = LossLedger(self.ids)
 

@@ -1,0 +1,469 @@
+"""Data-to-text fine-tuning with LoRA: what the E2E-NLG recipe and the demo share, from CSV files to predictions."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import json
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    HfArgumentParser,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from .config import DarelConfig, require
+from .data import code_fingerprint
+from .files import atomic_path, write_json, write_text
+from .scoring import model_fingerprint
+from .trainer import DarelTrainer
+
+logger = logging.getLogger(__name__)
+
+FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+HUB_COLUMNS = {"meaning_representation": "mr", "human_reference": "ref", "mr": "mr", "ref": "ref"}
+
+
+@dataclass
+class NLGArguments:
+    """
+    Settings of the task, beside `DarelConfig` and `TrainingArguments`.
+
+    Parameters that control **data and model**:
+
+    Args:
+        model_name_or_path (`str`): hub name or folder of a causal language model.
+        data_dir (`str`, *optional*): folder with `trainset.csv`, `devset.csv` and `testset_w_refs.csv`, columns
+            `mr,ref`. Without it the data come from the hub.
+        dataset_name (`str`), dataset_revision (`str`): where they are there.
+        max_train_samples, max_test_samples (`int`, *optional*): for quick runs, a part drawn with `seed`; of the test
+            set so many meaning representations.
+        max_length (`int`): tokens of prompt and reference together; longer ones are cut.
+
+    Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`; 0 for `lora_r` trains all weights.
+
+    Parameters that control **generation** (beam search as in the papers): `generate`, `num_beams`, `length_penalty`,
+    `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
+    `generation_batch_size`.
+
+    Parameters that control **the run**: `resume` goes on with what is in `output_dir`.
+    """
+
+    model_name_or_path: str = field(default="gpt2", metadata={"help": "hub name or folder of a causal language model"})
+    data_dir: str | None = field(default=None, metadata={"help": "folder with the challenge's CSV files"})
+    dataset_name: str = field(default="tuetschek/e2e_nlg", metadata={"help": "data set on the hub"})
+    dataset_revision: str | None = field(default="refs/convert/parquet", metadata={"help": "its revision"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on so many pairs"})
+    max_test_samples: int | None = field(default=None, metadata={"help": "generate for so many representations"})
+    max_length: int = field(default=256, metadata={"help": "tokens of prompt and reference together"})
+    lora_r: int = field(default=4, metadata={"help": "rank of LoRA; 0 trains all weights"})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale times its rank"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "dropout before the adapters"})
+    generate: bool = field(default=True, metadata={"help": "write predictions for the test set"})
+    num_beams: int = field(default=10, metadata={"help": "beams"})
+    length_penalty: float = field(default=0.8, metadata={"help": "exponent of the length in the beam score"})
+    no_repeat_ngram_size: int = field(default=4, metadata={"help": "no n-gram of this size twice in an output"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest output"})
+    generation_batch_size: int = field(default=16, metadata={"help": "prompts at a time; changes no output"})
+    resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
+
+
+# ---- Settings ----
+
+
+def parse_settings(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """
+    Read settings from a YAML file (the first argument, if it ends in .yaml) and the command line, which wins.
+
+    Raises:
+        ValueError: for a key that no class knows; names the closest ones.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(list(classes))
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path = argv.pop(0)
+        require(Path(path).is_file(), "settings", path, "no such file")
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        require(isinstance(settings, dict), "settings", path, "the file must hold `key: value` lines")
+        known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
+        for key in settings:
+            close = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            require(key in known, "settings", key, f"unknown key in {path}{hint}")
+        parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(args=argv)
+
+
+# ---- Data ----
+
+
+def read_pairs(path: str | os.PathLike) -> list[dict[str, str]]:
+    """
+    Read meaning representations and references from a CSV file with the columns `mr` and `ref`.
+
+    Raises:
+        ValueError: if the file is missing or is not UTF-8, a column is missing, or there are no rows.
+    """
+    require(Path(path).is_file(), "data_dir", str(path), "no such file; the folder needs " + ", ".join(FILES.values()))
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            for name in ("mr", "ref"):
+                require(name in columns, "data_dir", str(path), f"no column {name!r}, only {columns}")
+            rows = [{"mr": row["mr"], "ref": row["ref"]} for row in reader]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data_dir={str(path)!r}: not UTF-8 text ({error}); convert it") from None
+    require(bool(rows), "data_dir", str(path), "there are no rows in it")
+    return rows
+
+
+def load_pairs(args: NLGArguments) -> dict[str, list[dict[str, str]]]:
+    """Return the pairs of the splits `train`, `dev` and `test`, from `data_dir` or the hub."""
+    if args.data_dir is not None:
+        return {split: read_pairs(Path(args.data_dir) / name) for split, name in FILES.items()}
+    require_hub(args.dataset_name, "dataset", "data_dir")
+    loaded = datasets.load_dataset(args.dataset_name, revision=args.dataset_revision)
+    splits = {"train": "train", "dev": "validation", "test": "test"}
+    result = {}
+    for split, name in splits.items():
+        part = loaded[name]
+        renamed = part.rename_columns({k: v for k, v in HUB_COLUMNS.items() if k in part.column_names and k != v})
+        result[split] = renamed.select_columns(["mr", "ref"]).to_list()
+    return result
+
+
+def require_hub(name: str, kind: str, option: str) -> None:
+    """Raise an `OSError` within seconds if something on the hub is neither cached nor to be reached."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(name, "config.json", repo_type=kind)
+    if isinstance(cached, str) or (Path(hub.constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").exists():
+        return
+    try:
+        hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
+    except Exception as error:  # every failure to reach it, of whichever HTTP client, means the same to the user
+        raise OSError(
+            f"{option}: the {kind} {name!r} cannot be had from the hub ({type(error).__name__}). Give folders on this "
+            "machine with --data_dir and --model_name_or_path, or try everything without a network: darel demo"
+        ) from None
+
+
+def prompt_of(mr: str) -> str:
+    """
+    Write a meaning representation as a prompt: `name[Blue Spice], area[riverside]` -> `name : Blue Spice | ...`.
+
+    Example:
+
+    ```python
+    >>> prompt_of("name[Blue Spice], area[riverside]")
+    'name : Blue Spice | area : riverside ||'
+    ```
+    """
+    parts = [part.strip().rstrip("]").split("[", 1) for part in mr.split("],")]
+    return " | ".join(" : ".join(piece.strip() for piece in part) for part in parts) + " ||"
+
+
+def tokenize_pairs(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+    """
+    Make training samples of pairs: prompt, reference and end-of-text token, with labels on the latter two only.
+
+    Returns:
+        `datasets.Dataset` with `input_ids`, `attention_mask`, `labels` and the texts `mr` and `ref`.
+    """
+    prompts = tokenizer([prompt_of(pair["mr"]) for pair in pairs], add_special_tokens=False)["input_ids"]
+    targets = tokenizer([" " + pair["ref"] for pair in pairs], add_special_tokens=False)["input_ids"]
+    rows = []
+    for pair, prompt, target in zip(pairs, prompts, targets, strict=True):
+        tokens = [*prompt, *target, tokenizer.eos_token_id][:max_length]
+        labels = ([-100] * len(prompt) + tokens[len(prompt) :])[:max_length]
+        rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels, **pair})
+    return datasets.Dataset.from_list(rows)
+
+
+def group_references(pairs: list[dict[str, str]]) -> dict[str, list[str]]:
+    """Return the references of each meaning representation, in the order of the file."""
+    groups: dict[str, list[str]] = {}
+    for pair in pairs:
+        groups.setdefault(pair["mr"], []).append(pair["ref"])
+    return groups
+
+
+# ---- Model ----
+
+
+def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return the language model with LoRA adapters (`lora_r` 0: without) and its tokenizer."""
+    if not Path(args.model_name_or_path).is_dir():
+        require_hub(args.model_name_or_path, "model", "model_name_or_path")
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    if args.lora_r == 0:
+        return model, tokenizer
+    fan_in_fan_out = model.config.model_type == "gpt2"  # its projections store their weights transposed
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=fan_in_fan_out,
+    )
+    return get_peft_model(model, lora), tokenizer
+
+
+def load_for_generation(path: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a trained model and its tokenizer from a folder with an adapter (its `base` elsewhere) or a whole model."""
+    if not (Path(path) / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    if base is None:
+        base = json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+# ---- Generation ----
+
+
+class NoRepeatInOutput(NoRepeatNGramLogitsProcessor):
+    """
+    Forbid repeated n-grams within the output alone.
+
+    transformers' own processor counts the prompt of a decoder-only model too, so that a name of n tokens could never be
+    copied from the input; the papers' decoder counts the output only.
+    """
+
+    def __init__(self, size: int, prompt_width: int):
+        super().__init__(size)
+        self.prompt_width = prompt_width
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return super().__call__(input_ids[:, self.prompt_width :], scores)
+
+
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, mrs: Sequence[str], args: NLGArguments, path: str | os.PathLike
+) -> list[str]:
+    """
+    Write one prediction a line for meaning representations, by beam search; resumable.
+
+    What is finished stands in `<path>.partial.jsonl`; a call that was killed goes on from there if model, inputs and
+    settings are the same. Padding is masked, so that the batch size changes no output.
+
+    Args:
+        model: causal language model, with or without adapters.
+        tokenizer: its tokenizer.
+        mrs (`Sequence[str]`): meaning representations.
+        args ([`NLGArguments`]): the settings of generation.
+        path: the file of predictions.
+
+    Returns:
+        `list[str]`: the predictions, in the order of `mrs`.
+    """
+    beam = {"num_beams": args.num_beams, "length_penalty": args.length_penalty, "max_new_tokens": args.max_new_tokens}
+    origin = code_fingerprint(beam, args.no_repeat_ngram_size, list(mrs)) + model_fingerprint(model)
+    partial = Path(f"{path}.partial.jsonl")
+    done = _read_partial(partial, origin)
+    model.eval()
+    device = next(model.parameters()).device
+    prompts = tokenizer([prompt_of(mr) for mr in mrs], add_special_tokens=False)["input_ids"]
+    todo = sorted((i for i in range(len(mrs)) if i not in done), key=lambda i: (-len(prompts[i]), i))
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "a", encoding="utf-8") as file:
+        if not done:
+            file.write(json.dumps({"origin": origin}) + "\n")
+        progress = tqdm(total=len(mrs), initial=len(done), desc="generating", delay=2, leave=False)
+        for start in range(0, len(todo), args.generation_batch_size):
+            batch = todo[start : start + args.generation_batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            pad = tokenizer.pad_token_id
+            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)
+            mask = torch.tensor(
+                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device
+            )
+            processors = LogitsProcessorList()
+            if args.no_repeat_ngram_size > 0:
+                processors.append(NoRepeatInOutput(args.no_repeat_ngram_size, width))
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    use_cache=True,
+                    early_stopping=False,
+                    pad_token_id=pad,
+                    eos_token_id=tokenizer.eos_token_id,
+                    logits_processor=processors,
+                    **beam,
+                )
+            texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+            for i, text in zip(batch, texts, strict=True):
+                done[i] = " ".join(text.split())
+                file.write(json.dumps({"index": i, "prediction": done[i]}, ensure_ascii=False) + "\n")
+            file.flush()
+            progress.update(len(batch))
+        progress.close()
+    predictions = [done[i] for i in range(len(mrs))]
+    write_text(path, "".join(line + "\n" for line in predictions))
+    partial.unlink()
+    return predictions
+
+
+def _read_partial(path: Path, origin: str) -> dict[int, str]:
+    """Read finished predictions; a line that was cut off is dropped, a file of another origin is put aside."""
+    if not path.exists():
+        return {}
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    if not lines or lines[0].get("origin") != origin:
+        aside = path.with_name(f"{path.name}.{int(time.time())}.other")
+        path.rename(aside)
+        logger.warning("%s holds predictions of another model or other settings; moved to %s", path, aside)
+        return {}
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return {line["index"]: line["prediction"] for line in lines[1:]}
+
+
+def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
+    """Return sacrebleu's corpus BLEU, lower-cased, tokenizer 13a, over several references, and its signature."""
+    from sacrebleu.metrics import BLEU
+
+    most = max(len(group) for group in references)
+    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
+    metric = BLEU(lowercase=True, tokenize="13a")
+    return metric.corpus_score(list(predictions), columns).score, str(metric.get_signature())
+
+
+# ---- The whole job ----
+
+
+def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> dict[str, Any]:
+    """
+    Fine-tune, predict, and account for it.
+
+    `training.output_dir` ends with the adapter, `predictions.txt`, `results.json`, and with DAREL `darel/report.json`,
+    `darel/samples.parquet`, `losses.png` and `dropped.csv` (what the offline stage dropped, most extreme first).
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError, OSError: for bad input, before any compute.
+    """
+    folder = Path(training.output_dir)
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if training.process_index == 0:
+        remedy = f"holds another run ({', '.join(held[:5])}); go on with --resume, or name a new folder"
+        require(args.resume or not held, "output_dir", str(folder), remedy)
+    pairs = load_pairs(args)
+    generator = random.Random(training.seed)
+    if args.max_train_samples is not None and args.max_train_samples < len(pairs["train"]):
+        chosen = sorted(generator.sample(range(len(pairs["train"])), args.max_train_samples))
+        pairs["train"] = [pairs["train"][i] for i in chosen]
+    model, tokenizer = load_model(args)
+    data = {split: tokenize_pairs(part, tokenizer, args.max_length) for split, part in pairs.items()}
+    multiple = 8 if training.bf16 or training.fp16 else None
+    trainer = DarelTrainer(
+        model=model,
+        args=training,
+        train_dataset=data["train"],
+        eval_dataset=data["dev"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=multiple),
+        darel=darel,
+    )
+    resume = args.resume and any(folder.glob("checkpoint-*"))
+    started = time.perf_counter()
+    trained = trainer.train(resume_from_checkpoint=resume or None)
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    results = _results(trainer, data["train"], seconds, trained.metrics["train_loss"])
+    if trainer.is_world_process_zero():
+        results |= _predict(trainer, tokenizer, pairs["test"], args, folder)
+        if trainer.report is not None and darel.active:
+            _write_selection(trainer, data["train"], folder)
+        write_json(folder / "results.json", results)
+    trainer.accelerator.wait_for_everyone()
+    return results
+
+
+def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, loss: float) -> dict[str, Any]:
+    epochs = trainer.state.epoch or 0
+    label_tokens = sum(sum(token != -100 for token in labels) for labels in train["labels"])
+    results = {
+        "seconds": seconds,
+        "scoring_seconds": 0.0,
+        "steps": trainer.state.global_step,
+        "train_loss": loss,
+        "train_samples": len(train),
+        "rows_backpropagated": round(len(train) * epochs),
+        "tokens_backpropagated": round(label_tokens * epochs),
+        "predicted_time": 1.0,
+        "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
+    }
+    if trainer.report is not None:
+        report = trainer.report.to_dict()
+        results["scoring_seconds"] = sum(report["seconds"][part] for part in ("probe", "offline", "scoring"))
+        results |= {k: report[k] for k in ("rows_backpropagated", "tokens_backpropagated", "predicted_time")}
+    return results
+
+
+def _predict(trainer: DarelTrainer, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path) -> dict[str, Any]:
+    """Write predictions for the distinct meaning representations of the test set, and score them."""
+    if not args.generate:
+        return {}
+    groups = group_references(test)
+    mrs = list(groups)
+    if args.max_test_samples is not None and args.max_test_samples < len(mrs):
+        mrs = sorted(random.Random(0).sample(mrs, args.max_test_samples), key=mrs.index)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    started = time.perf_counter()
+    predictions = generate(model, tokenizer, mrs, args, folder / "predictions.txt")
+    score, signature = corpus_bleu(predictions, [groups[mr] for mr in mrs])
+    return {
+        "bleu": score,
+        "bleu_signature": signature,
+        "test_representations": len(mrs),
+        "generation_seconds": time.perf_counter() - started,
+    }
+
+
+def _write_selection(trainer: DarelTrainer, train: datasets.Dataset, folder: Path) -> None:
+    """Write which references were dropped, most extreme first, so that a person can read what was thought useless."""
+    report = trainer.report
+    rows = {int(sample): row for row, sample in enumerate(report.ledger.ids)}
+    with atomic_path(folder / "dropped.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sample_id", "loss", "n_tokens", "percentile", "why", "mr", "ref"])
+        for sample in report.dropped():
+            text = train[rows[sample["sample_id"]]]
+            numbers = [f"{sample['loss']:.4f}", sample["n_tokens"], f"{sample['percentile']:.4f}", sample["why"]]
+            writer.writerow([sample["sample_id"], *numbers, text["mr"], text["ref"]])
+    if np.isfinite(report.ledger.loss).sum() > 1:
+        report.plot_losses(folder / "losses.png")
