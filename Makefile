@@ -18,7 +18,7 @@ $(STAMP): setup.cfg pyproject.toml
 setup: $(STAMP)  ## make .venv and install the package with its development tools
 
 demo: $(STAMP)  ## run the demo: four ways to fine-tune on a generated corpus, table and charts (minutes, no network, no GPU)
-	$(BIN)/darel demo --output-dir demo_output
+	$(BIN)/darel demo --output-dir demo_output/$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)  ## run the fast tests
 	$(BIN)/python -m pytest -m 'not slow'

@@ -90,7 +90,8 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
         output_dir (`str`): folder of the run.
 
     Raises:
-        ValueError: if there is no complete checkpoint, or the one that was named is not; names the newest complete one.
+        ValueError: if there is no complete checkpoint, or the one that was named is not; names the newest complete
+            one.
     """
     if wanted is True:
         for path in all_in(output_dir):

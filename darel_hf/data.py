@@ -245,7 +245,8 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
 
 def code_fingerprint(*values: Any) -> str:
     """
-    Hash settings, collators and functions: 32 hexadecimal digits, equal in another process for the same code and state.
+    Hash settings, collators and functions: 32 hexadecimal digits, equal in another process for the same code and
+        state.
 
     Models count by class alone (their weights are hashed elsewhere), tokenizers by what a collator uses of them. What
     cannot be hashed gets a value of its own, so that nothing saved for it is used again.

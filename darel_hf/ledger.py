@@ -29,8 +29,8 @@ class LossLedger:
     """
     Remember the latest loss of every sample.
 
-    Losses of eval mode (no dropout: `loss`, what ranks) and of train mode (`train_loss`, what training happened to see)
-    are kept apart and never compared.
+    Losses of eval mode (no dropout: `loss`, what ranks) and of train mode (`train_loss`, what training happened to
+    see) are kept apart and never compared.
 
     Args:
         ids (`Iterable[int]`): all sample ids, unique; int64.

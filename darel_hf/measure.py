@@ -13,7 +13,7 @@ import torch
 
 from .data import ID_KEY
 from .planning import Costs
-from .scoring import BatchScorer, feature_length, token_batches
+from .scoring import BatchScorer, default_max_tokens, feature_length, token_batches
 
 BATCHES = 6  # batches that are timed; one more warms up
 
@@ -92,7 +92,8 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> 
         rows (`int`): batch size b.
 
     Returns:
-        [`Costs`], medians over a few batches; `None` where the model cannot run before it is sharded (FSDP, DeepSpeed).
+        [`Costs`], medians over a few batches; `None` where the model cannot run before it is sharded (FSDP,
+        DeepSpeed).
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
@@ -122,7 +123,7 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> 
             for values, value in zip((forwards, steps, updates), timed, strict=True):
                 values.append(value)
         step = statistics.median(steps) + statistics.median(updates) / accumulation
-        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 4 * rows)
+        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 8 * rows)
     return Costs(
         step_seconds=step,
         forward_share=statistics.median(forwards) / step,
@@ -135,7 +136,8 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
     generator = np.random.default_rng(1)
     positions = generator.choice(len(dataset), size=min(8 * rows, len(dataset)), replace=False)
     items = [dataset[int(i)] for i in positions]
-    batches = list(token_batches(np.array([feature_length(item) for item in items]), 4096, rows))
+    limit = default_max_tokens(trainer.args.device)
+    batches = list(token_batches(np.array([feature_length(item) for item in items]), limit, rows))
     chosen = batches[len(batches) // 2]
     batch = trainer._prepare_inputs(collator([items[i] for i in chosen]))
     timed = [_seconds(lambda: scorer(batch).losses.cpu(), trainer.args.device) for _ in range(3)]

@@ -32,11 +32,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.utils.logging import is_progress_bar_enabled
 
 from .config import DarelConfig, require
-from .data import code_fingerprint
+from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from .files import atomic_path, write_json, write_text
-from .scoring import model_fingerprint
+from .scoring import BatchScorer, Scores, model_fingerprint, score_dataset
 from .trainer import DarelTrainer
 
 logger = logging.getLogger(__name__)
@@ -174,6 +175,8 @@ def prompt_of(mr: str) -> str:
     """
     Write a meaning representation as a prompt: `name[Blue Spice], area[riverside]` -> `name : Blue Spice | ...`.
 
+    Any other text stays as it is.
+
     Example:
 
     ```python
@@ -181,11 +184,15 @@ def prompt_of(mr: str) -> str:
     'name : Blue Spice | area : riverside ||'
     ```
     """
+    if "[" not in mr:
+        return mr
     parts = [part.strip().rstrip("]").split("[", 1) for part in mr.split("],")]
     return " | ".join(" : ".join(piece.strip() for piece in part) for part in parts) + " ||"
 
 
-def tokenize_pairs(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> datasets.Dataset:
+def tokenize_pairs(
+    pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> datasets.Dataset:
     """
     Make training samples of pairs: prompt, reference and end-of-text token, with labels on the latter two only.
 
@@ -200,6 +207,46 @@ def tokenize_pairs(pairs: list[dict[str, str]], tokenizer: PreTrainedTokenizerBa
         labels = ([-100] * len(prompt) + tokens[len(prompt) :])[:max_length]
         rows.append({"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels, **pair})
     return datasets.Dataset.from_list(rows)
+
+
+def score_texts(
+    table: datasets.Dataset,
+    model_name_or_path: str,
+    prompt_column: str | None,
+    target_column: str,
+    id_column: str | None,
+    max_length: int,
+) -> Scores:
+    """
+    Score the texts of a table with a causal language model: the mean loss of each target given its prompt.
+
+    Args:
+        table (`datasets.Dataset`): one sample a row.
+        model_name_or_path (`str`): hub name or folder.
+        prompt_column (`str`, *optional*): text that is read but not scored; of the form `name[value], ...` it is
+            written as the E2E recipe writes it.
+        target_column (`str`): text that is scored, end-of-text token included.
+        id_column (`str`, *optional*): integer ids; default: row numbers.
+        max_length (`int`): tokens of both together.
+
+    Raises:
+        ValueError: for missing columns, ids that are not unique, or losses that are NaN.
+    """
+    ids = sample_ids(table, id_column)
+    targets = read_column(table, target_column, "target_column")
+    prompts = [""] * len(ids) if prompt_column is None else read_column(table, prompt_column, "prompt_column")
+    args = NLGArguments(model_name_or_path=model_name_or_path, lora_r=0)
+    model, tokenizer = load_model(args)
+    pairs = [{"mr": prompt, "ref": target} for prompt, target in zip(prompts, targets, strict=True)]
+    data = tokenize_pairs(pairs, tokenizer, max_length).remove_columns(["mr", "ref"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return score_dataset(
+        BatchScorer(model.to(device)),
+        add_ids(data, ids),
+        CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)),
+        lambda batch: {key: value.to(device) for key, value in batch.items()},
+        origin={"model": model_fingerprint(model)},
+    )
 
 
 def group_references(pairs: list[dict[str, str]]) -> dict[str, list[str]]:
@@ -235,7 +282,7 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
 
 
 def load_for_generation(path: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Return a trained model and its tokenizer from a folder with an adapter (its `base` elsewhere) or a whole model."""
+    """Return a trained model and its tokenizer from a folder with an adapter (on `base`) or a whole model."""
     if not (Path(path) / "adapter_config.json").exists():
         return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if base is None:
@@ -251,8 +298,8 @@ class NoRepeatInOutput(NoRepeatNGramLogitsProcessor):
     """
     Forbid repeated n-grams within the output alone.
 
-    transformers' own processor counts the prompt of a decoder-only model too, so that a name of n tokens could never be
-    copied from the input; the papers' decoder counts the output only.
+    transformers' own processor counts the prompt of a decoder-only model too, so that a name of n tokens could never
+    be copied from the input; the papers' decoder counts the output only.
     """
 
     def __init__(self, size: int, prompt_width: int):
@@ -294,7 +341,8 @@ def generate(
     with open(partial, "a", encoding="utf-8") as file:
         if not done:
             file.write(json.dumps({"origin": origin}) + "\n")
-        progress = tqdm(total=len(mrs), initial=len(done), desc="generating", delay=2, leave=False)
+        hidden = not is_progress_bar_enabled()
+        progress = tqdm(total=len(mrs), initial=len(done), desc="generating", delay=2, leave=False, disable=hidden)
         for start in range(0, len(todo), args.generation_batch_size):
             batch = todo[start : start + args.generation_batch_size]
             width = max(len(prompts[i]) for i in batch)
@@ -415,7 +463,8 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
 
 def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, loss: float) -> dict[str, Any]:
     epochs = trainer.state.epoch or 0
-    label_tokens = sum(sum(token != -100 for token in labels) for labels in train["labels"])
+    label_tokens = np.array([sum(token != -100 for token in labels) for labels in train["labels"]])
+    times = np.full(len(train), epochs) if trainer.report is None else trainer.report.times_trained
     results = {
         "seconds": seconds,
         "scoring_seconds": 0.0,
@@ -423,18 +472,20 @@ def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, los
         "train_loss": loss,
         "train_samples": len(train),
         "rows_backpropagated": round(len(train) * epochs),
-        "tokens_backpropagated": round(label_tokens * epochs),
+        "tokens_backpropagated": round(float((label_tokens * times).sum())),
         "predicted_time": 1.0,
         "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
     }
     if trainer.report is not None:
         report = trainer.report.to_dict()
         results["scoring_seconds"] = sum(report["seconds"][part] for part in ("probe", "offline", "scoring"))
-        results |= {k: report[k] for k in ("rows_backpropagated", "tokens_backpropagated", "predicted_time")}
+        results |= {k: report[k] for k in ("rows_backpropagated", "predicted_time")}
     return results
 
 
-def _predict(trainer: DarelTrainer, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path) -> dict[str, Any]:
+def _predict(
+    trainer: DarelTrainer, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path
+) -> dict[str, Any]:
     """Write predictions for the distinct meaning representations of the test set, and score them."""
     if not args.generate:
         return {}

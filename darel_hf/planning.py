@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .config import require
+from .config import DarelConfig, require
 
 #: The paper's floor for both fractions (equation 2), and its usual offline fraction (equation 3).
 SMALLEST_KEEP = 0.1
@@ -131,7 +131,7 @@ def fresh_epochs(rescore_every: int, epochs: float) -> int:
 
 
 def online_term(online_keep: float, rescore_every: int, epochs: float, forward_share: float) -> float:
-    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + A, or 1 where nothing is selected."""
+    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + A, or 1 without selection."""
     if online_keep == 1:
         return 1.0
     return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs) + online_keep
@@ -225,6 +225,15 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     eta = math.ceil(plan.epochs)
     alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, share)
     return replace(plan, offline_keep=min(alpha, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+
+
+def budget_plan(plan: Plan, config: DarelConfig) -> Plan:
+    """Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met."""
+    budget = 1.0 if config.budget_time is None else config.budget_time
+    if config.budget_method == "measured":
+        return solve_budget(plan, budget)
+    alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
+    return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
 
 
 def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:

@@ -1,4 +1,4 @@
-"""`Report`: what was planned, kept, dropped and measured in a run; as text, JSON, a table of samples, and a picture."""
+"""`Report`: what was planned, kept, dropped and measured in a run; as text, JSON, a table and a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import DarelConfig
 from .files import atomic_path
 from .ledger import LossLedger
 from .planning import Plan
-from .selection import Samples, length_corrected
+from .selection import RULES, Samples, length_corrected
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Report:
         full_seconds (`float`): estimate of plain training from the measured step; NaN if nothing was measured.
         steps (`int`): optimizer steps done.
         rows_backpropagated (`int`): rows that got a backward pass, over all processes.
-        tokens_backpropagated (`int`): their label positions, as far as known.
+        times_trained (`np.ndarray`): float `[n]`, in the order of `ledger.ids`: backward passes of each sample.
         ledger ([`LossLedger`]): losses and counts of every sample.
         kept (`np.ndarray`): bool `[n]`, in the order of `ledger.ids`: kept by the offline stage.
         scores_reused (`bool`): whether the offline losses came from the cache.
@@ -41,7 +41,7 @@ class Report:
     full_seconds: float
     steps: int
     rows_backpropagated: int
-    tokens_backpropagated: int
+    times_trained: np.ndarray
     ledger: LossLedger
     kept: np.ndarray
     scores_reused: bool
@@ -50,6 +50,11 @@ class Report:
     def measured_time(self) -> float:
         """Total time, scoring counted, relative to the estimated plain training; NaN if nothing was measured."""
         return self.seconds["total"] / self.full_seconds if self.full_seconds > 0 else math.nan
+
+    @property
+    def tokens_backpropagated(self) -> int:
+        """Label positions of the rows that got a backward pass, as far as their number is known from scoring."""
+        return round(float((self.times_trained * self.ledger.n_tokens).sum()))
 
     @property
     def percentiles(self) -> np.ndarray:
@@ -75,7 +80,8 @@ class Report:
         """
         percentiles = self.percentiles
         rows = np.flatnonzero(~self.kept)
-        rows = rows[np.argsort(-np.abs(percentiles[rows] - 0.5), kind="stable")][:limit]
+        extremeness = np.nan_to_num(np.abs(percentiles[rows] - 0.5))  # a rule that reads no losses knows none
+        rows = rows[np.argsort(-extremeness, kind="stable")][:limit]
         return [
             {
                 "sample_id": int(self.ledger.ids[row]),
@@ -89,8 +95,8 @@ class Report:
 
     def _why(self, percentile: float) -> str:
         rule = self.config.offline_rule
-        if rule == "random":
-            return "random: not drawn"
+        if not RULES[rule].reads_losses:
+            return f"{rule}: not drawn"
         side = "harder" if percentile > 0.5 else "easier"
         share = percentile if percentile > 0.5 else 1 - percentile
         of = "samples of similar length" if self.config.length_correction else "all samples"
@@ -111,7 +117,7 @@ class Report:
             "dropped": int((~self.kept).sum()),
             "rows_backpropagated": self.rows_backpropagated,
             "tokens_backpropagated": self.tokens_backpropagated,
-            "coverage": self.ledger.coverage,
+            "coverage": float(np.count_nonzero(self.times_trained)) / len(self.ledger),
             "scores_reused": self.scores_reused,
         }
 

@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 PerSampleLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 
-MAX_TOKENS = 4096  # positions, padding included, in one batch of the offline pass
+#: Positions, padding included, in one batch of the offline pass, by device: caches are small, GPUs are wide.
+MAX_TOKENS = {"cpu": 1024}
+MAX_TOKENS_ELSEWHERE = 16384
 WINDOW = 4096  # samples that are read, sorted by length and saved together
 
 
@@ -88,15 +90,15 @@ class BatchScorer:
     """
     Compute the losses of a batch in eval mode, without gradients.
 
-    For language models only the positions that carry a label pass the head, a few hundred at a time, so that the logits
-    of a whole batch never exist. The first batch is also scored the plain way: where the two differ (a model that does
-    more after its head), the plain way is taken from then on; and where the plain losses are not the model's own, a
-    warning says so.
+    For language models only the positions that carry a label pass the head, a few hundred at a time, so that the
+    logits of a whole batch never exist. The first batch is also scored the plain way: where the two differ (a model
+    that does more after its head), the plain way is taken from then on; and where the plain losses are not the model's
+    own, a warning says so.
 
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
-        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot know.
-        want_correct (`bool`): also find out how many positions are predicted right.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot
+        know. want_correct (`bool`): also find out how many positions are predicted right.
         autocast (`Callable`): returns the context in which the model runs.
     """
 
@@ -199,8 +201,8 @@ class BatchScorer:
             mean = (plain.losses * plain.n_tokens).sum() / total
             if torch.isfinite(own) and not torch.allclose(mean, own.float(), rtol=tolerance, atol=tolerance):
                 logger.warning(
-                    "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it adds "
-                    "or weighs something; pass per_sample_loss= to rank by the model's own loss",
+                    "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it "
+                    "adds or weighs something; pass per_sample_loss= to rank by the model's own loss",
                     mean.item(),
                     own.item(),
                 )
@@ -361,6 +363,11 @@ def token_batches(lengths: np.ndarray, max_tokens: int, max_rows: int) -> Iterat
         start += rows
 
 
+def default_max_tokens(device: torch.device) -> int:
+    """Return how many positions a batch of the offline pass has on this device."""
+    return MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
+
+
 def score_dataset(
     scorer: BatchScorer,
     dataset: Any,
@@ -369,8 +376,9 @@ def score_dataset(
     *,
     rank: int = 0,
     world_size: int = 1,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     max_rows: int = 256,
+    progress_bar: bool = True,
     parts: str | os.PathLike | None = None,
     origin: dict[str, str] | None = None,
 ) -> Scores:
@@ -383,8 +391,9 @@ def score_dataset(
         collator (`Callable`): makes a batch of items and keeps the ids, see [`darel_hf.data.CarryIds`].
         prepare (`Callable`): moves a batch to the model's device.
         rank, world_size (`int`): this process scores every `world_size`-th sample; all get all scores.
-        max_tokens (`int`): positions a batch, padding included.
+        max_tokens (`int`, *optional*): positions a batch, padding included; the default suits the device.
         max_rows (`int`): samples a batch.
+        progress_bar (`bool`): show one if the pass takes longer than two seconds.
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
 
@@ -394,9 +403,12 @@ def score_dataset(
     Raises:
         ValueError: for NaN or infinite losses (names the ids); see also [`BatchScorer`].
     """
+    if max_tokens is None:
+        max_tokens = default_max_tokens(next(scorer.model.parameters()).device)
     mine = np.arange(rank, len(dataset), world_size)
     done: list[np.ndarray] = []
-    progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, disable=rank != 0, leave=False)
+    hidden = rank != 0 or not progress_bar
+    progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, leave=False, disable=hidden)
     for number, start in enumerate(range(0, len(mine), WINDOW)):
         window = mine[start : start + WINDOW]
         part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"

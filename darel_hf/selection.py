@@ -53,8 +53,8 @@ class Rule:
     """
     A selection rule: call it with `(samples, keep, generator)`, get `(positions, weights)`.
 
-    A rule is defined by a *priority*, a float for each sample; the samples of highest priority are kept, ties go to the
-    smaller id, and with groups each group keeps its share, at least one. So every rule keeps exactly
+    A rule is defined by a *priority*, a float for each sample; the samples of highest priority are kept, ties go to
+    the smaller id, and with groups each group keeps its share, at least one. So every rule keeps exactly
     `max(1, round(keep * n))` samples and works with groups.
 
     Attributes:
@@ -62,12 +62,14 @@ class Rule:
         priority (`Callable`): `(samples, keep, generator) -> float [n]`.
         weigh (`Callable`, *optional*): `(samples, keep, positions) -> float [k]`, weights of the kept samples.
         needs (`tuple[str, ...]`): fields of [`Samples`] beyond ids and losses without which it cannot work.
+        reads_losses (`bool`): whether it looks at losses at all; where not, nothing is scored for it.
     """
 
     name: str
     priority: Priority
     weigh: Weigh | None = None
     needs: tuple[str, ...] = ()
+    reads_losses: bool = True
 
     def __call__(
         self, samples: Samples, keep: float, generator: np.random.Generator
@@ -88,7 +90,8 @@ class Rule:
             ValueError: for NaN or infinite losses (names the ids), a missing field, or more groups than kept samples.
         """
         require(0 < keep <= 1, "keep", keep, "give a fraction in (0, 1]")
-        check_finite(samples.ids, samples.losses)
+        if self.reads_losses:
+            check_finite(samples.ids, samples.losses)
         for name in self.needs:
             present = getattr(samples, name) is not None and not np.isnan(getattr(samples, name)).any()
             require(present, name, None, f"the rule {self.name!r} needs it and it is not known for every sample")
@@ -134,7 +137,7 @@ RULES: dict[str, Rule] = {}
 
 
 def register_rule(
-    name: str, weigh: Weigh | None = None, needs: tuple[str, ...] = ()
+    name: str, weigh: Weigh | None = None, needs: tuple[str, ...] = (), reads_losses: bool = True
 ) -> Callable[[Priority], Priority]:
     """
     Make a priority function a rule that can be named in `offline_rule` and `online_rule`.
@@ -143,7 +146,7 @@ def register_rule(
 
     ```python
     >>> from darel_hf.selection import RULES, register_rule
-    >>> @register_rule("longest", needs=("lengths",))
+    >>> @register_rule("longest", needs=("lengths",), reads_losses=False)
     ... def longest(samples, keep, generator):
     ...     return samples.lengths.astype(float)
     >>> "longest" in RULES
@@ -153,7 +156,7 @@ def register_rule(
 
     def add(priority: Priority) -> Priority:
         require(name not in RULES, "rule", name, "there is a rule of this name; choose another")
-        RULES[name] = Rule(name, priority, weigh, needs)
+        RULES[name] = Rule(name, priority, weigh, needs, reads_losses)
         return priority
 
     return add
@@ -184,7 +187,7 @@ def middle(samples: Samples, keep: float, generator: np.random.Generator) -> np.
     return -np.abs(_ranks(samples) - (len(samples) - 1) / 2)
 
 
-@register_rule("random")
+@register_rule("random", reads_losses=False)
 def random(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
     """Keep samples drawn at random: the control that every other rule has to beat."""
     return generator.random(len(samples))
@@ -192,7 +195,7 @@ def random(samples: Samples, keep: float, generator: np.random.Generator) -> np.
 
 @register_rule("trimmed")
 def trimmed(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
-    """Keep the highest losses after the top 3 per cent, which are mostly noise; of those the lowest come back first."""
+    """Keep the highest losses after the top 3 per cent, mostly noise; of those the lowest come back first."""
     ranks = _ranks(samples).astype(float)
     cut = ranks >= len(samples) - round(TRIM * len(samples))
     return np.where(cut, -1 - ranks, ranks)

@@ -71,29 +71,32 @@ class Selector:
         """Whether candidates are scored by a forward pass in this epoch (0, eta, 2 eta, ...)."""
         return epoch % self.config.rescore_every == 0
 
-    def select_offline(self, scores: Scores, groups: np.ndarray | None = None) -> OfflineSelection:
+    def select_offline(self, scores: Scores | None, groups: np.ndarray | None = None) -> OfflineSelection:
         """
         Decide which samples are kept for training, and remember their losses.
 
         Args:
-            scores ([`Scores`]): in the order of `ids`.
+            scores ([`Scores`], *optional*): in the order of `ids`; `None` for a rule that reads no losses.
             groups (`np.ndarray`, *optional*): int `[n]`, group number of each sample, each to stay represented.
 
         Raises:
             ValueError: see [`darel_hf.selection.Rule`].
         """
-        correct = None if np.isnan(scores.correct).any() else scores.correct
-        self.ledger.record_scores(scores.ids, scores.losses, scores.n_tokens, step=0, correct=correct, share=False)
-        samples = Samples(scores.ids, scores.losses, scores.n_tokens, groups, correct)
-        if self.config.length_correction:
-            samples = length_corrected(samples)
+        if scores is None:
+            samples = Samples(self.ids, np.zeros(len(self.ids)), groups=groups)
+        else:
+            correct = None if np.isnan(scores.correct).any() else scores.correct
+            self.ledger.record_scores(scores.ids, scores.losses, scores.n_tokens, 0, correct=correct, share=False)
+            samples = Samples(scores.ids, scores.losses, scores.n_tokens, groups, correct)
+            if self.config.length_correction:
+                samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 0])
         return OfflineSelection(*RULES[self.config.offline_rule](samples, self.config.offline_keep, generator))
 
     def select(
         self,
         ids: np.ndarray,
-        losses: np.ndarray,
+        losses: np.ndarray | None,
         batch_size: int,
         batch: int,
         lengths: np.ndarray | None = None,
@@ -104,7 +107,7 @@ class Selector:
 
         Args:
             ids (`np.ndarray`): int64 `[n]`.
-            losses (`np.ndarray`): float `[n]`, all of eval mode.
+            losses (`np.ndarray`, *optional*): float `[n]`, all of eval mode; `None` for a rule that reads no losses.
             batch_size (`int`): rows to keep of a full candidate batch; of a smaller one (the last) in proportion.
             batch (`int`): number of this candidate batch, counted over the run and over all processes.
             lengths (`np.ndarray`, *optional*): int `[n]`, label positions, for `length_correction`.
@@ -116,7 +119,9 @@ class Selector:
         Raises:
             ValueError: for NaN or infinite losses; the message names the ids.
         """
-        ids, losses = np.asarray(ids, np.int64), np.asarray(losses, np.float64)
+        ids = np.asarray(ids, np.int64)
+        rule = RULES[self.config.online_rule]
+        losses = np.zeros(len(ids)) if losses is None else np.asarray(losses, np.float64)
         check_finite(ids, losses)
         candidates = self.candidate_rows(batch_size)
         count = batch_size if len(ids) >= candidates else kept_count(batch_size / candidates, len(ids))
@@ -125,16 +130,20 @@ class Selector:
         row_ids = np.empty(len(ids), np.int64)
         row_ids[order] = np.arange(len(ids))
         samples = Samples(row_ids, losses, lengths, None, correct)
-        if self.config.length_correction:
+        if self.config.length_correction and rule.reads_losses:
             samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 1, batch])
-        positions, weights = RULES[self.config.online_rule](samples, count / len(ids), generator)
+        positions, weights = rule(samples, count / len(ids), generator)
         self.ledger.record_training(ids[positions])
         return positions, weights
 
     def needs_correct(self, stage: str) -> bool:
         """Whether the rule of the `"offline"` or `"online"` stage needs to know which predictions are right."""
         return "correct" in RULES[getattr(self.config, f"{stage}_rule")].needs
+
+    def reads_losses(self, stage: str) -> bool:
+        """Whether the rule of the `"offline"` or `"online"` stage looks at losses; where not, nothing is scored."""
+        return RULES[getattr(self.config, f"{stage}_rule")].reads_losses
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return what a checkpoint must remember, as arrays."""

@@ -35,7 +35,7 @@ from .data import (
 from .files import write_json
 from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .measure import measure_costs, measure_memory
-from .planning import Costs, Plan, assumed_costs, batch_size_within, paper_budget, solve_budget
+from .planning import Plan, assumed_costs, batch_size_within, budget_plan
 from .report import Report
 from .scoring import (
     BatchScorer,
@@ -60,12 +60,12 @@ class DarelMixin:
     Add DAREL to a `Trainer` subclass: `class Mine(DarelMixin, AnyTrainerSubclass)`.
 
     Args:
-        darel ([`DarelConfig`], *optional*): the settings; by default all off, and training is exactly that of the class
-            below.
-        scorer (`nn.Module`, *optional*): a model that scores in the offline stage in place of the one being trained; it
-            takes the same batches.
-        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, the loss of each sample in nats, for
-            models whose loss cannot be read off logits and labels.
+        darel ([`DarelConfig`], *optional*): the settings; by default all off, and training is exactly that of the
+            class below.
+        scorer (`nn.Module`, *optional*): a model that scores in the offline stage in place of the one being trained;
+            it takes the same batches.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, the loss of each sample in nats,
+            for models whose loss cannot be read off logits and labels.
         *args, **kwargs: as for the trainer below.
 
     Attributes:
@@ -334,7 +334,7 @@ class _Run:
             epochs=self._epochs(),
             samples=len(self.ids),
             costs=assumed_costs(lora=hasattr(self.trainer.model, "peft_config")),
-            scores_free=saved is not None,
+            scores_free=saved is not None or not self._reads_losses("offline"),
             fixed_steps=args.max_steps > 0,
         )
         selects = config.has_budget or config.offline_keep < 1 or config.online_keep < 1
@@ -348,7 +348,7 @@ class _Run:
                 self._settle(started, "offline")
                 if not self.scores_reused and plan.costs.measured and config.has_budget:
                     plan = self._with_offline_cost(plan)
-            plan = self.trainer._on_main(self._solve, plan) if config.has_budget else plan
+            plan = self.trainer._on_main(budget_plan, plan, config) if config.has_budget else plan
             self._announce(plan)
             self.plan = plan
             if plan.offline_keep < 1:
@@ -381,30 +381,29 @@ class _Run:
             plan = replace(plan, batch_size=size)
         if costs is not None:
             plan = replace(plan, costs=self._from_main(costs))
+        if not self._reads_losses("online"):
+            plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
         self._settle(started, "probe")
         return plan
 
     def _from_main(self, value: Any) -> Any:
         return self.trainer._on_main(lambda: value)
 
+    def _reads_losses(self, stage: str) -> bool:
+        return Selector(self.config, [0]).reads_losses(stage)
+
     def _wants_offline(self, plan: Plan) -> bool:
+        if not self._reads_losses("offline"):
+            return False
         if not self.config.has_budget:
             return plan.offline_keep < 1
-        return self.trainer._on_main(self._solve, plan).offline_keep < 1
+        return self.trainer._on_main(budget_plan, plan, self.config).offline_keep < 1
 
     def _with_offline_cost(self, plan: Plan) -> Plan:
         """Replace the estimated cost of the offline pass by what it has cost."""
         steps = len(self.ids) / (plan.batch_size * self.args.world_size)
         share = self.seconds["offline"] / (steps * plan.costs.step_seconds)
         return replace(plan, costs=replace(plan.costs, offline_share=self._from_main(share)))
-
-    def _solve(self, plan: Plan) -> Plan:
-        config = self.config
-        budget = 1.0 if config.budget_time is None else config.budget_time
-        if config.budget_method == "measured":
-            return solve_budget(plan, budget)
-        alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
-        return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
 
     def _announce(self, plan: Plan) -> None:
         self.trainer.accelerator.print(plan)
@@ -426,8 +425,8 @@ class _Run:
             limit = 0.1 * steps if name == "warmup_steps" else steps
             if used and value is not None and value >= 1 and value > limit and steps < self._full_steps():
                 logger.warning(
-                    "%s=%g was made for the full run; this one has about %d steps. Give a fraction below 1 instead, of "
-                    "all steps",
+                    "%s=%g was made for the full run; this one has about %d steps. Give a fraction below 1 instead, "
+                    "of all steps",
                     name,
                     value,
                     steps,
@@ -455,7 +454,7 @@ class _Run:
         return loader.dataset, loader.collate_fn
 
     def _score_offline(self) -> Scores:
-        trainer, config = self.trainer, self.config
+        trainer = self.trainer
         dataset, collator = self._dataset_and_collator()
         model = trainer.scorer if trainer.scorer is not None else trainer.model
         if trainer.scorer is not None:
@@ -485,6 +484,7 @@ class _Run:
                 trainer._prepare_inputs,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
+                progress_bar=not self.args.disable_tqdm,
                 max_rows=8 * trainer._train_batch_size if "input_ids" not in items[0] else 256,
                 parts=self.folder / f"parts-{name}",
                 origin=origin,
@@ -540,8 +540,10 @@ class _Run:
         ids = batch[ID_KEY].cpu().numpy()
         weights = None
         if self.selector.config.online_keep < 1:
-            losses, lengths, correct = self._candidate_losses(batch, ids)
-            self._interval.append(losses)
+            losses = lengths = correct = None
+            if self.selector.reads_losses("online"):
+                losses, lengths, correct = self._candidate_losses(batch, ids)
+                self._interval.append(losses)
             started = time.perf_counter()
             rows, weights = self.selector.select(
                 ids, losses, self.trainer._train_batch_size, number, lengths=lengths, correct=correct
@@ -682,7 +684,7 @@ class _Run:
             kept[ledger.rows(self.ids[self.positions])] = True
         steps = self.trainer.state.global_step
         if self.in_loop:
-            rows, times = self.total_trained, ledger.times_trained
+            rows, times = self.total_trained, ledger.times_trained.astype(float)
         else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch
             rows = round(kept.sum() * self.trainer.state.epoch)
             times = kept * self.trainer.state.epoch
@@ -693,7 +695,7 @@ class _Run:
             full_seconds=plan.costs.step_seconds / plan.slowdown * self._full_micro_batches(),
             steps=steps,
             rows_backpropagated=int(rows),
-            tokens_backpropagated=round(float((times * ledger.n_tokens).sum())),
+            times_trained=times,
             ledger=ledger,
             kept=kept,
             scores_reused=self.scores_reused,
@@ -717,6 +719,3 @@ class DarelTrainer(DarelMixin, Trainer):
 
 class DarelSeq2SeqTrainer(DarelMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with DAREL, see [`DarelMixin`]."""
-
-
-__all__ = ["Costs", "DarelMixin", "DarelSeq2SeqTrainer", "DarelTrainer"]

@@ -57,7 +57,7 @@ def tiny_lora(dropout: float = 0.0, seed: int = 0):
 
 
 def token_data(n: int = 37, seed: int = 0, prompt: bool = True) -> datasets.Dataset:
-    """`n` sequences of 4 to 20 tokens, the first two masked in the labels if `prompt`; a `group` column beside them."""
+    """`n` sequences of 4 to 20 tokens, the first two without label if `prompt`; a `group` column beside them."""
     generator = np.random.default_rng(seed)
     rows = []
     for i in range(n):
@@ -69,19 +69,19 @@ def token_data(n: int = 37, seed: int = 0, prompt: bool = True) -> datasets.Data
 
 def arguments(folder, **settings) -> TrainingArguments:
     """Training arguments for a few quiet steps on the CPU."""
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        num_train_epochs=2,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=7,
-        dataloader_pin_memory=False,
-    )
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+    }
     return TrainingArguments(**{**defaults, **settings})
 
 

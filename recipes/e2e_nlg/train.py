@@ -13,8 +13,8 @@ Your own files, a quick run, other fractions (every key of the YAML file is an o
     python recipes/e2e_nlg/train.py recipes/e2e_nlg/gpt2_small.yaml --output_dir outputs/quick \
         --data_dir FOLDER --model_name_or_path FOLDER --max_train_samples 2000 --offline_keep 0.7
 
-The folder has trainset.csv, devset.csv and testset_w_refs.csv of the challenge, columns `mr,ref`. The output folder ends
-with the adapter, predictions.txt, results.json, and what DAREL did: darel/report.json, dropped.csv, losses.png.
+The folder has trainset.csv, devset.csv and testset_w_refs.csv of the challenge, columns `mr,ref`. The output folder
+ends with the adapter, predictions.txt, results.json, and what DAREL did: darel/report.json, dropped.csv, losses.png.
 """
 
 from transformers import TrainingArguments

@@ -1,0 +1,213 @@
+"""The `darel` command: thin, each verb one call into the package."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .config import require
+
+app = typer.Typer(
+    help="DAREL: train on the samples that still teach the model something.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+errors = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn errors about input into one line and exit status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def refuse_overwrite(path: Path, force: bool) -> None:
+    """Raise `ValueError` if a file would be overwritten without being asked to."""
+    require(force or not path.exists(), "output", str(path), "exists; name another file, or say --force")
+
+
+def read_table(path: Path) -> Any:
+    """Read a CSV, JSONL or parquet file as a `datasets.Dataset`. Raises `ValueError` for anything else."""
+    import datasets
+
+    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    require(path.is_file(), "data", str(path), "no such file")
+    require(path.suffix in kinds, "data", str(path), f"unknown kind of file; give one of {', '.join(kinds)}")
+    datasets.utils.logging.disable_progress_bar()
+    table = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    require(len(table) > 0, "data", str(path), "there are no rows in it")
+    return table
+
+
+def write_table(table: Any, path: Path) -> None:
+    """Write a `datasets.Dataset` as CSV, JSONL or parquet, by the suffix, atomically."""
+    from .files import atomic_path
+
+    writers = {".csv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
+    require(path.suffix in writers, "output", str(path), f"unknown kind of file; give one of {', '.join(writers)}")
+    keywords = {"force_ascii": False} if path.suffix == ".jsonl" else {}
+    with atomic_path(path) as temporary:
+        getattr(table, writers[path.suffix])(str(temporary), **keywords)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="New folder for data, model, results and charts.")] = "demo_output",
+) -> None:
+    """Fine-tune a small model four ways on a generated corpus: about three minutes, no network, no GPU."""
+    with clear_errors():
+        from .demo import run_demo, table
+
+        out.print(f"Warming up a small GPT-2, then four ways of LoRA fine-tuning; everything goes to {output_dir}/.")
+        results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", highlight=False))
+        out.print(table(results))
+        out.print(f"Charts: {output_dir}/losses.png, {output_dir}/quality_time.png")
+
+
+@app.command()
+def score(
+    data: Annotated[Path, typer.Argument(help="CSV, JSONL or parquet file, one sample a row.")],
+    output: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path("scores.parquet"),
+    model: Annotated[str, typer.Option(help="Causal language model: hub name or folder.")] = "gpt2",
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt, which is not scored.")] = None,
+    target_column: Annotated[str, typer.Option(help="Column with the text that is scored.")] = "text",
+    id_column: Annotated[str | None, typer.Option(help="Column with integer ids; default: row numbers.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens of prompt and target together.")] = 512,
+    force: Annotated[bool, typer.Option(help="Overwrite the output.")] = False,
+) -> None:
+    """
+    Score every sample with a language model: its mean loss per token.
+
+    The file that comes out (sample_id, loss, n_tokens) is what `darel select --scores` and
+    `DarelConfig(scores=...)` take. An example: darel score trainset.csv --model gpt2 --prompt-column mr
+    --target-column ref
+    """
+    with clear_errors():
+        refuse_overwrite(output, force)
+        from .nlg import score_texts
+        from .scoring import save_scores
+
+        scores = score_texts(read_table(data), model, prompt_column, target_column, id_column, max_length)
+        save_scores(scores, output)
+        losses = scores.losses
+        out.print(
+            f"{len(losses):,} samples scored: loss {losses.mean():.3f} on average, {losses.min():.3f} to "
+            f"{losses.max():.3f}; written to {output}",
+            highlight=False,
+        )
+
+
+@app.command()
+def select(
+    scores: Annotated[Path, typer.Option(help="Parquet file made by `darel score`.")],
+    output: Annotated[Path, typer.Option(help="File for what is kept: .jsonl, .parquet or .csv.")],
+    keep: Annotated[float, typer.Option(help="Fraction to keep, in (0, 1].")] = 0.8,
+    rule: Annotated[str, typer.Option(help="Selection rule.")] = "trimmed",
+    data: Annotated[Path | None, typer.Option(help="The samples; without them only ids are written.")] = None,
+    id_column: Annotated[str | None, typer.Option(help="Column of the data with the ids that were scored.")] = None,
+    group_column: Annotated[str | None, typer.Option(help="Column whose values all stay represented.")] = None,
+    length_correction: Annotated[bool, typer.Option(help="Compare losses among similar lengths.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of rules that draw at random.")] = 0,
+    force: Annotated[bool, typer.Option(help="Overwrite the output.")] = False,
+) -> None:
+    """
+    Write the kept part of a data set, or its ids, for any other tool.
+
+    An example: darel select --scores scores.parquet --data trainset.csv --keep 0.7 --output kept.jsonl
+    """
+    with clear_errors():
+        refuse_overwrite(output, force)
+        import datasets
+
+        from .config import DarelConfig
+        from .data import read_column, sample_ids
+        from .scoring import load_scores, match_scores
+        from .selector import Selector, group_numbers
+
+        remedy = "groups are read from the data; give --data"
+        require(group_column is None or data is not None, "group_column", group_column, remedy)
+        config = DarelConfig(offline_keep=keep, offline_rule=rule, length_correction=length_correction)
+        loaded, groups = load_scores(scores), None
+        table = None if data is None else read_table(data)
+        if table is not None:
+            ids = sample_ids(table, id_column)
+            remedy = f"there are {len(ids)} rows in {data}, but {len(loaded.ids)} scores; score these data"
+            require(len(ids) == len(loaded.ids), "scores", str(scores), remedy)
+            loaded = match_scores(loaded, ids, loaded.origin.get("data", ""), str(scores))
+            if group_column is not None:
+                groups = group_numbers(read_column(table, group_column, "group_column"))
+        selection = Selector(config, loaded.ids, seed).select_offline(loaded, groups)
+        kept = loaded.ids[selection.positions]
+        result = (
+            datasets.Dataset.from_dict({"sample_id": kept}) if table is None else table.select(selection.positions)
+        )
+        if selection.weights is not None:
+            result = result.add_column("weight", selection.weights)
+        write_table(result, output)
+        out.print(f"{len(kept):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}", highlight=False)
+
+
+@app.command()
+def plan(
+    offline_keep: Annotated[float, typer.Option(help="Fraction kept offline (alpha).")] = 1.0,
+    online_keep: Annotated[float, typer.Option(help="Fraction of each candidate batch that is trained on (A).")] = 1.0,
+    rescore_every: Annotated[int, typer.Option(help="Epochs from one scoring to the next (eta).")] = 1,
+    budget_time: Annotated[float | None, typer.Option(help="Instead: fraction of the full time (t).")] = None,
+    budget_method: Annotated[str, typer.Option(help="'measured' (our cost model) or 'paper'.")] = "measured",
+    epochs: Annotated[float, typer.Option(help="Epochs of training.")] = 5,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
+    samples: Annotated[int, typer.Option(help="Samples of the training set.")] = 42061,
+    forward_share: Annotated[float, typer.Option(help="Scoring a row relative to training on it (f).")] = 0.5,
+    offline_share: Annotated[float, typer.Option(help="The same in the offline pass (c * f).")] = 0.3,
+    saved_scores: Annotated[bool, typer.Option(help="There is no offline pass to pay for.")] = False,
+) -> None:
+    """
+    Show what a setting, or a time budget, is predicted to cost, before anything runs.
+
+    The two shares say what scoring costs on your machine: half a step is usual for LoRA, a third for full fine-tuning;
+    every training run prints the ones that it measured.
+    """
+    with clear_errors():
+        from .config import DarelConfig
+        from .planning import Costs, Plan, budget_plan
+
+        config = DarelConfig(
+            offline_keep=offline_keep,
+            online_keep=online_keep,
+            rescore_every=rescore_every,
+            budget_time=budget_time,
+            budget_method=budget_method,
+        )
+        for name, value in (("epochs", epochs), ("batch_size", batch_size), ("samples", samples)):
+            require(value > 0, name, value, "give a positive number")
+        for name, value in (("forward_share", forward_share), ("offline_share", offline_share)):
+            require(0 <= value <= 1, name, value, "give a fraction in [0, 1]")
+        made = Plan(
+            offline_keep=config.offline_keep,
+            online_keep=config.online_keep,
+            rescore_every=config.rescore_every,
+            batch_size=batch_size,
+            epochs=epochs,
+            samples=samples,
+            costs=Costs(float("nan"), forward_share, offline_share, measured=False),
+            scores_free=saved_scores,
+        )
+        made = budget_plan(made, config) if config.has_budget else made
+        out.print(str(made), highlight=False)
+        if made.predicted_saving <= 0:
+            errors.print("no saving is predicted: scoring costs more than the dropped rows save", highlight=False)
+
+
+if __name__ == "__main__":
+    app()
