@@ -79,7 +79,7 @@ def _optimizer_step(trainer: Any) -> Callable[[], Any]:
     return step
 
 
-def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> Costs | None:
+def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int, candidates: int) -> Costs | None:
     """
     Time a training step, a scoring forward of as many rows, and the offline pass.
 
@@ -90,9 +90,10 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> 
         dataset: map-style, items with ids, unused columns removed.
         collator (`Callable`): keeps ids.
         rows (`int`): batch size b.
+        candidates (`int`): rows of a candidate batch; more rows are padded to more columns.
 
     Returns:
-        [`Costs`], medians over a few batches; `None` where the model cannot run before it is sharded (FSDP,
+        [`Costs`], over a few batches; `None` where the model cannot run before it is sharded (FSDP,
         DeepSpeed).
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -104,6 +105,7 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> 
         trainer.scorer.to(device)
         offline = BatchScorer(trainer.scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
     batches = _batches(trainer, dataset, collator, rows, BATCHES + 1)
+    scored = _batches(trainer, dataset, collator, candidates, BATCHES // 2 + 1)
     accumulation = trainer.args.gradient_accumulation_steps
     with _untouched(trainer.model):
         optimizer_step = _optimizer_step(trainer)
@@ -111,22 +113,15 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int) -> 
         def train(batch: Mapping) -> None:
             _loss(trainer, batch).backward()
 
-        forwards, steps, updates = [], [], []
-        for number, batch in enumerate(batches):
-            timed = (
-                _seconds(lambda batch=batch: scorer(batch).losses.cpu(), device),
-                _seconds(lambda batch=batch: train(batch), device),
-                _seconds(optimizer_step, device),
-            )
-            if number == 0:
-                continue  # the first batch warms up caches and allocators
-            for values, value in zip((forwards, steps, updates), timed, strict=True):
-                values.append(value)
-        step = statistics.median(steps) + statistics.median(updates) / accumulation
+        # The first call of each kind warms up caches and allocators. Scoring comes first: it names what is missing.
+        forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
+        steps = [_seconds(lambda batch=batch: train(batch), device) for batch in batches][1:]
+        updates = [_seconds(optimizer_step, device) for _ in batches][1:]
+        step = statistics.mean(steps) + statistics.median(updates) / accumulation
         pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 8 * rows)
     return Costs(
         step_seconds=step,
-        forward_share=statistics.median(forwards) / step,
+        forward_share=statistics.median(forwards) / candidates * rows / step,
         offline_share=pass_seconds * rows / step,
     )
 

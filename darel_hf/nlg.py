@@ -336,6 +336,7 @@ def generate(
     model.eval()
     device = next(model.parameters()).device
     prompts = tokenizer([prompt_of(mr) for mr in mrs], add_special_tokens=False)["input_ids"]
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     todo = sorted((i for i in range(len(mrs)) if i not in done), key=lambda i: (-len(prompts[i]), i))
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a", encoding="utf-8") as file:
@@ -346,7 +347,6 @@ def generate(
         for start in range(0, len(todo), args.generation_batch_size):
             batch = todo[start : start + args.generation_batch_size]
             width = max(len(prompts[i]) for i in batch)
-            pad = tokenizer.pad_token_id
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=device)
             mask = torch.tensor(
                 [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device

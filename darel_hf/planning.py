@@ -56,6 +56,7 @@ class Plan:
         fixed_steps (`bool`): whether `max_steps` fixes the number of steps.
         slowdown (`float`): time of all rows in batches of `batch_size`, relative to the batch size that the user gave
             (T_new / T; above 1 where a memory budget made batches smaller).
+        overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
     """
@@ -70,6 +71,7 @@ class Plan:
     scores_free: bool = False
     fixed_steps: bool = False
     slowdown: float = 1.0
+    overhead: float = 0.0
     method: str = "settings"
 
     @property
@@ -88,8 +90,8 @@ class Plan:
         online = online_term(self.online_keep, self.rescore_every, self.epochs, self.costs.forward_share)
         offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
         if self.fixed_steps:
-            return self.slowdown * (offline + online / self.online_keep)
-        return self.slowdown * (offline + self.offline_keep * online)
+            return self.overhead + self.slowdown * (offline + online / self.online_keep)
+        return self.overhead + self.slowdown * (offline + self.offline_keep * online)
 
     @property
     def predicted_saving(self) -> float:
@@ -201,10 +203,14 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
     plan = replace(plan, method="measured")
-    if budget_time == 1 and plan.slowdown <= 1:
+    if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
         return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
     share = plan.costs.forward_share
-    left = budget_time / plan.slowdown - (0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs)
+    # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
+    overhead = min(plan.overhead, 0.1 * budget_time, budget_time - smallest)
+    left = (budget_time - overhead) / plan.slowdown - (
+        0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
+    )
     offline_only = replace(plan, offline_keep=min(left, 1.0), online_keep=1.0, rescore_every=1)
     if left >= USUAL_OFFLINE_KEEP:
         return offline_only

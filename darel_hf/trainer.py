@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
-import os
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from . import checkpoints
 from .config import DarelConfig, require
-from .data import (
-    ID_KEY,
-    WEIGHT_KEY,
-    CarryIds,
-    add_ids,
-    code_fingerprint,
-    data_fingerprint,
-    read_column,
-    sample_ids,
-    select_rows,
-    take_rows,
-)
-from .files import write_json
+from .data import ID_KEY, WEIGHT_KEY, CarryIds, sample_ids
 from .losses import SampleLosses, per_sample_losses, weighted_loss
-from .measure import measure_costs, measure_memory
-from .planning import Plan, assumed_costs, batch_size_within, budget_plan
 from .report import Report
-from .scoring import (
-    BatchScorer,
-    PerSampleLoss,
-    Scores,
-    is_causal_lm,
-    load_scores,
-    match_scores,
-    model_fingerprint,
-    preserve_rng_state,
-    save_scores,
-    score_dataset,
-    skip_identity_adapters,
-)
-from .selector import Selector, group_numbers, with_fractions
+from .run import Run
+from .scoring import PerSampleLoss, is_causal_lm
+from .selection import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +65,7 @@ class DarelMixin:
         self.scorer = scorer
         self.per_sample_loss = per_sample_loss
         self.report: Report | None = None
-        self._run: _Run | None = None  # the stages of the `train()` in progress; None: plain Trainer
+        self._run: Run | None = None  # the stages of the `train()` in progress; None: plain Trainer
         super().__init__(*args, **kwargs)
         if self.darel.active:
             _check_arguments(self)
@@ -114,7 +83,7 @@ class DarelMixin:
             self._on_main(checkpoints.refuse_other_run, self.args.output_dir)
         self._run_count += 1
         dataset, batch_size = self.train_dataset, self._train_batch_size
-        self._run = _Run(self, resume_from_checkpoint or None)
+        self._run = Run(self, resume_from_checkpoint or None)
         try:
             self._run.prepare()
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -156,6 +125,10 @@ class DarelMixin:
             self.data_collator, self._train_batch_size = collator, batch_size
         self._run.start_loop(loader)
         return loader
+
+    def plain_train_dataloader(self) -> Any:
+        """Return the loader of the class below, over whatever `train_dataset` is now."""
+        return super().get_train_dataloader()
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -227,7 +200,7 @@ def _check_arguments(trainer: Any) -> None:
         "one process drives several GPUs (DataParallel); start one process a GPU with `accelerate launch`",
     )
     if trainer.train_dataset is not None:
-        sample_ids_length(trainer.train_dataset)
+        sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
     weighs = any(_weighs(config, stage) for stage in ("offline", "online"))
     require(
         not weighs or trainer.compute_loss_func is None,
@@ -244,473 +217,9 @@ def _check_arguments(trainer: Any) -> None:
 
 
 def _weighs(config: DarelConfig, stage: str) -> bool:
-    from .selection import RULES
-
     if getattr(config, f"{stage}_keep") == 1 and not config.has_budget:
         return False
     return RULES[getattr(config, f"{stage}_rule")].weigh is not None
-
-
-def sample_ids_length(dataset: Any) -> int:
-    """Return the length of a data set, or raise the `TypeError` of [`sample_ids`] that says what to do."""
-    return len(sample_ids(dataset))
-
-
-class _Run:
-    """One `train()` with DAREL: the plan, the `Selector`, and what has been measured so far."""
-
-    def __init__(self, trainer: Any, checkpoint: str | None):
-        self.trainer, self.args, self.config, self.checkpoint = trainer, trainer.args, trainer.darel, checkpoint
-        self.started = time.perf_counter()
-        self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0}
-        self.full_dataset = trainer.train_dataset
-        self.folder = Path(self.args.output_dir) / "darel"
-        self.in_loop = False
-        self.offline_weights: np.ndarray | None = None
-        self.scores_reused = False
-        self.trained_rows = self.candidate_rows = 0
-        self._interval: list[np.ndarray] = []
-        self._expected: tuple[np.ndarray, torch.Tensor | None] | None = None
-        self._hook: Any = None
-        self._merged_epoch = 0
-
-    # -- before the loop --
-
-    def prepare(self) -> None:
-        """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
-        trainer = self.trainer
-        self.ids = sample_ids(self.full_dataset, self.config.id_column)
-        self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
-        with preserve_rng_state():
-            if self.checkpoint is None:
-                self._decide()
-            else:
-                self._restore()
-        config = self._planned_config()
-        if not hasattr(self, "selector"):
-            self.selector = Selector(config, self.ids, self._seed())
-        self.selector.config = config
-        self.in_loop = config.online_keep < 1 or config.track or self.offline_weights is not None
-        trainer._train_batch_size = self.plan.batch_size
-        visited = add_ids(self.full_dataset, self.ids) if self.in_loop else self.full_dataset
-        if self.positions is not None:
-            visited = select_rows(visited, self.positions)
-        trainer.train_dataset = visited
-        trainer._signature_columns = None  # to be made again, with or without the id
-        self._warn_about_steps()
-
-    def _seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _planned_config(self) -> DarelConfig:
-        plan = self.plan
-        return with_fractions(self.config, plan.offline_keep, plan.online_keep, plan.rescore_every)
-
-    def _restore(self) -> None:
-        state = checkpoints.load(self.checkpoint)
-        checkpoints.check_same(state, self.checkpoint, self.data, self.config)
-        self.plan = Plan.from_dict(state["plan"])
-        self.seconds.update(state["seconds"])
-        self.started -= state["elapsed"]
-        self.trained_rows, self.candidate_rows = state["trained_rows"], state["candidate_rows"]
-        arrays = state["arrays"]
-        self.positions = arrays.pop("positions", None)
-        self.offline_weights = arrays.pop("offline_weights", None)
-        self.scores_reused = state["scores_reused"]
-        self._merged_epoch = state["merged_epoch"]
-        self.selector = Selector(self._planned_config(), self.ids, self._seed())
-        self.selector.load_state_dict(arrays)
-
-    def _decide(self) -> None:
-        config, args = self.config, self.args
-        saved = None
-        if config.scores is not None:
-            saved = self.trainer._on_main(self._saved_scores)
-        plan = Plan(
-            offline_keep=config.offline_keep,
-            online_keep=config.online_keep,
-            rescore_every=config.rescore_every,
-            batch_size=self.trainer._train_batch_size,
-            epochs=self._epochs(),
-            samples=len(self.ids),
-            costs=assumed_costs(lora=hasattr(self.trainer.model, "peft_config")),
-            scores_free=saved is not None or not self._reads_losses("offline"),
-            fixed_steps=args.max_steps > 0,
-        )
-        selects = config.has_budget or config.offline_keep < 1 or config.online_keep < 1
-        self.positions = None
-        if selects:
-            plan = self._with_costs(plan)
-            scores = saved
-            if scores is None and self._wants_offline(plan):
-                started = time.perf_counter()
-                scores = self._score_offline()
-                self._settle(started, "offline")
-                if not self.scores_reused and plan.costs.measured and config.has_budget:
-                    plan = self._with_offline_cost(plan)
-            plan = self.trainer._on_main(budget_plan, plan, config) if config.has_budget else plan
-            self._announce(plan)
-            self.plan = plan
-            if plan.offline_keep < 1:
-                self._select_offline(scores)
-        else:
-            self.plan = plan
-
-    def _epochs(self) -> float:
-        if self.args.max_steps <= 0:
-            return self.args.num_train_epochs
-        rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return max(1.0, self.args.max_steps * rows / len(self.ids))
-
-    def _saved_scores(self) -> Scores:
-        return match_scores(load_scores(self.config.scores), self.ids, self.data, self.config.scores)
-
-    def _with_costs(self, plan: Plan) -> Plan:
-        """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
-        started = time.perf_counter()
-        trainer, full_size = self.trainer, plan.batch_size
-        dataset, collator = self._dataset_and_collator()
-        costs = measure_costs(trainer, dataset, collator, full_size)
-        if self.config.budget_memory is not None:
-            memory = partial(measure_memory, trainer, dataset, collator)
-            size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
-            if size != full_size and costs is not None:
-                full_row = costs.step_seconds / full_size
-                costs = measure_costs(trainer, dataset, collator, size)
-                plan = replace(plan, slowdown=self._from_main(costs.step_seconds / size / full_row))
-            plan = replace(plan, batch_size=size)
-        if costs is not None:
-            plan = replace(plan, costs=self._from_main(costs))
-        if not self._reads_losses("online"):
-            plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
-        self._settle(started, "probe")
-        return plan
-
-    def _from_main(self, value: Any) -> Any:
-        return self.trainer._on_main(lambda: value)
-
-    def _reads_losses(self, stage: str) -> bool:
-        return Selector(self.config, [0]).reads_losses(stage)
-
-    def _wants_offline(self, plan: Plan) -> bool:
-        if not self._reads_losses("offline"):
-            return False
-        if not self.config.has_budget:
-            return plan.offline_keep < 1
-        return self.trainer._on_main(budget_plan, plan, self.config).offline_keep < 1
-
-    def _with_offline_cost(self, plan: Plan) -> Plan:
-        """Replace the estimated cost of the offline pass by what it has cost."""
-        steps = len(self.ids) / (plan.batch_size * self.args.world_size)
-        share = self.seconds["offline"] / (steps * plan.costs.step_seconds)
-        return replace(plan, costs=replace(plan.costs, offline_share=self._from_main(share)))
-
-    def _announce(self, plan: Plan) -> None:
-        self.trainer.accelerator.print(plan)
-        if plan.predicted_saving <= 0:
-            logger.warning(
-                "no saving is predicted: the run is expected to take %.2f of the plain training time, because scoring "
-                "costs more than the dropped rows save; raise rescore_every, keep fewer, or use saved scores",
-                plan.predicted_time,
-            )
-
-    def _warn_about_steps(self) -> None:
-        rows = self.plan.candidate_rows * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs
-        if self.args.max_steps > 0:
-            steps = self.args.max_steps
-        for name in ("warmup_steps", "eval_steps", "save_steps"):
-            value = getattr(self.args, name, None)
-            used = name == "warmup_steps" or getattr(self.args, name.replace("_steps", "_strategy")) == "steps"
-            limit = 0.1 * steps if name == "warmup_steps" else steps
-            if used and value is not None and value >= 1 and value > limit and steps < self._full_steps():
-                logger.warning(
-                    "%s=%g was made for the full run; this one has about %d steps. Give a fraction below 1 instead, "
-                    "of all steps",
-                    name,
-                    value,
-                    steps,
-                )
-
-    def _full_micro_batches(self) -> float:
-        """Micro-batches of plain training at the planned batch size, per process."""
-        return len(self.ids) / (self.plan.batch_size * self.args.world_size) * self.plan.epochs
-
-    def _full_steps(self) -> float:
-        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return math.ceil(len(self.ids) / rows) * self.args.num_train_epochs
-
-    def _dataset_and_collator(self) -> tuple[Any, CarryIds]:
-        """Return the whole training set with ids, unused columns removed, and Trainer's own collator around ids."""
-        trainer = self.trainer
-        dataset, collator, signature = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
-        trainer.train_dataset, trainer.data_collator = add_ids(self.full_dataset, self.ids), CarryIds(collator)
-        trainer._signature_columns = None
-        try:
-            loader = super(DarelMixin, trainer).get_train_dataloader()
-        finally:
-            trainer.train_dataset, trainer.data_collator = dataset, collator
-            trainer._signature_columns = signature
-        return loader.dataset, loader.collate_fn
-
-    def _score_offline(self) -> Scores:
-        trainer = self.trainer
-        dataset, collator = self._dataset_and_collator()
-        model = trainer.scorer if trainer.scorer is not None else trainer.model
-        if trainer.scorer is not None:
-            model.to(self.args.device)
-        scorer = self._batch_scorer(model, self._needs_correct("offline"))
-        items = [dataset[i] for i in range(min(8, len(dataset)))]
-        probe = trainer._prepare_inputs(collator(items))
-        with skip_identity_adapters(scorer, probe) as skipped:
-            origin = {
-                "data": self.data,
-                "model": model_fingerprint(model, without_adapters=skipped),
-                "loss": code_fingerprint(
-                    ["mean over label positions", trainer.accelerator.mixed_precision, trainer.per_sample_loss],
-                    trainer.data_collator,
-                ),
-            }
-            name = checkpoints.short_hash(origin, scorer.want_correct)
-            path = self.folder / f"scores-{name}.parquet"
-            if trainer._on_main(path.exists):
-                self.scores_reused = True
-                logger.info("using the scores in %s: same model, data and loss definition", path)
-                return trainer._on_main(lambda: match_scores(load_scores(path), self.ids, self.data, str(path)))
-            scores = score_dataset(
-                scorer,
-                dataset,
-                collator,
-                trainer._prepare_inputs,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-                progress_bar=not self.args.disable_tqdm,
-                max_rows=8 * trainer._train_batch_size if "input_ids" not in items[0] else 256,
-                parts=self.folder / f"parts-{name}",
-                origin=origin,
-            )
-        scores = match_scores(scores, self.ids, self.data, "offline pass")
-        if self.args.should_save:
-            save_scores(scores, path)
-            checkpoints.remove_folder(self.folder / f"parts-{name}")
-        return scores
-
-    def _needs_correct(self, stage: str) -> bool:
-        return Selector(self.config, [0]).needs_correct(stage)
-
-    def _batch_scorer(self, model: nn.Module, want_correct: bool) -> BatchScorer:
-        trainer = self.trainer
-        return BatchScorer(model, trainer.per_sample_loss, want_correct, trainer.accelerator.autocast)
-
-    def _select_offline(self, scores: Scores) -> None:
-        groups = None
-        if self.config.group_column is not None:
-            groups = group_numbers(read_column(self.full_dataset, self.config.group_column, "group_column"))
-        self.selector = Selector(self._planned_config(), self.ids, self._seed())
-        selection = self.selector.select_offline(scores, groups)
-        self.positions = selection.positions
-        if selection.weights is not None:
-            self.offline_weights = np.ones(len(self.ids), np.float32)
-            self.offline_weights[self.selector.ledger.rows(self.ids[self.positions])] = selection.weights
-
-    # -- in the loop --
-
-    def start_loop(self, loader: Any) -> None:
-        """Get ready for the loop: learn the length of an epoch, attach the tracking hook."""
-        accumulation = self.args.gradient_accumulation_steps
-        self.steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
-        self.online_scorer = self._batch_scorer(self.trainer.model, self._needs_correct("online"))
-        if self.config.track and self._hook is None:
-            self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)
-
-    def start_step(self) -> None:
-        """Begin an optimizer step; at the first one of an epoch all ranks learn what the others have seen."""
-        self._micro_batch = 0
-        self.epoch = self.trainer.state.global_step // self.steps_per_epoch
-        if self.epoch > self._merged_epoch:
-            self._merged_epoch = self.epoch
-            self.merge()
-
-    def select(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Replace a candidate batch by the rows of it that are trained on."""
-        args, state = self.args, self.trainer.state
-        number = state.global_step * args.gradient_accumulation_steps + self._micro_batch
-        number = number * args.world_size + args.process_index
-        self._micro_batch += 1
-        ids = batch[ID_KEY].cpu().numpy()
-        weights = None
-        if self.selector.config.online_keep < 1:
-            losses = lengths = correct = None
-            if self.selector.reads_losses("online"):
-                losses, lengths, correct = self._candidate_losses(batch, ids)
-                self._interval.append(losses)
-            started = time.perf_counter()
-            rows, weights = self.selector.select(
-                ids, losses, self.trainer._train_batch_size, number, lengths=lengths, correct=correct
-            )
-            collator = self.trainer.data_collator
-            batch = take_rows(batch, rows, len(ids), getattr(collator, "pad_to_multiple_of", None))
-            self.seconds["selection"] += time.perf_counter() - started
-        else:
-            batch = dict(batch)
-            self.selector.ledger.record_training(ids)
-            rows = np.arange(len(ids))
-        self.candidate_rows += len(ids)
-        self.trained_rows += len(rows)
-        if self.offline_weights is not None:
-            offline = self.offline_weights[self.selector.ledger.rows(ids[rows])]
-            weights = offline if weights is None else offline * weights
-        if weights is not None:
-            batch[WEIGHT_KEY] = torch.as_tensor(weights, dtype=torch.float32, device=batch[ID_KEY].device)
-        elif not self.config.track:
-            del batch[ID_KEY]
-        return batch
-
-    def _candidate_losses(self, batch: Mapping, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Return losses, lengths and (where a rule needs it) correctness of the candidates, scored or remembered."""
-        ledger, wanted = self.selector.ledger, self.online_scorer.want_correct
-        rows = ledger.rows(ids)
-        unknown = np.isnan(ledger.loss[rows]) | (wanted & np.isnan(ledger.correct[rows]))
-        unknown |= self.selector.is_fresh(self.epoch)
-        if unknown.any():
-            started = self._clock()
-            part = batch if unknown.all() else take_rows(batch, np.flatnonzero(unknown), len(ids))
-            scored = self.online_scorer(self.trainer._prepare_inputs(part))
-            ledger.record_scores(
-                ids[unknown],
-                scored.losses.cpu().numpy(),
-                scored.n_tokens.cpu().numpy(),
-                step=self.trainer.state.global_step,
-                correct=scored.correct.cpu().numpy() if wanted else None,
-            )
-            self._settle(started, "scoring")
-        return ledger.loss[rows], ledger.n_tokens[rows], ledger.correct[rows] if wanted else None
-
-    def _clock(self) -> float:
-        """Return the time, once the accelerator has done what it was asked for so far."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def _settle(self, started: float, part: str) -> None:
-        self.seconds[part] += self._clock() - started
-
-    def expect(self, ids: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-        """Remember which samples the next forward pass is of, for the tracking hook."""
-        if self.config.track:
-            self._expected = (ids.cpu().numpy(), dict(inputs))  # label smoothing takes the labels out of `inputs`
-
-    def _track(self, model: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
-        """Read the losses of trained rows off the very forward pass that trains them."""
-        if self._expected is None or not model.training:
-            return
-        (ids, inputs), self._expected = self._expected, None
-        with torch.no_grad():
-            if self.trainer.per_sample_loss is not None:
-                losses = self.trainer.per_sample_loss(outputs, inputs)
-            else:
-                logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[-1]
-                if not torch.is_tensor(logits):
-                    raise ValueError("track=True: the model returns no logits (a fused loss?); set track=False")
-                losses = per_sample_losses(logits.detach(), inputs["labels"], self.online_scorer.shift).losses
-        self.selector.ledger.record_train_losses(ids, losses.cpu().numpy())
-
-    def merge(self) -> None:
-        """Bring the ledgers of all ranks to the same state, and the interval's losses together."""
-        ledger = self.selector.ledger
-        own = (ledger.take_pending(), self._interval, (self.trained_rows, self.candidate_rows))
-        everyone = gather_object([own]) if self.args.world_size > 1 else [own]
-        ledger.merge([records for records, _, _ in everyone], self.args.process_index)
-        self._merged_losses = [losses for _, interval, _ in everyone for losses in interval]
-        self.total_trained = sum(counts[0] for _, _, counts in everyone)
-        self.total_candidates = sum(counts[1] for _, _, counts in everyone)
-        self._unlogged = [*getattr(self, "_unlogged", []), *self._merged_losses]
-        self._interval = []
-
-    def logs(self) -> dict[str, float]:
-        """Return the values to log, global over ranks."""
-        elapsed = max(time.perf_counter() - self.started, 1e-9)
-        scoring = sum(self.seconds[part] for part in ("probe", "offline", "scoring"))
-        values = {"darel/scoring_share": scoring / elapsed}
-        alpha = self.plan.offline_keep
-        if not self.in_loop:
-            return {"darel/kept_fraction": alpha, **values}
-        self.merge()
-        values["darel/kept_fraction"] = alpha * self.total_trained / max(self.total_candidates, 1)
-        values["darel/rows_backpropagated"] = self.total_trained
-        values["darel/coverage"] = self.selector.ledger.coverage
-        if self._unlogged:
-            quantiles = np.quantile(np.concatenate(self._unlogged), (0.1, 0.5, 0.9))
-            for name, value in zip(("p10", "p50", "p90"), quantiles, strict=True):
-                values[f"darel/loss_{name}"] = float(value)
-        self._unlogged = []
-        return values
-
-    # -- checkpoints and the end --
-
-    def save(self, folder: str) -> None:
-        """Write ledger and plan into a checkpoint; every rank returns only when the files are there."""
-        if self.in_loop:
-            self.merge()
-        if self.args.should_save:
-            arrays = self.selector.state_dict()
-            if self.positions is not None:
-                arrays["positions"] = self.positions
-            if self.offline_weights is not None:
-                arrays["offline_weights"] = self.offline_weights
-            state = {
-                "plan": self.plan.to_dict(),
-                "config": self.config.to_dict(),
-                "data": self.data,
-                "seconds": self.seconds,
-                "elapsed": time.perf_counter() - self.started,
-                "trained_rows": self.trained_rows,
-                "candidate_rows": self.candidate_rows,
-                "merged_epoch": self._merged_epoch,
-                "scores_reused": self.scores_reused,
-            }
-            checkpoints.save(folder, state, arrays)
-        self.trainer.accelerator.wait_for_everyone()
-
-    def finish(self) -> Report:
-        """Make the report, and store it in the output folder."""
-        if self.in_loop:
-            self.merge()
-        seconds = {**self.seconds, "total": time.perf_counter() - self.started}
-        ledger, plan = self.selector.ledger, self.plan
-        kept = np.ones(len(ledger), bool)
-        if self.positions is not None:
-            kept[:] = False
-            kept[ledger.rows(self.ids[self.positions])] = True
-        steps = self.trainer.state.global_step
-        if self.in_loop:
-            rows, times = self.total_trained, ledger.times_trained.astype(float)
-        else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch
-            rows = round(kept.sum() * self.trainer.state.epoch)
-            times = kept * self.trainer.state.epoch
-        report = Report(
-            plan=plan,
-            config=self.config,
-            seconds=seconds,
-            full_seconds=plan.costs.step_seconds / plan.slowdown * self._full_micro_batches(),
-            steps=steps,
-            rows_backpropagated=int(rows),
-            times_trained=times,
-            ledger=ledger,
-            kept=kept,
-            scores_reused=self.scores_reused,
-        )
-        if self.args.should_save and self.trainer.hp_search_backend is None:
-            os.makedirs(self.folder, exist_ok=True)
-            write_json(self.folder / "report.json", report.to_dict())
-            report.write_samples(self.folder / "samples.parquet")
-        return report
-
-    def close(self) -> None:
-        """Take the tracking hook off the model, and the id off the columns that Trainer keeps."""
-        self.trainer._signature_columns = None
-        if self._hook is not None:
-            self._hook.remove()
 
 
 class DarelTrainer(DarelMixin, Trainer):

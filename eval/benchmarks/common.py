@@ -1,0 +1,131 @@
+"""What the benchmarks share: the task, the record of the conditions, and the file of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.corpus import make_corpus
+from darel_hf.demo import DemoSettings, warm_up
+from darel_hf.nlg import NLGArguments, load_model, read_pairs, tokenize_pairs
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks have."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--data_dir", help="folder with the E2E files; default: the generated corpus")
+    made.add_argument("--model_name_or_path", help="base model; default: the demo's, warmed up shortly")
+    made.add_argument("--samples", type=int, default=1000, help="training pairs, the first of a seeded shuffle")
+    made.add_argument("--epochs", type=int, default=2)
+    made.add_argument("--batch_size", type=int, default=8)
+    made.add_argument("--pairs", type=int, default=3, help="interleaved pairs of runs")
+    made.add_argument("--threads", type=int, default=os.cpu_count())
+    return made
+
+
+class Task:
+    """LoRA fine-tuning on E2E or the generated corpus, made anew for every run."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        torch.set_num_threads(options.threads)
+        self.folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+        data, model = options.data_dir, options.model_name_or_path
+        if data is None:
+            data = str(self.folder / "data")
+            make_corpus(data)
+        if model is None:
+            model = str(self.folder / "model")
+            texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
+            warm_up(Path(model), DemoSettings(warm_up_representations=100, warm_up_epochs=1), texts)
+        self.args = NLGArguments(model_name_or_path=model, data_dir=data)
+        pairs = read_pairs(Path(data) / "trainset.csv")
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
+        self.pairs = [pairs[i] for i in order[: options.samples]]
+        self.runs = 0
+
+    def trainer(self, darel: DarelConfig | None = None, cls: type[Trainer] | None = None, **settings: Any) -> Trainer:
+        """Return a fresh trainer; plain if `darel` is None."""
+        self.runs += 1
+        model, tokenizer = load_model(self.args)
+        cls = cls or (Trainer if darel is None else DarelTrainer)
+        return cls(
+            model=model,
+            args=TrainingArguments(
+                **{
+                    "output_dir": str(self.folder / f"run-{self.runs}"),
+                    "num_train_epochs": self.options.epochs,
+                    "per_device_train_batch_size": self.options.batch_size,
+                    "learning_rate": 2e-4,
+                    "logging_steps": 50,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                    "disable_tqdm": True,
+                    "dataloader_pin_memory": False,
+                    "seed": 0,
+                    **settings,
+                }
+            ),
+            train_dataset=tokenize_pairs(self.pairs, tokenizer, 256),
+            processing_class=tokenizer,
+            data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
+            **({} if darel is None else {"darel": darel}),
+        )
+
+
+def seconds_of(trainer: Trainer) -> float:
+    """Train and return the seconds it took, everything counted."""
+    started = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - started
+
+
+def conditions(task: Task) -> dict[str, Any]:
+    """Return what a number needs beside it: settings, hardware, versions, commit."""
+    commit, changes = (
+        subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../../darel_hf"])
+    )
+    model = task.args.model_name_or_path
+    options = {k: v for k, v in vars(task.options).items() if k not in ("data_dir", "model_name_or_path")}
+    return {
+        "settings": {
+            **options,
+            "data": "generated corpus" if task.options.data_dir is None else Path(task.args.data_dir).name,
+            "model": "demo model" if task.options.model_name_or_path is None else Path(model).name,
+            "lora_r": task.args.lora_r,
+            "seed": 0,
+        },
+        "hardware": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {name: version(name) for name in ("darel_hf", "torch", "transformers", "peft", "accelerate")},
+        "commit": commit + ("+changes" if changes else ""),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def store(name: str, task: Task, results: dict[str, Any]) -> None:
+    """Append one row to `results/<name>.jsonl` and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    row = {"benchmark": name, **results, **conditions(task)}
+    with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps({"benchmark": name, **results}, indent=2))

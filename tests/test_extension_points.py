@@ -1,0 +1,43 @@
+"""What we rely on in transformers that is not public: a new version that renames it fails here, by name."""
+
+import inspect
+
+import pytest
+from transformers import Seq2SeqTrainer, Trainer
+from transformers import trainer as trainer_module
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("train", ["resume_from_checkpoint", "trial"]),
+        ("get_train_dataloader", []),
+        ("get_batch_samples", ["epoch_iterator", "num_batches", "device"]),
+        ("compute_loss", ["model", "inputs", "return_outputs", "num_items_in_batch"]),
+        ("save_model", ["output_dir", "_internal_call"]),
+        ("log", ["logs", "start_time"]),
+        ("_set_signature_columns_if_needed", []),
+        ("_prepare_inputs", ["inputs"]),
+        ("get_optimizer_cls_and_kwargs", ["args", "model"]),
+    ],
+)
+@pytest.mark.parametrize("cls", [Trainer, Seq2SeqTrainer])
+def test_methods_and_their_parameters(cls, name, parameters):
+    found = list(inspect.signature(getattr(cls, name)).parameters)
+    assert [parameter for parameter in parameters if parameter not in found] == []
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["_train_batch_size", "_signature_columns", "compute_loss_func", "label_smoother", "hp_search_backend"],
+)
+def test_attributes(attribute):
+    assert f"self.{attribute} = " in inspect.getsource(Trainer)
+
+
+def test_the_loop_asks_for_batches_and_saves_in_our_order():
+    loop = inspect.getsource(Trainer._run_epoch)
+    assert "self.get_batch_samples(epoch_iterator, num_batches, self.args.device)" in loop
+    save = inspect.getsource(Trainer._save_checkpoint)
+    assert save.index("self.save_model(") < save.index("self.state.save_to_json(")
+    assert trainer_module.TRAINER_STATE_NAME == "trainer_state.json"
