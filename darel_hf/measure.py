@@ -15,7 +15,8 @@ from .data import ID_KEY
 from .planning import Costs
 from .scoring import BatchScorer, default_max_tokens, feature_length, token_batches
 
-BATCHES = 6  # batches that are timed; one more warms up
+BATCHES = 6  # batches that are timed at most; one more warms up
+SHARE = 0.02  # of the run's batches, at most so many are timed, but at least two
 
 
 @contextmanager
@@ -79,7 +80,9 @@ def _optimizer_step(trainer: Any) -> Callable[[], Any]:
     return step
 
 
-def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int, candidates: int) -> Costs | None:
+def measure_costs(
+    trainer: Any, dataset: Any, collator: Callable, rows: int, candidates: int, total: float
+) -> Costs | None:
     """
     Time a training step, a scoring forward of as many rows, and the offline pass.
 
@@ -91,6 +94,7 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int, can
         collator (`Callable`): keeps ids.
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch; more rows are padded to more columns.
+        total (`float`): batches that plain training would have.
 
     Returns:
         [`Costs`], over a few batches; `None` where the model cannot run before it is sharded (FSDP,
@@ -104,8 +108,9 @@ def measure_costs(trainer: Any, dataset: Any, collator: Callable, rows: int, can
     if trainer.scorer is not None:
         trainer.scorer.to(device)
         offline = BatchScorer(trainer.scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
-    batches = _batches(trainer, dataset, collator, rows, BATCHES + 1)
-    scored = _batches(trainer, dataset, collator, candidates, BATCHES // 2 + 1)
+    count = min(max(int(SHARE * total), 2), BATCHES)
+    batches = _batches(trainer, dataset, collator, rows, count + 1)
+    scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1)
     accumulation = trainer.args.gradient_accumulation_steps
     with _untouched(trainer.model):
         optimizer_step = _optimizer_step(trainer)

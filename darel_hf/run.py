@@ -167,15 +167,18 @@ class Run:
         trainer, full_size = self.trainer, plan.batch_size
         dataset, collator = self._dataset_and_collator()
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
-        costs = measure_costs(trainer, dataset, collator, full_size, round(candidates * full_size))
+        costs = measure_costs(
+            trainer, dataset, collator, full_size, round(candidates * full_size), self._micro_batches(plan)
+        )
         if self.config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
             size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
+            plan = replace(plan, batch_size=size)
             if size != full_size and costs is not None:
                 full_row = costs.step_seconds / full_size
-                costs = measure_costs(trainer, dataset, collator, size, round(candidates * size))
+                total = self._micro_batches(plan)
+                costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total)
                 plan = replace(plan, slowdown=self._from_main(costs.step_seconds / size / full_row))
-            plan = replace(plan, batch_size=size)
         if costs is not None:
             plan = replace(plan, costs=self._from_main(costs))
         if not self._reads_losses("online"):

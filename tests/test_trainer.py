@@ -227,6 +227,45 @@ def test_online_selection_is_the_hardest_of_each_batch(tmp_path):
     np.testing.assert_array_equal(trainer.report.ledger.times_trained, expected)
 
 
+def test_autocast(tmp_path):
+    """In bf16 the selection still is that of the scored losses, which are close to those of float32."""
+    data = token_data(32)
+    runs = {}
+    for bf16 in (False, True):
+        trainer = make(
+            DarelTrainer, tmp_path / str(bf16), data=data, darel=DarelConfig(0.75, 0.5), learning_rate=0.0, bf16=bf16
+        )
+        trainer.train()
+        runs[bf16] = trainer.report
+    np.testing.assert_allclose(runs[True].ledger.loss, runs[False].ledger.loss, rtol=2e-2)
+    assert runs[True].rows_backpropagated == runs[False].rows_backpropagated
+
+
+def test_second_train_starts_anew(tmp_path):
+    """Trained twice, the second time from the first one's weights: fresh scores, the same number of rows."""
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(0.6, 0.5))
+    trainer.train()
+    first = trainer.report
+    trainer.train()
+    second = trainer.report
+    assert not second.scores_reused and not np.array_equal(first.ledger.loss, second.ledger.loss)
+    assert first.rows_backpropagated == second.rows_backpropagated
+    hooks = [m for m in trainer.model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooks  # nothing of ours stays on the model
+
+
+def test_model_init(tmp_path):
+    trainer = DarelTrainer(
+        model_init=lambda: tiny_lora(),
+        args=arguments(tmp_path),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(0.6, 0.5),
+    )
+    trainer.train()
+    assert trainer.report.kept.sum() == round(0.6 * 37)
+
+
 def test_scoring_leaves_the_random_state_alone(tmp_path):
     """With every row kept by the rule, the run with scoring ends like the run without: dropout draws the same."""
     plain = make(Trainer, tmp_path / "a", tiny_lora(dropout=0.2))
@@ -599,6 +638,15 @@ def test_compute_loss_func_and_weights(tmp_path):
             tmp_path,
             darel=DarelConfig(online_keep=0.5, online_rule="infobatch"),
             extra={"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()},
+        )
+
+
+def test_several_gpus_in_one_process(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        DarelTrainer(
+            model=tiny_lora(), args=args, train_dataset=token_data(), darel=DarelConfig(0.5), data_collator=PadCollator()
         )
 
 
