@@ -110,7 +110,7 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
 
 def refuse_other_run(output_dir: str) -> None:
     """Raise `ValueError` if the output folder holds checkpoints or the report of an earlier run."""
-    held = [str(path) for path in all_in(output_dir)[:1]]
+    held = [str(path) for path in all_in(output_dir) if problem(path) is None][:1]
     if (Path(output_dir) / FOLDER / "report.json").exists():
         held.append(str(Path(output_dir) / FOLDER / "report.json"))
     remedy = f"holds another run ({', '.join(held)}); go on with it (resume_from_checkpoint=True) or name a new folder"

@@ -117,6 +117,9 @@ class DarelConfig:
             require(value in RULES, name, value, f"unknown rule; choose one of {', '.join(sorted(RULES))}")
         methods = ("measured", "paper")
         require(self.budget_method in methods, "budget_method", self.budget_method, f"choose one of {methods}")
+        weighs = RULES[self.offline_rule].weigh is not None
+        remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
+        require(self.group_column is None or not weighs, "group_column", self.group_column, remedy)
         if self.budget_time is not None or self.budget_memory is not None:
             for name, default in (("offline_keep", 1.0), ("online_keep", 1.0), ("rescore_every", 1)):
                 value = getattr(self, name)

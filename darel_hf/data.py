@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import logging
 import os
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +67,8 @@ def sample_ids(dataset: Any, id_column: str | None = None) -> np.ndarray:
         ValueError: if ids occur twice, or there is no such column.
     """
     try:
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            raise TypeError
         n = len(dataset)
     except TypeError:
         raise TypeError(
@@ -185,9 +189,11 @@ def take_rows(batch: Mapping, rows: np.ndarray, n: int, pad_to_multiple_of: int 
         `dict`: as if the collator had got the chosen samples alone. Left padding stays: cutting it would move the
         positions of models that count them from the left.
     """
-    taken = {}
+    taken: dict[str, Any] = {}
     for key, value in batch.items():
-        if torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == n:
+        if isinstance(value, Mapping):
+            value = take_rows(value, rows, n, pad_to_multiple_of)
+        elif torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == n:
             value = value.index_select(0, torch.as_tensor(rows, device=value.device))
         elif isinstance(value, np.ndarray) and value.ndim > 0 and value.shape[0] == n:
             value = value[rows]
@@ -195,18 +201,21 @@ def take_rows(batch: Mapping, rows: np.ndarray, n: int, pad_to_multiple_of: int 
             value = type(value)(value[i] for i in rows)
         taken[key] = value
     labels = taken.get("labels")
+    decodes = "decoder_input_ids" in taken  # then labels go with the decoder's inputs, whatever their width
     if "input_ids" in taken and torch.is_tensor(taken.get("attention_mask")) and taken["attention_mask"].dim() == 2:
         used = taken["attention_mask"].ne(0)
         token_labels = torch.is_tensor(labels) and labels.shape == used.shape and not labels.is_floating_point()
+        token_labels = token_labels and not decodes
         if token_labels:
             used = used | labels.ne(-100)
         same = [k for k in SEQUENCE_KEYS if torch.is_tensor(taken.get(k)) and taken[k].shape == used.shape]
+        same = [k for k in same if k != "labels" or token_labels]
         # A tensor that we do not know and that is as wide (a 4-D mask, say) would no longer fit: then nothing is cut.
         known = {*same, *DECODER_KEYS, ID_KEY, WEIGHT_KEY}
         others = [v for k, v in taken.items() if k not in known and torch.is_tensor(v) and v.dim() > 1]
         if not any(used.shape[1] in v.shape[1:] for v in others):
             _trim(taken, same, used, pad_to_multiple_of)
-    if torch.is_tensor(labels) and labels.dim() == 2 and "decoder_input_ids" in taken:
+    if torch.is_tensor(labels) and labels.dim() == 2 and decodes:
         keys = [k for k in DECODER_KEYS if torch.is_tensor(taken.get(k)) and taken[k].shape == labels.shape]
         _trim(taken, keys, labels.ne(-100), pad_to_multiple_of)
     return taken
@@ -219,7 +228,7 @@ def _trim(batch: dict[str, Any], keys: list[str], used: torch.Tensor, pad_to_mul
     multiple = pad_to_multiple_of or 1
     width = min(-(-width // multiple) * multiple, used.shape[1])
     for key in keys:
-        batch[key] = batch[key][:, :width]
+        batch[key] = batch[key][:, :width].contiguous()  # models flatten with `view`
 
 
 def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
@@ -227,8 +236,8 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
     Hash the ids and the content of a data set: 32 hexadecimal digits.
 
     The same rows give the same fingerprint, however they are stored. (`datasets`' own fingerprints are random once a
-    function that cannot be hashed was mapped over the data.) A data set whose items change from one look to the next
-    (random augmentation) has no stable fingerprint, and nothing saved for it is used again.
+    function that cannot be hashed was mapped over the data.) Items that are augmented at random are looked at with the
+    global random states as they are: set them before, as the trainer does, for a fingerprint that stays.
     """
     digest = hashlib.blake2b(ids.tobytes(), digest_size=16)
     if _is_plain(dataset):
@@ -260,21 +269,32 @@ def code_fingerprint(*values: Any) -> str:
 def _hash_code(digest: Any, value: Any, depth: int) -> None:
     if isinstance(value, PreTrainedTokenizerBase):
         value = [type(value).__name__, len(value), value.padding_side, value.pad_token_id, value.model_max_length]
+    if isinstance(value, logging.Logger):
+        return
     if isinstance(value, torch.nn.Module):
         digest.update(type(value).__qualname__.encode())
     elif isinstance(value, (list, tuple)):
         for item in value:
             _hash_code(digest, item, depth + 1)
     elif hasattr(value, "__dict__") and not _is_function(value):
-        digest.update(type(value).__qualname__.encode())
+        digest.update(_source(type(value)))
         for name in sorted(vars(value)) if depth < 8 else []:
             digest.update(name.encode())
             _hash_code(digest, vars(value)[name], depth + 1)
     else:
+        digest.update(_source(value))
         try:
             digest.update(Hasher.hash(value).encode())
         except Exception:  # dill raises whatever it likes on what it cannot pickle
             digest.update(os.urandom(16))
+
+
+def _source(value: Any) -> bytes:
+    """Return the source of a function or class: dill stores those of imported modules by name alone."""
+    try:
+        return inspect.getsource(value).encode()
+    except (TypeError, OSError):
+        return getattr(value, "__qualname__", "").encode()
 
 
 def _is_function(value: Any) -> bool:

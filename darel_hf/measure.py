@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,8 @@ import torch
 from .data import ID_KEY
 from .planning import Costs
 from .scoring import BatchScorer, default_max_tokens, feature_length, token_batches
+
+logger = logging.getLogger(__name__)
 
 BATCHES = 6  # batches that are timed at most; one more warms up
 SHARE = 0.02  # of the run's batches, at most so many are timed, but at least two
@@ -97,8 +100,7 @@ def measure_costs(
         total (`float`): batches that plain training would have.
 
     Returns:
-        [`Costs`], over a few batches; `None` where the model cannot run before it is sharded (FSDP,
-        DeepSpeed).
+        [`Costs`], over a few batches; `None` where a training step cannot be tried (FSDP, DeepSpeed, out of memory).
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
@@ -120,7 +122,11 @@ def measure_costs(
 
         # The first call of each kind warms up caches and allocators. Scoring comes first: it names what is missing.
         forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
-        steps = [_seconds(lambda batch=batch: train(batch), device) for batch in batches][1:]
+        try:
+            steps = [_seconds(lambda batch=batch: train(batch), device) for batch in batches][1:]
+        except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
+            logger.warning("what a training step costs could not be measured (%s); assuming it", error)
+            return None
         updates = [_seconds(optimizer_step, device) for _ in batches][1:]
         step = statistics.mean(steps) + statistics.median(updates) / accumulation
         pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 8 * rows)

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from . import checkpoints
 from .config import DarelConfig, require
 from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from .files import atomic_path, write_json, write_text
@@ -446,16 +447,25 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100, pad_to_multiple_of=multiple),
         darel=darel,
     )
-    resume = args.resume and any(folder.glob("checkpoint-*"))
-    started = time.perf_counter()
-    trained = trainer.train(resume_from_checkpoint=resume or None)
-    seconds = time.perf_counter() - started
-    trainer.save_model()
-    results = _results(trainer, data["train"], seconds, trained.metrics["train_loss"])
+    finished = folder / "trained.json"  # written when adapter and selection are: what is left is to predict
+    if args.resume and finished.exists():
+        results = json.loads(finished.read_text(encoding="utf-8"))
+        model, _ = load_for_generation(str(folder), args.model_name_or_path)
+        model.to(training.device)
+    else:
+        complete = [path for path in checkpoints.all_in(folder) if checkpoints.problem(path) is None]
+        started = time.perf_counter()
+        trained = trainer.train(resume_from_checkpoint=True if args.resume and complete else None)
+        seconds = time.perf_counter() - started
+        trainer.save_model()
+        results = _results(trainer, data["train"], seconds, trained.metrics["train_loss"])
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if trainer.is_world_process_zero():
+            if trainer.report is not None:
+                _write_selection(trainer, data["train"], folder)
+            write_json(finished, results)
     if trainer.is_world_process_zero():
-        results |= _predict(trainer, tokenizer, pairs["test"], args, folder)
-        if trainer.report is not None and darel.active:
-            _write_selection(trainer, data["train"], folder)
+        results |= _predict(model, tokenizer, pairs["test"], args, folder)
         write_json(folder / "results.json", results)
     trainer.accelerator.wait_for_everyone()
     return results
@@ -465,11 +475,12 @@ def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, los
     epochs = trainer.state.epoch or 0
     label_tokens = np.array([sum(token != -100 for token in labels) for labels in train["labels"]])
     times = np.full(len(train), epochs) if trainer.report is None else trainer.report.times_trained
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     results = {
         "seconds": seconds,
         "scoring_seconds": 0.0,
         "steps": trainer.state.global_step,
-        "train_loss": loss,
+        "train_loss": logged[-1] if logged else loss,
         "train_samples": len(train),
         "rows_backpropagated": round(len(train) * epochs),
         "tokens_backpropagated": round(float((label_tokens * times).sum())),
@@ -480,12 +491,11 @@ def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, los
         report = trainer.report.to_dict()
         results["scoring_seconds"] = sum(report["seconds"][part] for part in ("probe", "offline", "scoring"))
         results |= {k: report[k] for k in ("rows_backpropagated", "predicted_time")}
+        results["seconds"] = report["seconds"]["total"]  # of all processes that the run was resumed in
     return results
 
 
-def _predict(
-    trainer: DarelTrainer, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path
-) -> dict[str, Any]:
+def _predict(model: Any, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path) -> dict[str, Any]:
     """Write predictions for the distinct meaning representations of the test set, and score them."""
     if not args.generate:
         return {}
@@ -493,7 +503,6 @@ def _predict(
     mrs = list(groups)
     if args.max_test_samples is not None and args.max_test_samples < len(mrs):
         mrs = sorted(random.Random(0).sample(mrs, args.max_test_samples), key=mrs.index)
-    model = trainer.accelerator.unwrap_model(trainer.model)
     started = time.perf_counter()
     predictions = generate(model, tokenizer, mrs, args, folder / "predictions.txt")
     score, signature = corpus_bleu(predictions, [groups[mr] for mr in mrs])

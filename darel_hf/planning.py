@@ -80,6 +80,11 @@ class Plan:
         return candidate_rows(self.batch_size, self.online_keep)
 
     @property
+    def effective_online_keep(self) -> float:
+        """A as whole rows make it: b / c."""
+        return self.batch_size / self.candidate_rows
+
+    @property
     def kept_samples(self) -> int:
         """Samples that the offline stage keeps."""
         return max(1, round(self.offline_keep * self.samples))
@@ -87,10 +92,10 @@ class Plan:
     @property
     def predicted_time(self) -> float:
         """Time of the run, scoring counted, relative to plain training (for `max_steps`, to as many plain steps)."""
-        online = online_term(self.online_keep, self.rescore_every, self.epochs, self.costs.forward_share)
+        online = online_term(self.effective_online_keep, self.rescore_every, self.epochs, self.costs.forward_share)
         offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
         if self.fixed_steps:
-            return self.overhead + self.slowdown * (offline + online / self.online_keep)
+            return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
         return self.overhead + self.slowdown * (offline + self.offline_keep * online)
 
     @property
@@ -99,13 +104,25 @@ class Plan:
         return 1 - self.predicted_time
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as a plain dict, for JSON."""
-        return asdict(self)
+        """Return the plan as a plain dict, for JSON (which has no NaN)."""
+        values = asdict(self)
+        if math.isnan(self.costs.step_seconds):
+            values["costs"]["step_seconds"] = None
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Restore what [`Plan.to_dict`] returned."""
-        return cls(**{**values, "costs": Costs(**values["costs"])})
+        costs = dict(values["costs"])
+        costs["step_seconds"] = math.nan if costs["step_seconds"] is None else costs["step_seconds"]
+        return cls(**{**values, "costs": Costs(**costs)})
+
+    def check(self) -> None:
+        """Raise `ValueError` if the fraction of a batch cannot be had with whole rows."""
+        size = self.batch_size
+        remedy = f"of a batch of {size} it keeps {size} of {self.candidate_rows} candidates, all of them; "
+        remedy += f"give at most {size / (size + 0.5):.3f}, a larger batch, or 1"
+        require(self.online_keep == 1 or self.candidate_rows > size, "online_keep", self.online_keep, remedy)
 
     def __str__(self) -> str:
         of = f" of {self.samples:,}" if self.samples else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,9 +15,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from transformers import set_seed
 
 from . import checkpoints
-from .config import DarelConfig
+from .config import DarelConfig, require
 from .data import (
     ID_KEY,
     WEIGHT_KEY,
@@ -47,6 +47,7 @@ from .scoring import (
     score_dataset,
     skip_identity_adapters,
 )
+from .selection import kept_count
 from .selector import Selector, group_numbers, with_fractions
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,9 @@ logger = logging.getLogger(__name__)
 class Run:
     """One `train()` with DAREL: the plan, the `Selector`, and what has been measured so far."""
 
-    def __init__(self, trainer: Any, checkpoint: str | None):
-        self.trainer, self.args, self.config, self.checkpoint = trainer, trainer.args, trainer.darel, checkpoint
+    def __init__(self, trainer: Any, checkpoint: str | None, trial: Any = None):
+        self.trainer, self.args, self.config = trainer, trainer.args, trainer.darel
+        self.checkpoint, self.trial = checkpoint, trial
         self.started = time.perf_counter()
         self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0}
         self.full_dataset = trainer.train_dataset
@@ -64,11 +66,16 @@ class Run:
         self.in_loop = False
         self.offline_weights: np.ndarray | None = None
         self.scores_reused = False
-        self.trained_rows = self.candidate_rows = 0
+        self.trained_rows = self.candidate_rows = 0  # of this process, since the start of the run
+        self.total_trained = self.total_candidates = 0  # of all processes, as of the last merge
+        self.weights: torch.Tensor | None = None  # of the rows in the training step in progress
+        self.weights_honoured = False
         self._interval: list[np.ndarray] = []
-        self._expected: tuple[np.ndarray, torch.Tensor | None] | None = None
+        self._unlogged: list[np.ndarray] = []
+        self._tracked: tuple[np.ndarray, dict[str, Any]] | None = None
         self._hook: Any = None
         self._merged_epoch = 0
+        self._start: dict[str, Any] | None = None  # to go back to, where Trainer tries again with smaller batches
 
     # -- before the loop --
 
@@ -76,8 +83,11 @@ class Run:
         """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
         trainer = self.trainer
         self.ids = sample_ids(self.full_dataset, self.config.id_column)
-        self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
+        self.groups = self._read_groups()
+        self._ready_model()
         with preserve_rng_state():
+            set_seed(self._seed())  # data that are augmented at random have the same fingerprint again
+            self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
             if self.checkpoint is None:
                 self._decide()
             else:
@@ -94,6 +104,35 @@ class Run:
         trainer.train_dataset = visited
         trainer._signature_columns = None  # to be made again, with or without the id
         self._warn_about_steps()
+        if self.args.auto_find_batch_size and self.in_loop:
+            arrays = {name: values.copy() for name, values in self.selector.state_dict().items()}
+            counts = (self.trained_rows, self.candidate_rows, self._merged_epoch)
+            self._start = {"arrays": arrays, "counts": counts}
+
+    def _read_groups(self) -> np.ndarray | None:
+        """Number the groups; raise before any compute if there is no such column, or not a place for each group."""
+        config = self.config
+        if config.group_column is None:
+            return None
+        groups = group_numbers(read_column(self.full_dataset, config.group_column, "group_column"))
+        present, places = int(groups.max()) + 1, kept_count(config.offline_keep, len(self.ids))
+        remedy = f"has {present} values, but offline_keep={config.offline_keep} leaves {places} places; keep more"
+        require(config.offline_keep == 1 or places >= present, "group_column", config.group_column, remedy)
+        return groups
+
+    def _ready_model(self) -> None:
+        """Do to the model what Trainer does only when training starts, so that it is scored and measured as trained."""
+        trainer, args = self.trainer, self.args
+        if trainer.model_init is not None and self.checkpoint is None:
+            set_seed(args.seed)  # as Trainer does before it makes the model anew
+            trainer.model = trainer.call_model_init(self.trial)
+        if trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval:
+            trainer.model.to(args.device)
+        if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
+            for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+                if hasattr(trainer.model, name):
+                    getattr(trainer.model, name)()
+                    break
 
     def _seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -108,7 +147,12 @@ class Run:
         self.plan = Plan.from_dict(state["plan"])
         self.seconds.update(state["seconds"])
         self.started -= state["elapsed"]
-        self.trained_rows, self.candidate_rows = state["trained_rows"], state["candidate_rows"]
+        if self.args.process_index == 0:  # the totals of all processes are counted once
+            self.trained_rows, self.candidate_rows = state["trained_rows"], state["candidate_rows"]
+        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that, or start anew"
+        size = self.trainer._train_batch_size
+        same = size == state["batch_size"] or self.args.auto_find_batch_size
+        require(same, "per_device_train_batch_size", size, remedy)
         arrays = state["arrays"]
         self.positions = arrays.pop("positions", None)
         self.offline_weights = arrays.pop("offline_weights", None)
@@ -133,6 +177,7 @@ class Run:
             scores_free=saved is not None or not self._reads_losses("offline"),
             fixed_steps=args.max_steps > 0,
         )
+        plan.check()
         selects = config.has_budget or config.offline_keep < 1 or config.online_keep < 1
         self.positions = None
         if selects:
@@ -159,7 +204,10 @@ class Run:
         return max(1.0, self.args.max_steps * rows / len(self.ids))
 
     def _saved_scores(self) -> Scores:
-        return match_scores(load_scores(self.config.scores), self.ids, self.data, self.config.scores)
+        scores, path = load_scores(self.config.scores), self.config.scores
+        remedy = f"{len(scores.ids)} scores for {len(self.ids)} samples that are known by row number; score these data"
+        require(self.config.id_column is not None or len(scores.ids) == len(self.ids), "scores", path, remedy)
+        return match_scores(scores, self.ids, self.data, path)
 
     def _with_costs(self, plan: Plan) -> Plan:
         """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
@@ -271,6 +319,9 @@ class Run:
                 "model": model_fingerprint(model, without_adapters=skipped),
                 "loss": code_fingerprint(
                     ["mean over label positions", trainer.accelerator.mixed_precision, trainer.per_sample_loss],
+                    model_fingerprint(trainer.per_sample_loss)
+                    if isinstance(trainer.per_sample_loss, nn.Module)
+                    else "",
                     trainer.data_collator,
                 ),
             }
@@ -306,11 +357,8 @@ class Run:
         return BatchScorer(model, trainer.per_sample_loss, want_correct, trainer.accelerator.autocast)
 
     def _select_offline(self, scores: Scores) -> None:
-        groups = None
-        if self.config.group_column is not None:
-            groups = group_numbers(read_column(self.full_dataset, self.config.group_column, "group_column"))
         self.selector = Selector(self._planned_config(), self.ids, self._seed())
-        selection = self.selector.select_offline(scores, groups)
+        selection = self.selector.select_offline(scores, self.groups)
         self.positions = selection.positions
         if selection.weights is not None:
             self.offline_weights = np.ones(len(self.ids), np.float32)
@@ -320,7 +368,18 @@ class Run:
 
     def start_loop(self, loader: Any) -> None:
         """Get ready for the loop: learn the length of an epoch, attach the tracking hook."""
-        accumulation = self.args.gradient_accumulation_steps
+        accumulation, size = self.args.gradient_accumulation_steps, self.trainer._train_batch_size
+        candidates = self.selector.candidate_rows(size)
+        found = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+        remedy = f"batches of {candidates} candidates were asked for; let it take its batch size from Trainer"
+        require(found in (None, candidates), "get_train_dataloader", f"batches of {found}", remedy)
+        remedy = f"there are fewer samples than the {candidates} candidates of a batch; set it to False"
+        require(len(loader) > 0, "dataloader_drop_last", self.args.dataloader_drop_last, remedy)
+        if self._start is not None and size != self.plan.batch_size:
+            self.selector.load_state_dict({name: values.copy() for name, values in self._start["arrays"].items()})
+            self.trained_rows, self.candidate_rows, self._merged_epoch = self._start["counts"]
+            self.plan = replace(self.plan, batch_size=size)
+            self._interval, self._unlogged = [], []
         self.steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
         self.online_scorer = self._batch_scorer(self.trainer.model, self._needs_correct("online"))
         if self.config.track and self._hook is None:
@@ -365,8 +424,15 @@ class Run:
             weights = offline if weights is None else offline * weights
         if weights is not None:
             batch[WEIGHT_KEY] = torch.as_tensor(weights, dtype=torch.float32, device=batch[ID_KEY].device)
-        elif not self.config.track:
+        if weights is None and not self.config.track:
             del batch[ID_KEY]
+        elif not self.online_scorer.checked and self.trainer.per_sample_loss is None:
+            self.online_scorer(take_rows(self.trainer._prepare_inputs(batch), np.arange(min(len(rows), 4)), len(rows)))
+            remedy = (
+                "its loss is more than cross-entropy, so the rule's weights cannot be honoured; choose another rule"
+            )
+            honoured = weights is None or self.online_scorer.matches_own_loss is not False
+            require(honoured, "model", type(self.trainer.model).__name__, remedy)
         return batch
 
     def _candidate_losses(self, batch: Mapping, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -398,21 +464,29 @@ class Run:
     def _settle(self, started: float, part: str) -> None:
         self.seconds[part] += self._clock() - started
 
-    def expect(self, ids: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-        """Remember which samples the next forward pass is of, for the tracking hook."""
+    def begin_row(self, inputs: Mapping[str, Any]) -> None:
+        """Begin the training step of a micro-batch: remember its ids and labels for the tracking hook, and weights."""
+        self.weights, self.weights_honoured = inputs.get(WEIGHT_KEY), False
         if self.config.track:
-            self._expected = (ids.cpu().numpy(), dict(inputs))  # label smoothing takes the labels out of `inputs`
+            self._tracked = (inputs[ID_KEY].cpu().numpy(), dict(inputs))
+
+    def end_row(self) -> bool:
+        """End it; return whether there were weights that nobody honoured."""
+        ignored = self.weights is not None and not self.weights_honoured
+        self.weights = None
+        return ignored
 
     def _track(self, model: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:
         """Read the losses of trained rows off the very forward pass that trains them."""
-        if self._expected is None or not model.training:
+        if self._tracked is None or not model.training:
             return
-        (ids, inputs), self._expected = self._expected, None
+        (ids, inputs), self._tracked = self._tracked, None
         with torch.no_grad():
             if self.trainer.per_sample_loss is not None:
                 losses = self.trainer.per_sample_loss(outputs, inputs)
             else:
-                logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[-1]
+                after_loss = int(kwargs.get("labels") is not None)  # a tuple begins with the loss, if there is one
+                logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[after_loss]
                 if not torch.is_tensor(logits):
                     raise ValueError("track=True: the model returns no logits (a fused loss?); set track=False")
                 losses = per_sample_losses(logits.detach(), inputs["labels"], self.online_scorer.shift).losses
@@ -424,10 +498,9 @@ class Run:
         own = (ledger.take_pending(), self._interval, (self.trained_rows, self.candidate_rows))
         everyone = gather_object([own]) if self.args.world_size > 1 else [own]
         ledger.merge([records for records, _, _ in everyone], self.args.process_index)
-        self._merged_losses = [losses for _, interval, _ in everyone for losses in interval]
         self.total_trained = sum(counts[0] for _, _, counts in everyone)
         self.total_candidates = sum(counts[1] for _, _, counts in everyone)
-        self._unlogged = [*getattr(self, "_unlogged", []), *self._merged_losses]
+        self._unlogged += [losses for _, interval, _ in everyone for losses in interval]
         self._interval = []
 
     def logs(self) -> dict[str, float]:
@@ -467,8 +540,9 @@ class Run:
                 "data": self.data,
                 "seconds": self.seconds,
                 "elapsed": time.perf_counter() - self.started,
-                "trained_rows": self.trained_rows,
-                "candidate_rows": self.candidate_rows,
+                "trained_rows": self.total_trained,
+                "candidate_rows": self.total_candidates,
+                "batch_size": self.args.train_batch_size,
                 "merged_epoch": self._merged_epoch,
                 "scores_reused": self.scores_reused,
             }
@@ -504,9 +578,11 @@ class Run:
             scores_reused=self.scores_reused,
         )
         if self.args.should_save and self.trainer.hp_search_backend is None:
-            os.makedirs(self.folder, exist_ok=True)
-            write_json(self.folder / "report.json", report.to_dict())
-            report.write_samples(self.folder / "samples.parquet")
+            # A second `train()`, or a resumed one of a run that was over, leaves the first report as it is.
+            suffixes = ("", *(f"-{number}" for number in range(2, 10_000)))
+            suffix = next(s for s in suffixes if not (self.folder / f"report{s}.json").exists())
+            report.write_samples(self.folder / f"samples{suffix}.parquet")
+            write_json(self.folder / f"report{suffix}.json", report.to_dict())
         return report
 
     def close(self) -> None:

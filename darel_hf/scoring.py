@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .config import require
-from .data import ID_KEY, WEIGHT_KEY
+from .data import ID_KEY, WEIGHT_KEY, take_rows
 from .files import atomic_path
 from .ledger import check_finite
 from .losses import SampleLosses, per_sample_losses, shift_labels, token_losses
@@ -41,7 +42,8 @@ WINDOW = 4096  # samples that are read, sorted by length and saved together
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the model inside a PEFT wrapper, or the model itself."""
+    """Return the model inside `torch.compile` and PEFT wrappers, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -50,7 +52,7 @@ def is_causal_lm(model: nn.Module) -> bool:
     model = base_model(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    if type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
         return True
     return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
 
@@ -119,7 +121,8 @@ class BatchScorer:
         base = base_model(model)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
         self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-        self._checked = False
+        self.checked = False
+        self.matches_own_loss: bool | None = None  # None: the model gives no loss to compare with
 
     def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
         """
@@ -151,9 +154,10 @@ class BatchScorer:
                 f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
                 "training set (or its collator) must provide labels, or pass per_sample_loss="
             )
-        if not self._checked:
-            self._check({k: v[:4] if torch.is_tensor(v) and v.dim() else v for k, v in inputs.items()})
-            self._checked = True
+        if not self.checked:
+            n = len(inputs["labels"])
+            self._check(take_rows(inputs, np.arange(min(n, 4)), n))
+            self.checked = True
         return self._through_head(inputs) if self._head is not None else self._plain(inputs)[0]
 
     def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, torch.Tensor | None]:
@@ -171,13 +175,17 @@ class BatchScorer:
                 f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
                 "one sample cannot be read off; switch the fusion off, or pass per_sample_loss="
             )
-        return per_sample_losses(logits, labels, self.shift, want_correct=self.want_correct), own
+        samples = per_sample_losses(logits, labels, self.shift, want_correct=self.want_correct)
+        if not self.checked and torch.is_tensor(own) and own.numel() == 1 and logits.dim() == 3 and labels.dim() == 2:
+            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
+            other = per_sample_losses(logits, labels, not self.shift, want_correct=self.want_correct)
+            if abs(_mean(other) - own.item()) < abs(_mean(samples) - own.item()):
+                self.shift, samples = not self.shift, other
+        return samples, own
 
     def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
         labels = inputs["labels"]
-        rest = {k: v for k, v in inputs.items() if k != "labels"}
-        if getattr(base_model(self.model).config, "is_encoder_decoder", False) and "decoder_input_ids" not in rest:
-            rest["decoder_input_ids"] = base_model(self.model).prepare_decoder_input_ids_from_labels(labels=labels)
+        rest = {k: v for k, v in with_decoder_inputs(self.model, inputs).items() if k != "labels"}
         with _StopAtHead(self._head) as stop:
             self.model(**rest)
         aligned = shift_labels(labels) if self.shift else labels
@@ -196,16 +204,30 @@ class BatchScorer:
             self._head = self._head if same else None
         else:
             self._head = None
-        total = plain.n_tokens.sum()
-        if torch.is_tensor(own) and own.numel() == 1 and total > 0:
-            mean = (plain.losses * plain.n_tokens).sum() / total
-            if torch.isfinite(own) and not torch.allclose(mean, own.float(), rtol=tolerance, atol=tolerance):
+        if torch.is_tensor(own) and own.numel() == 1 and plain.n_tokens.sum() > 0 and torch.isfinite(own):
+            mean = _mean(plain)
+            self.matches_own_loss = math.isclose(mean, own.item(), rel_tol=tolerance, abs_tol=tolerance)
+            if not self.matches_own_loss:
                 logger.warning(
                     "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it "
                     "adds or weighs something; pass per_sample_loss= to rank by the model's own loss",
-                    mean.item(),
+                    mean,
                     own.item(),
                 )
+
+
+def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Add the decoder inputs that an encoder-decoder would make of the labels, for a forward without labels."""
+    base = base_model(model)
+    decodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not decodes or "decoder_input_ids" in inputs or not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return inputs
+    return {**inputs, "decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])}
+
+
+def _mean(samples: SampleLosses) -> float:
+    """Return the mean over all label positions of a batch."""
+    return ((samples.losses * samples.n_tokens).sum() / samples.n_tokens.sum().clamp(min=1)).item()
 
 
 @contextlib.contextmanager
@@ -221,12 +243,18 @@ def skip_identity_adapters(scorer: BatchScorer, inputs: Mapping[str, Any]) -> It
         yield False
         return
     with_adapters = scorer(inputs).losses
-    with model.disable_adapter():
-        without = scorer(inputs).losses
-        if torch.allclose(with_adapters, without, rtol=1e-5, atol=1e-6):
-            yield True
-            return
-    yield False
+    # PEFT makes the active adapter trainable when it is switched on again, also what the user has frozen.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            skipped = torch.allclose(with_adapters, scorer(inputs).losses, rtol=1e-5, atol=1e-6)
+            if skipped:
+                yield True
+    finally:
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+    if not skipped:
+        yield False
 
 
 @dataclass(frozen=True)
@@ -322,6 +350,13 @@ def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
         without_adapters (`bool`): leave out the adapters' weights (those that are switched off change no score).
     """
     digest = hashlib.blake2b(type(base_model(model)).__name__.encode(), digest_size=16)
+    configs = [getattr(base_model(model), "config", None)]
+    if not without_adapters:
+        configs += getattr(model, "peft_config", {}).values()  # scales, for one, are in no weight
+    for config in configs:
+        settings = config.to_dict() if hasattr(config, "to_dict") else {}
+        places = ("_name_or_path", "base_model_name_or_path", "transformers_version", "revision")
+        digest.update(repr(sorted((k, str(v)) for k, v in settings.items() if k not in places)).encode())
     prefix = getattr(getattr(model, "base_model", None), "prefix", None) if without_adapters else None
     for name, tensor in model.state_dict().items():
         if prefix is not None and prefix in name:
@@ -339,7 +374,7 @@ def feature_length(feature: Mapping[str, Any]) -> int:
     if tokens is None:
         return 1
     labels = feature.get("labels")
-    target = len(labels) if hasattr(labels, "__len__") and len(labels) != len(tokens) else 0
+    target = len(labels) if np.ndim(labels) > 0 and len(labels) != len(tokens) else 0
     return len(tokens) + target
 
 

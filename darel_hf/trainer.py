@@ -18,7 +18,7 @@ from .data import ID_KEY, WEIGHT_KEY, CarryIds, sample_ids
 from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .report import Report
 from .run import Run
-from .scoring import PerSampleLoss, is_causal_lm
+from .scoring import PerSampleLoss, with_decoder_inputs
 from .selection import RULES
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class DarelMixin:
             self._on_main(checkpoints.refuse_other_run, self.args.output_dir)
         self._run_count += 1
         dataset, batch_size = self.train_dataset, self._train_batch_size
-        self._run = Run(self, resume_from_checkpoint or None)
+        self._run = Run(self, resume_from_checkpoint or None, trial)
         try:
             self._run.prepare()
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -102,7 +102,7 @@ class DarelMixin:
         if self.is_world_process_zero():
             try:
                 outcome[0] = function(*args)
-            except (ValueError, TypeError, OSError) as error:
+            except Exception as error:  # whatever it is, the other processes wait for it
                 outcome[1] = error
         if self.args.world_size > 1:
             broadcast_object_list(outcome)
@@ -142,15 +142,26 @@ class DarelMixin:
         self._run.start_step()
         return super().get_batch_samples(map(self._run.select, epoch_iterator), num_batches, device)
 
-    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss as the class below does, after taking out ids; with a rule's weights, the weighted loss."""
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Do the training step of the class below, on inputs without ids and weights."""
         if self._run is None or ID_KEY not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        inputs = dict(inputs)
-        ids, weights = inputs.pop(ID_KEY), inputs.pop(WEIGHT_KEY, None)
-        self._run.expect(ids, inputs)
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._run.begin_row(inputs)
+        inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            ignored = self._run.end_row()
+        remedy = "it never called super().compute_loss, so the rule's weights were not honoured; choose another rule"
+        require(not ignored, "compute_loss", type(self).__name__, remedy)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the class below does; where a rule gives weights, the weighted loss."""
+        weights = None if self._run is None else self._run.weights
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
+        inputs = with_decoder_inputs(self.model, dict(inputs))  # the labels will not reach the model
         self.compute_loss_func = partial(self._weighted_loss, inputs=dict(inputs), weights=weights)
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -166,14 +177,23 @@ class DarelMixin:
         inputs: Mapping[str, Any],
         weights: torch.Tensor,
     ) -> torch.Tensor:
-        if self.per_sample_loss is not None:
+        self._run.weights_honoured = True
+        if self.per_sample_loss is None:
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+            smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
+            samples = per_sample_losses(logits, labels, self._run.online_scorer.shift, smoothing)
+            if not labels.is_floating_point():
+                return weighted_loss(samples, weights, num_items_in_batch)
+        else:
             losses = self.per_sample_loss(outputs, inputs)
             samples = SampleLosses(losses, torch.ones_like(losses), torch.zeros_like(losses))
-            return weighted_loss(samples, weights, None)
-        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-        smoothing = self.label_smoother.epsilon if self.label_smoother is not None else 0.0
-        samples = per_sample_losses(logits, labels, is_causal_lm(self.model), smoothing)
-        return weighted_loss(samples, weights, num_items_in_batch)
+        # A mean over rows, not over counted labels: undo what Trainer takes for already done where it has counted.
+        loss = weighted_loss(samples, weights, None)
+        if num_items_in_batch is not None:
+            loss = loss / self.current_gradient_accumulation_steps
+            if self.args.average_tokens_across_devices:
+                loss = loss / self.accelerator.num_processes
+        return loss
 
     # ---- Logs and checkpoints ----
 
@@ -186,7 +206,7 @@ class DarelMixin:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, ledger and plan too, before Trainer's own state makes it complete."""
         super().save_model(output_dir, _internal_call)
-        if self._run is not None and _internal_call:
+        if self._run is not None and _internal_call and output_dir is not None:
             self._run.save(output_dir)
 
 
@@ -201,6 +221,19 @@ def _check_arguments(trainer: Any) -> None:
     )
     if trainer.train_dataset is not None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
+    if config.online_keep < 1 or config.has_budget:
+        strategy = getattr(args, "train_sampling_strategy", None)
+        remedy = "its loader has batches of its own size, so candidates cannot be chosen from; use another strategy"
+        require(strategy != "batch_rebalance", "train_sampling_strategy", strategy, remedy)
+        remedy = "a batch of candidates is made per process; set it to False"
+        require(not args.accelerator_config.split_batches, "split_batches", True, remedy)
+    if trainer.per_sample_loss is not None:
+        for stage in ("offline", "online"):
+            name = f"{stage}_rule"
+            remedy = "the rule needs to know which predictions are right, which per_sample_loss does not say"
+            used = getattr(config, f"{stage}_keep") < 1 or config.has_budget
+            known = "correct" not in RULES[getattr(config, name)].needs
+            require(known or not used, name, getattr(config, name), remedy)
     weighs = any(_weighs(config, stage) for stage in ("offline", "online"))
     require(
         not weighs or trainer.compute_loss_func is None,

@@ -250,6 +250,7 @@ def test_second_train_starts_anew(tmp_path):
     second = trainer.report
     assert not second.scores_reused and not np.array_equal(first.ledger.loss, second.ledger.loss)
     assert first.rows_backpropagated == second.rows_backpropagated
+    assert (tmp_path / "darel" / "report.json").exists() and (tmp_path / "darel" / "report-2.json").exists()
     hooks = [m for m in trainer.model.modules() if m._forward_pre_hooks or m._forward_hooks]
     assert not hooks  # nothing of ours stays on the model
 
@@ -267,14 +268,13 @@ def test_model_init(tmp_path):
 
 
 def test_scoring_leaves_the_random_state_alone(tmp_path):
-    """With every row kept by the rule, the run with scoring ends like the run without: dropout draws the same."""
+    """Where the offline stage scores and then keeps all, the run ends like plain Trainer's: dropout draws the same."""
     plain = make(Trainer, tmp_path / "a", tiny_lora(dropout=0.2))
     plain.train()
-    ours = make(DarelTrainer, tmp_path / "b", tiny_lora(dropout=0.2), darel=DarelConfig(online_keep=0.99))
-    assert round(4 / 0.99) == 4
+    ours = make(DarelTrainer, tmp_path / "b", tiny_lora(dropout=0.2), darel=DarelConfig(offline_keep=0.99))
     ours.train()
-    for name, tensor in weights(plain.model).items():
-        torch.testing.assert_close(tensor, weights(ours.model)[name], rtol=1e-6, atol=1e-7)
+    assert ours.report.seconds["offline"] > 0 and ours.report.kept.all()
+    assert_same_weights(weights(plain.model), weights(ours.model))
 
 
 def test_offline_keeps_what_an_oracle_keeps(tmp_path):
@@ -542,7 +542,7 @@ def test_paper_budget_in_the_trainer(tmp_path):
 
 
 def test_warns_when_no_saving_is_predicted(tmp_path, caplog):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(online_keep=0.9))
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(online_keep=0.8))
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "no saving is predicted" in caplog.text
@@ -613,10 +613,12 @@ def test_scores_that_do_not_fit(tmp_path):
     other = make(DarelTrainer, tmp_path / "b", data=token_data(37, seed=9), darel=DarelConfig(0.5, scores=saved))
     with pytest.raises(ValueError, match="made from other data"):
         other.train()
-    datasets.Dataset.from_dict({"sample_id": [0, 1], "loss": [1.0, 2.0]}).to_parquet(str(tmp_path / "few.parquet"))
-    few = make(DarelTrainer, tmp_path / "c", darel=DarelConfig(0.5, scores=str(tmp_path / "few.parquet")))
-    with pytest.raises(ValueError, match="no score for 35 of 37 samples"):
-        few.train()
+    few, other = str(tmp_path / "few.parquet"), str(tmp_path / "other.parquet")
+    datasets.Dataset.from_dict({"sample_id": [0, 1], "loss": [1.0, 2.0]}).to_parquet(few)
+    datasets.Dataset.from_dict({"sample_id": list(range(1, 38)), "loss": [1.0] * 37}).to_parquet(other)
+    for path, match in ((few, "2 scores for 37 samples"), (other, r"no score for 1 of 37 samples, ids \[0\]")):
+        with pytest.raises(ValueError, match=match):
+            make(DarelTrainer, tmp_path / "c", darel=DarelConfig(0.5, scores=path)).train()
 
 
 def test_budget_that_cannot_be_met(tmp_path):
@@ -646,7 +648,11 @@ def test_several_gpus_in_one_process(tmp_path):
     args._n_gpu = 2
     with pytest.raises(ValueError, match="accelerate launch"):
         DarelTrainer(
-            model=tiny_lora(), args=args, train_dataset=token_data(), darel=DarelConfig(0.5), data_collator=PadCollator()
+            model=tiny_lora(),
+            args=args,
+            train_dataset=token_data(),
+            darel=DarelConfig(0.5),
+            data_collator=PadCollator(),
         )
 
 
