@@ -7,7 +7,7 @@ import io
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ def run_demo(
     folder = Path(output_dir)
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     require(not held, "output_dir", output_dir, f"holds something ({', '.join(held[:5])}); name a new folder")
-    _quiet()
     pairs = make_corpus(folder / "data", settings.representations, settings.seed)
-    seconds = warm_up(folder / "model", settings, texts=[pair["ref"] for pair in pairs["train"]])
+    with _quiet():
+        seconds = warm_up(folder / "model", settings, texts=[pair["ref"] for pair in pairs["train"]])
     progress(f"model warmed up in another domain in {seconds:.0f} s")
     results = []
     for name, darel in arms(settings.epochs).items():
@@ -115,7 +115,7 @@ def run_demo(
             num_beams=2,
             generation_batch_size=35,
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # Trainer's log lines; the table at the end says it all
+        with _quiet():
             result = nlg.run(task, darel, training)
         result |= {"arm": name, "noisy_dropped": _noisy_dropped(arm, pairs["train"])}
         results.append(result)
@@ -130,15 +130,26 @@ def run_demo(
     return results
 
 
-def _quiet() -> None:
-    """Keep progress and advice of the libraries out of the demo's one table."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress and advice of the libraries out of the demo's one table, for as long as it runs."""
     import datasets
     import transformers
 
+    ours, level = logging.getLogger("darel_hf"), logging.getLogger("darel_hf").level
+    verbosity = transformers.utils.logging.get_verbosity()
     datasets.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("darel_hf").setLevel(logging.ERROR)
+    ours.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # Trainer's log lines
+            yield
+    finally:
+        ours.setLevel(level)
+        transformers.utils.logging.set_verbosity(verbosity)
+        transformers.utils.logging.enable_progress_bar()
+        datasets.utils.logging.enable_progress_bar()
 
 
 def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
@@ -207,8 +218,7 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     )
-    with contextlib.redirect_stdout(io.StringIO()):
-        trainer.train()
+    trainer.train()
     trainer.save_model(str(folder))
     return time.perf_counter() - started
 

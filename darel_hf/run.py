@@ -121,7 +121,7 @@ class Run:
         return groups
 
     def _ready_model(self) -> None:
-        """Do to the model what Trainer does only when training starts, so that it is scored and measured as trained."""
+        """Do to the model what Trainer does only when training starts: it is to be scored and measured as trained."""
         trainer, args = self.trainer, self.args
         if trainer.model_init is not None and self.checkpoint is None:
             set_seed(args.seed)  # as Trainer does before it makes the model anew
