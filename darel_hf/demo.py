@@ -240,9 +240,9 @@ def table(results: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
     title = "LoRA fine-tuning four ways (one seed: a demonstration, no evidence)"
-    grid = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+    grid = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     columns = ("\nBLEU", "\ntime", "of it\nscoring", "\nsamples", "label\ntokens", "saving\npredicted")
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     for column in (*columns, "saving\nmeasured", "noise\ndropped"):
         grid.add_column(column, justify="right", no_wrap=True)
     for result in results:
