@@ -71,7 +71,7 @@ def demo(
 
         out.print(f"Warming up a small GPT-2, then four ways of LoRA fine-tuning; everything goes to {output_dir}/.")
         results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", highlight=False))
-        Console(width=max(out.width, 90)).print(table(results))
+        Console(width=max(out.width, 100)).print(table(results))
         out.print(f"Charts: {output_dir}/losses.png, {output_dir}/quality_time.png")
 
 
