@@ -100,7 +100,8 @@ class BatchScorer:
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
         per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot
-        know. want_correct (`bool`): also find out how many positions are predicted right.
+            know.
+        want_correct (`bool`): also find out how many positions are predicted right.
         autocast (`Callable`): returns the context in which the model runs.
     """
 
