@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,3 @@ def refuse_other_run(output_dir: str) -> None:
 def short_hash(*values: Any) -> str:
     """Hash JSON values to 16 hexadecimal digits, for file names."""
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def remove_folder(path: str | os.PathLike) -> None:
-    """Remove a folder of our own temporary files, if it is there."""
-    shutil.rmtree(path, ignore_errors=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .selection import Rule
 
 
 def require(ok: bool, name: str, value: Any, remedy: str, error: type[Exception] = ValueError) -> None:
@@ -117,7 +120,7 @@ class DarelConfig:
             require(value in RULES, name, value, f"unknown rule; choose one of {', '.join(sorted(RULES))}")
         methods = ("measured", "paper")
         require(self.budget_method in methods, "budget_method", self.budget_method, f"choose one of {methods}")
-        weighs = RULES[self.offline_rule].weigh is not None
+        weighs = self.rule("offline").weigh is not None
         remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
         require(self.group_column is None or not weighs, "group_column", self.group_column, remedy)
         if self.budget_time is not None or self.budget_memory is not None:
@@ -130,10 +133,20 @@ class DarelConfig:
         """Whether a time or memory budget decides the fractions."""
         return self.budget_time is not None or self.budget_memory is not None
 
+    def rule(self, stage: str) -> Rule:
+        """Return the rule of the `"offline"` or `"online"` stage."""
+        from .selection import RULES
+
+        return RULES[getattr(self, f"{stage}_rule")]
+
+    def may_select(self, stage: str) -> bool:
+        """Whether the `"offline"` or `"online"` stage drops anything, as far as is known before a budget is solved."""
+        return getattr(self, f"{stage}_keep") < 1 or self.has_budget
+
     @property
     def active(self) -> bool:
         """Whether anything differs from plain training."""
-        return self.has_budget or self.offline_keep < 1 or self.online_keep < 1 or self.track
+        return self.may_select("offline") or self.may_select("online") or self.track
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, for JSON."""

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import DarelConfig, require
-from .files import atomic_path, write_json
+from .config import DarelConfig
+from .files import atomic_path, refuse_used_folder, write_json
 
 VOCABULARY = 1024
 
@@ -76,15 +76,12 @@ def run_demo(
     Raises:
         ValueError: if `output_dir` is not empty.
     """
-    from transformers import TrainingArguments
-
     from . import nlg
     from .corpus import make_corpus
 
     settings = settings or DemoSettings()
     folder = Path(output_dir)
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    require(not held, "output_dir", output_dir, f"holds something ({', '.join(held[:5])}); name a new folder")
+    refuse_used_folder(folder, "something", "name a new folder")
     pairs = make_corpus(folder / "data", settings.representations, settings.seed)
     with _quiet():
         seconds = warm_up(folder / "model", settings, texts=[pair["ref"] for pair in pairs["train"]])
@@ -92,18 +89,13 @@ def run_demo(
     results = []
     for name, darel in arms(settings.epochs).items():
         arm = folder / name.replace(" + ", "_").replace(" ", "_").lower()
-        training = TrainingArguments(
-            output_dir=str(arm),
+        training = _training_arguments(
+            arm,
+            settings.seed,
             learning_rate=settings.learning_rate,
             num_train_epochs=settings.epochs,
             per_device_train_batch_size=settings.batch_size,
             warmup_steps=0.02,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1000,
-            disable_tqdm=True,
-            seed=settings.seed,
-            dataloader_pin_memory=False,
         )
         task = nlg.NLGArguments(
             model_name_or_path=str(folder / "model"),
@@ -128,6 +120,14 @@ def run_demo(
     (folder / "losses.png").write_bytes(source.read_bytes())
     plot_quality_time(results, folder / "quality_time.png")
     return results
+
+
+def _training_arguments(folder: Path, seed: int, **settings: Any) -> Any:
+    """Return `TrainingArguments` that save and report nothing by themselves."""
+    from transformers import TrainingArguments
+
+    quiet = {"save_strategy": "no", "report_to": "none", "logging_steps": 1000, "disable_tqdm": True}
+    return TrainingArguments(output_dir=str(folder), seed=seed, dataloader_pin_memory=False, **quiet, **settings)
 
 
 @contextlib.contextmanager
@@ -171,7 +171,6 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
         GPT2LMHeadModel,
         PreTrainedTokenizerFast,
         Trainer,
-        TrainingArguments,
         set_seed,
     )
 
@@ -201,18 +200,13 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
     )
     trainer = Trainer(
         model=GPT2LMHeadModel(config),
-        args=TrainingArguments(
-            output_dir=str(folder),
+        args=_training_arguments(
+            folder,
+            settings.seed,
             learning_rate=2e-3,
             num_train_epochs=settings.warm_up_epochs,
             per_device_train_batch_size=16,
             warmup_steps=0.1,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1000,
-            disable_tqdm=True,
-            seed=settings.seed,
-            dataloader_pin_memory=False,
         ),
         train_dataset=nlg.tokenize_pairs([{"mr": p["mr"], "ref": p["ref"]} for p in pairs], tokenizer, 256),
         processing_class=tokenizer,

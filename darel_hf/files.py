@@ -10,6 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .config import require
+
+
+def refuse_used_folder(path: str | os.PathLike, what: str, remedy: str) -> None:
+    """Raise `ValueError` if an output folder holds anything: it holds `what`, and `remedy` says what to do."""
+    held = sorted(entry.name for entry in Path(path).iterdir()) if Path(path).is_dir() else []
+    require(not held, "output_dir", str(path), f"holds {what} ({', '.join(held[:5])}); {remedy}")
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:

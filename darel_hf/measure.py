@@ -47,14 +47,17 @@ def _batches(trainer: Any, dataset: Any, collator: Callable, rows: int, count: i
     return batches
 
 
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done what it was asked for so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock(device)
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock(device) - started
 
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
@@ -157,8 +160,8 @@ def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) ->
     On CUDA the allocator's peak; elsewhere weights, gradients and optimizer states plus what is saved for backward.
     """
     device = trainer.args.device
-    lengths = [feature_length(dataset[int(i)]) for i in np.linspace(0, len(dataset) - 1, 256).astype(int)]
-    longest = int(np.linspace(0, len(dataset) - 1, 256).astype(int)[int(np.argmax(lengths))])
+    positions = np.linspace(0, len(dataset) - 1, 256).astype(int).tolist()
+    longest = max(positions, key=lambda i: feature_length(dataset[i]))
     batch = trainer._prepare_inputs(collator([dataset[longest]] * rows))
     trainable = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     with _untouched(trainer.model):

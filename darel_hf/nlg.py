@@ -37,7 +37,8 @@ from transformers.utils.logging import is_progress_bar_enabled
 from . import checkpoints
 from .config import DarelConfig, require
 from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
-from .files import atomic_path, write_json, write_text
+from .files import atomic_path, refuse_used_folder, write_json, write_text
+from .report import scoring_seconds
 from .scoring import BatchScorer, Scores, model_fingerprint, score_dataset
 from .trainer import DarelTrainer
 
@@ -426,10 +427,8 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
         ValueError, OSError: for bad input, before any compute.
     """
     folder = Path(training.output_dir)
-    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if training.process_index == 0:
-        remedy = f"holds another run ({', '.join(held[:5])}); go on with --resume, or name a new folder"
-        require(args.resume or not held, "output_dir", str(folder), remedy)
+    if training.process_index == 0 and not args.resume:
+        refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
     pairs = load_pairs(args)
     generator = random.Random(training.seed)
     if args.max_train_samples is not None and args.max_train_samples < len(pairs["train"]):
@@ -489,7 +488,7 @@ def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, los
     }
     if trainer.report is not None:
         report = trainer.report.to_dict()
-        results["scoring_seconds"] = sum(report["seconds"][part] for part in ("probe", "offline", "scoring"))
+        results["scoring_seconds"] = scoring_seconds(report["seconds"])
         results |= {k: report[k] for k in ("rows_backpropagated", "predicted_time")}
         results["seconds"] = report["seconds"]["total"]  # of all processes that the run was resumed in
     return results

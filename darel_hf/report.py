@@ -16,6 +16,11 @@ from .planning import Plan
 from .selection import RULES, Samples, length_corrected
 
 
+def scoring_seconds(seconds: dict[str, float]) -> float:
+    """Return what went into scores and into measuring what they cost, of the seconds of a run."""
+    return sum(seconds[part] for part in ("probe", "offline", "scoring"))
+
+
 @dataclass(frozen=True)
 class Report:
     """

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ from .data import (
 )
 from .files import write_json
 from .losses import per_sample_losses
-from .measure import measure_costs, measure_memory
+from .measure import clock, measure_costs, measure_memory
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan
-from .report import Report
+from .report import Report, scoring_seconds
 from .scoring import (
     BatchScorer,
     Scores,
@@ -98,7 +99,7 @@ class Run:
         self.selector.config = config
         self.in_loop = config.online_keep < 1 or config.track or self.offline_weights is not None
         trainer._train_batch_size = self.plan.batch_size
-        visited = add_ids(self.full_dataset, self.ids) if self.in_loop else self.full_dataset
+        visited = self._with_ids if self.in_loop else self.full_dataset
         if self.positions is not None:
             visited = select_rows(visited, self.positions)
         trainer.train_dataset = visited
@@ -174,11 +175,11 @@ class Run:
             epochs=self._epochs(),
             samples=len(self.ids),
             costs=assumed_costs(lora=hasattr(self.trainer.model, "peft_config")),
-            scores_free=saved is not None or not self._reads_losses("offline"),
+            scores_free=saved is not None or not self.config.rule("offline").reads_losses,
             fixed_steps=args.max_steps > 0,
         )
         plan.check()
-        selects = config.has_budget or config.offline_keep < 1 or config.online_keep < 1
+        selects = config.may_select("offline") or config.may_select("online")
         self.positions = None
         if selects:
             plan = self._with_costs(plan)
@@ -213,7 +214,7 @@ class Run:
         """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
         started = time.perf_counter()
         trainer, full_size = self.trainer, plan.batch_size
-        dataset, collator = self._dataset_and_collator()
+        dataset, collator = self._dataset_and_collator
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
         costs = measure_costs(
             trainer, dataset, collator, full_size, round(candidates * full_size), self._micro_batches(plan)
@@ -229,7 +230,7 @@ class Run:
                 plan = replace(plan, slowdown=self._from_main(costs.step_seconds / size / full_row))
         if costs is not None:
             plan = replace(plan, costs=self._from_main(costs))
-        if not self._reads_losses("online"):
+        if not self.config.rule("online").reads_losses:
             plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
         self._settle(started, "probe")
         if plan.costs.measured:
@@ -240,11 +241,8 @@ class Run:
     def _from_main(self, value: Any) -> Any:
         return self.trainer._on_main(lambda: value)
 
-    def _reads_losses(self, stage: str) -> bool:
-        return Selector(self.config, [0]).reads_losses(stage)
-
     def _wants_offline(self, plan: Plan) -> bool:
-        if not self._reads_losses("offline"):
+        if not self.config.rule("offline").reads_losses:
             return False
         if not self.config.has_budget:
             return plan.offline_keep < 1
@@ -291,11 +289,16 @@ class Run:
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return math.ceil(len(self.ids) / rows) * self.args.num_train_epochs
 
+    @cached_property
+    def _with_ids(self) -> Any:
+        return add_ids(self.full_dataset, self.ids)
+
+    @cached_property
     def _dataset_and_collator(self) -> tuple[Any, CarryIds]:
-        """Return the whole training set with ids, unused columns removed, and Trainer's own collator around ids."""
+        """The whole training set with ids, unused columns removed, and Trainer's own collator around ids."""
         trainer = self.trainer
         dataset, collator, signature = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
-        trainer.train_dataset, trainer.data_collator = add_ids(self.full_dataset, self.ids), CarryIds(collator)
+        trainer.train_dataset, trainer.data_collator = self._with_ids, CarryIds(collator)
         trainer._signature_columns = None
         try:
             loader = trainer.plain_train_dataloader()
@@ -306,11 +309,11 @@ class Run:
 
     def _score_offline(self) -> Scores:
         trainer = self.trainer
-        dataset, collator = self._dataset_and_collator()
+        dataset, collator = self._dataset_and_collator
         model = trainer.scorer if trainer.scorer is not None else trainer.model
         if trainer.scorer is not None:
             model.to(self.args.device)
-        scorer = self._batch_scorer(model, self._needs_correct("offline"))
+        scorer = self._batch_scorer(model, "offline")
         items = [dataset[i] for i in range(min(8, len(dataset)))]
         probe = trainer._prepare_inputs(collator(items))
         with skip_identity_adapters(scorer, probe) as skipped:
@@ -346,14 +349,11 @@ class Run:
         scores = match_scores(scores, self.ids, self.data, "offline pass")
         if self.args.should_save:
             save_scores(scores, path)
-            checkpoints.remove_folder(self.folder / f"parts-{name}")
+            shutil.rmtree(self.folder / f"parts-{name}", ignore_errors=True)
         return scores
 
-    def _needs_correct(self, stage: str) -> bool:
-        return Selector(self.config, [0]).needs_correct(stage)
-
-    def _batch_scorer(self, model: nn.Module, want_correct: bool) -> BatchScorer:
-        trainer = self.trainer
+    def _batch_scorer(self, model: nn.Module, stage: str) -> BatchScorer:
+        trainer, want_correct = self.trainer, "correct" in self.config.rule(stage).needs
         return BatchScorer(model, trainer.per_sample_loss, want_correct, trainer.accelerator.autocast)
 
     def _select_offline(self, scores: Scores) -> None:
@@ -381,7 +381,7 @@ class Run:
             self.plan = replace(self.plan, batch_size=size)
             self._interval, self._unlogged = [], []
         self.steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
-        self.online_scorer = self._batch_scorer(self.trainer.model, self._needs_correct("online"))
+        self.online_scorer = self._batch_scorer(self.trainer.model, "online")
         if self.config.track and self._hook is None:
             self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)
 
@@ -403,7 +403,7 @@ class Run:
         weights = None
         if self.selector.config.online_keep < 1:
             losses = lengths = correct = None
-            if self.selector.reads_losses("online"):
+            if self.config.rule("online").reads_losses:
                 losses, lengths, correct = self._candidate_losses(batch, ids)
                 self._interval.append(losses)
             started = time.perf_counter()
@@ -442,7 +442,7 @@ class Run:
         unknown = np.isnan(ledger.loss[rows]) | (wanted & np.isnan(ledger.correct[rows]))
         unknown |= self.selector.is_fresh(self.epoch)
         if unknown.any():
-            started = self._clock()
+            started = clock(self.args.device)
             part = batch if unknown.all() else take_rows(batch, np.flatnonzero(unknown), len(ids))
             scored = self.online_scorer(self.trainer._prepare_inputs(part))
             ledger.record_scores(
@@ -455,14 +455,8 @@ class Run:
             self._settle(started, "scoring")
         return ledger.loss[rows], ledger.n_tokens[rows], ledger.correct[rows] if wanted else None
 
-    def _clock(self) -> float:
-        """Return the time, once the accelerator has done what it was asked for so far."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def _settle(self, started: float, part: str) -> None:
-        self.seconds[part] += self._clock() - started
+        self.seconds[part] += clock(self.args.device) - started
 
     def begin_row(self, inputs: Mapping[str, Any]) -> None:
         """Begin the training step of a micro-batch: remember its ids and labels for the tracking hook, and weights."""
@@ -506,8 +500,7 @@ class Run:
     def logs(self) -> dict[str, float]:
         """Return the values to log, global over ranks."""
         elapsed = max(time.perf_counter() - self.started, 1e-9)
-        scoring = sum(self.seconds[part] for part in ("probe", "offline", "scoring"))
-        values = {"darel/scoring_share": scoring / elapsed}
+        values = {"darel/scoring_share": scoring_seconds(self.seconds) / elapsed}
         alpha = self.plan.offline_keep
         if not self.in_loop:
             return {"darel/kept_fraction": alpha, **values}

@@ -12,7 +12,7 @@ from .config import DarelConfig
 from .ledger import LossLedger, check_finite
 from .planning import candidate_rows
 from .scoring import Scores
-from .selection import RULES, Samples, kept_count, length_corrected
+from .selection import Samples, kept_count, length_corrected
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Selector:
             if self.config.length_correction:
                 samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 0])
-        return OfflineSelection(*RULES[self.config.offline_rule](samples, self.config.offline_keep, generator))
+        return OfflineSelection(*self.config.rule("offline")(samples, self.config.offline_keep, generator))
 
     def select(
         self,
@@ -120,7 +120,7 @@ class Selector:
             ValueError: for NaN or infinite losses; the message names the ids.
         """
         ids = np.asarray(ids, np.int64)
-        rule = RULES[self.config.online_rule]
+        rule = self.config.rule("online")
         losses = np.zeros(len(ids)) if losses is None else np.asarray(losses, np.float64)
         check_finite(ids, losses)
         candidates = self.candidate_rows(batch_size)
@@ -136,14 +136,6 @@ class Selector:
         positions, weights = rule(samples, count / len(ids), generator)
         self.ledger.record_training(ids[positions])
         return positions, weights
-
-    def needs_correct(self, stage: str) -> bool:
-        """Whether the rule of the `"offline"` or `"online"` stage needs to know which predictions are right."""
-        return "correct" in RULES[getattr(self.config, f"{stage}_rule")].needs
-
-    def reads_losses(self, stage: str) -> bool:
-        """Whether the rule of the `"offline"` or `"online"` stage looks at losses; where not, nothing is scored."""
-        return RULES[getattr(self.config, f"{stage}_rule")].reads_losses
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return what a checkpoint must remember, as arrays."""

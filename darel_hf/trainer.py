@@ -19,7 +19,6 @@ from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .report import Report
 from .run import Run
 from .scoring import PerSampleLoss, with_decoder_inputs
-from .selection import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -221,38 +220,26 @@ def _check_arguments(trainer: Any) -> None:
     )
     if trainer.train_dataset is not None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
-    if config.online_keep < 1 or config.has_budget:
+    if config.may_select("online"):
         strategy = getattr(args, "train_sampling_strategy", None)
         remedy = "its loader has batches of its own size, so candidates cannot be chosen from; use another strategy"
         require(strategy != "batch_rebalance", "train_sampling_strategy", strategy, remedy)
         remedy = "a batch of candidates is made per process; set it to False"
         require(not args.accelerator_config.split_batches, "split_batches", True, remedy)
-    if trainer.per_sample_loss is not None:
-        for stage in ("offline", "online"):
-            name = f"{stage}_rule"
-            remedy = "the rule needs to know which predictions are right, which per_sample_loss does not say"
-            used = getattr(config, f"{stage}_keep") < 1 or config.has_budget
-            known = "correct" not in RULES[getattr(config, name)].needs
-            require(known or not used, name, getattr(config, name), remedy)
-    weighs = any(_weighs(config, stage) for stage in ("offline", "online"))
-    require(
-        not weighs or trainer.compute_loss_func is None,
-        "compute_loss_func",
-        trainer.compute_loss_func,
-        "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights",
-    )
+    for stage in filter(config.may_select, ("offline", "online")):
+        rule = config.rule(stage)
+        remedy = "the rule needs to know which predictions are right, which per_sample_loss does not say"
+        known = "correct" not in rule.needs or trainer.per_sample_loss is None
+        require(known, f"{stage}_rule", rule.name, remedy)
+        remedy = "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights"
+        honoured = rule.weigh is None or trainer.compute_loss_func is None
+        require(honoured, "compute_loss_func", trainer.compute_loss_func, remedy)
     if args.max_steps > 0 and (config.online_keep < 1 or config.offline_keep < 1):
         logger.warning(
             "max_steps=%d fixes the number of steps: selecting samples then saves no time, and scoring costs some; "
             "use num_train_epochs to save time",
             args.max_steps,
         )
-
-
-def _weighs(config: DarelConfig, stage: str) -> bool:
-    if getattr(config, f"{stage}_keep") == 1 and not config.has_budget:
-        return False
-    return RULES[getattr(config, f"{stage}_rule")].weigh is not None
 
 
 class DarelTrainer(DarelMixin, Trainer):
