@@ -35,6 +35,7 @@ format: $(STAMP)  ## fix style
 bench: $(STAMP)  ## run the benchmarks; results go to eval/benchmarks/results as JSON
 	$(BIN)/python eval/benchmarks/overhead.py
 	$(BIN)/python eval/benchmarks/budget.py
+	$(BIN)/python eval/benchmarks/metrics.py --wordnet none
 
 clean:  ## remove build products (the environment stays)
 	rm -rf build dist *.egg-info demo_output

@@ -8,6 +8,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .config import DarelConfig
     from .ledger import LossLedger
+    from .metrics import NLGMetrics
     from .planning import Plan
     from .report import Report
     from .selection import RULES, Samples, register_rule
@@ -21,6 +22,7 @@ _HOME = {
     "DarelSeq2SeqTrainer": "trainer",
     "DarelTrainer": "trainer",
     "LossLedger": "ledger",
+    "NLGMetrics": "metrics",
     "Plan": "planning",
     "RULES": "selection",
     "Report": "report",
@@ -36,6 +38,7 @@ __all__ = [
     "DarelSeq2SeqTrainer",
     "DarelTrainer",
     "LossLedger",
+    "NLGMetrics",
     "Plan",
     "Report",
     "Samples",

@@ -209,5 +209,50 @@ def plan(
             errors.print("no saving is predicted: scoring costs more than the dropped rows save", highlight=False)
 
 
+@app.command("eval")
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="One text a line; .jsonl with `prediction`; or .csv/.tsv.")],
+    references: Annotated[Path, typer.Option(help=".csv/.tsv (mr,ref), .jsonl, or text, empty lines between.")],
+    baseline: Annotated[Path | None, typer.Option(help="Another system's predictions, for paired tests.")] = None,
+    protocol: Annotated[str, typer.Option(help="'e2e' (the challenge's scripts) or 'paper' (nltk).")] = "e2e",
+    bootstrap: Annotated[int, typer.Option(help="Resamples for intervals and tests; 0 for none.")] = 1000,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    wordnet: Annotated[str | None, typer.Option(help="Folder with WordNet; 'none': exact and stems only.")] = None,
+    meteor_jar: Annotated[
+        Path | None, typer.Option("--meteor-jar", "--meteor_jar", help="meteor-1.5.jar, run by Java.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Overwrite the output.")] = False,
+) -> None:
+    """
+    Score generated text with BLEU, TER, METEOR, NIST and ROUGE-L, with 95 % confidence intervals.
+
+    An example: darel eval --predictions predictions.txt --references testset_w_refs.csv --output scores.json
+    """
+    with clear_errors():
+        if output is not None:
+            refuse_overwrite(output, force)
+        from .files import write_json
+        from .metrics import NLGMetrics, score_table
+        from .texts import match, read_predictions, read_references
+
+        expected = read_references(references)
+        texts, groups = match(read_predictions(predictions), expected)
+        others = None
+        if baseline is not None:
+            others, same = match(read_predictions(baseline), expected, "baseline")
+            remedy = f"its instances come in another order than those of {predictions}; give both an id, or one order"
+            require(same == groups, "baseline", str(baseline), remedy)
+        scores = NLGMetrics(protocol, bootstrap=bootstrap, wordnet=wordnet, meteor_jar=meteor_jar)(
+            texts, groups, others
+        )
+        if output is not None:
+            write_json(output, scores)
+        Console(width=max(out.width, 100)).print(score_table(scores))
+        for name, signature in scores["signatures"].items():
+            out.print(f"{name}: {signature}", highlight=False, soft_wrap=True)
+        for note in scores["notes"]:
+            errors.print(note, highlight=False, soft_wrap=True)
+
+
 if __name__ == "__main__":
     app()

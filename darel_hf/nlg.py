@@ -38,6 +38,7 @@ from . import checkpoints
 from .config import DarelConfig, require
 from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from .files import atomic_path, refuse_used_folder, write_json, write_text
+from .metrics import NAMES, NLGMetrics
 from .report import scoring_seconds
 from .scoring import BatchScorer, Scores, model_fingerprint, score_dataset
 from .trainer import DarelTrainer
@@ -70,6 +71,8 @@ class NLGArguments:
     `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
     `generation_batch_size`.
 
+    Parameters that control **evaluation**: `wordnet` and `meteor_jar` of [`NLGMetrics`].
+
     Parameters that control **the run**: `resume` goes on with what is in `output_dir`.
     """
 
@@ -89,6 +92,8 @@ class NLGArguments:
     no_repeat_ngram_size: int = field(default=4, metadata={"help": "no n-gram of this size twice in an output"})
     max_new_tokens: int = field(default=64, metadata={"help": "longest output"})
     generation_batch_size: int = field(default=16, metadata={"help": "prompts at a time; changes no output"})
+    wordnet: str | None = field(default=None, metadata={"help": "folder with WordNet; none: exact and stems only"})
+    meteor_jar: str | None = field(default=None, metadata={"help": "meteor-1.5.jar, run by Java"})
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
 
 
@@ -142,16 +147,15 @@ def read_pairs(path: str | os.PathLike) -> list[dict[str, str]]:
     return rows
 
 
-def load_pairs(args: NLGArguments) -> dict[str, list[dict[str, str]]]:
-    """Return the pairs of the splits `train`, `dev` and `test`, from `data_dir` or the hub."""
+def load_pairs(args: NLGArguments, splits: Sequence[str] = tuple(FILES)) -> dict[str, list[dict[str, str]]]:
+    """Return the pairs of the splits (`train`, `dev`, `test`), from `data_dir` or the hub."""
     if args.data_dir is not None:
-        return {split: read_pairs(Path(args.data_dir) / name) for split, name in FILES.items()}
+        return {split: read_pairs(Path(args.data_dir) / FILES[split]) for split in splits}
     require_hub(args.dataset_name, "dataset", "data_dir")
     loaded = datasets.load_dataset(args.dataset_name, revision=args.dataset_revision)
-    splits = {"train": "train", "dev": "validation", "test": "test"}
     result = {}
-    for split, name in splits.items():
-        part = loaded[name]
+    for split in splits:
+        part = loaded["validation" if split == "dev" else split]
         renamed = part.rename_columns({k: v for k, v in HUB_COLUMNS.items() if k in part.column_names and k != v})
         result[split] = renamed.select_columns(["mr", "ref"]).to_list()
     return result
@@ -283,8 +287,11 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
     return get_peft_model(model, lora), tokenizer
 
 
-def load_for_generation(path: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_for_generation(path: str | os.PathLike, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a trained model and its tokenizer from a folder with an adapter (on `base`) or a whole model."""
+    for name in (path, base):
+        if name is not None and not Path(name).is_dir():
+            require_hub(str(name), "model", "model_name_or_path")
     if not (Path(path) / "adapter_config.json").exists():
         return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if base is None:
@@ -400,16 +407,6 @@ def _read_partial(path: Path, origin: str) -> dict[int, str]:
     return {line["index"]: line["prediction"] for line in lines[1:]}
 
 
-def corpus_bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[float, str]:
-    """Return sacrebleu's corpus BLEU, lower-cased, tokenizer 13a, over several references, and its signature."""
-    from sacrebleu.metrics import BLEU
-
-    most = max(len(group) for group in references)
-    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    metric = BLEU(lowercase=True, tokenize="13a")
-    return metric.corpus_score(list(predictions), columns).score, str(metric.get_signature())
-
-
 # ---- The whole job ----
 
 
@@ -417,8 +414,9 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     """
     Fine-tune, predict, and account for it.
 
-    `training.output_dir` ends with the adapter, `predictions.txt`, `results.json`, and with DAREL `darel/report.json`,
-    `darel/samples.parquet`, `losses.png` and `dropped.csv` (what the offline stage dropped, most extreme first).
+    `training.output_dir` ends with the adapter, `predictions.txt`, `scores.json` (all metrics with signatures and
+    intervals), `results.json`, and with DAREL `darel/report.json`, `darel/samples.parquet`, `losses.png` and
+    `dropped.csv` (what the offline stage dropped, most extreme first).
 
     Returns:
         The content of `results.json`.
@@ -429,6 +427,10 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     folder = Path(training.output_dir)
     if training.process_index == 0 and not args.resume:
         refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
+    metrics = NLGMetrics(bootstrap=1000, wordnet=args.wordnet, meteor_jar=args.meteor_jar)
+    if training.process_index == 0:
+        for note in metrics.notes:
+            logger.warning(note)
     pairs = load_pairs(args)
     generator = random.Random(training.seed)
     if args.max_train_samples is not None and args.max_train_samples < len(pairs["train"]):
@@ -464,8 +466,12 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
                 _write_selection(trainer, data["train"], folder)
             write_json(finished, results)
     if trainer.is_world_process_zero():
-        results |= _predict(model, tokenizer, pairs["test"], args, folder)
+        results |= _predict(model, tokenizer, pairs["test"], args, metrics, folder)
         write_json(folder / "results.json", results)
+        report = folder / checkpoints.FOLDER / "report.json"
+        if report.exists() and args.generate:
+            held = json.loads(report.read_text(encoding="utf-8"))
+            write_json(report, held | {"scores": {name: results[name] for name in NAMES}})
     trainer.accelerator.wait_for_everyone()
     return results
 
@@ -494,23 +500,29 @@ def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, los
     return results
 
 
-def _predict(model: Any, tokenizer: Any, test: list[dict], args: NLGArguments, folder: Path) -> dict[str, Any]:
+def held_out(test: list[dict[str, str]], args: NLGArguments) -> dict[str, list[str]]:
+    """Return the distinct representations of a test set with their references, all or `max_test_samples` of them."""
+    groups = group_references(test)
+    if args.max_test_samples is None or args.max_test_samples >= len(groups):
+        return groups
+    drawn = set(random.Random(0).sample(list(groups), args.max_test_samples))
+    return {mr: references for mr, references in groups.items() if mr in drawn}
+
+
+def _predict(
+    model: Any, tokenizer: Any, test: list[dict], args: NLGArguments, metrics: NLGMetrics, folder: Path
+) -> dict[str, Any]:
     """Write predictions for the distinct meaning representations of the test set, and score them."""
     if not args.generate:
         return {}
-    groups = group_references(test)
-    mrs = list(groups)
-    if args.max_test_samples is not None and args.max_test_samples < len(mrs):
-        mrs = sorted(random.Random(0).sample(mrs, args.max_test_samples), key=mrs.index)
+    groups = held_out(test, args)
     started = time.perf_counter()
-    predictions = generate(model, tokenizer, mrs, args, folder / "predictions.txt")
-    score, signature = corpus_bleu(predictions, [groups[mr] for mr in mrs])
-    return {
-        "bleu": score,
-        "bleu_signature": signature,
-        "test_representations": len(mrs),
-        "generation_seconds": time.perf_counter() - started,
-    }
+    predictions = generate(model, tokenizer, list(groups), args, folder / "predictions.txt")
+    seconds = time.perf_counter() - started
+    scores = metrics(predictions, list(groups.values()))
+    write_json(folder / "scores.json", scores)
+    counts = {"test_representations": len(groups), "generation_seconds": seconds}
+    return {name: scores[name] for name in NAMES} | counts
 
 
 def _write_selection(trainer: DarelTrainer, train: datasets.Dataset, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The `darel` command: each verb does its one thing, explains itself, and never overwrites silently."""
 
+import json
+
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,7 +42,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("verb", ["demo", "score", "select", "plan"])
+@pytest.mark.parametrize("verb", ["demo", "score", "select", "plan", "eval"])
 def test_help(verb):
     done = darel(verb, "--help")
     assert done.exit_code == 0 and "Usage" in done.output
@@ -133,3 +135,34 @@ def test_demo_refuses_a_folder_in_use(tmp_path):
     done = darel("demo", "--output-dir", tmp_path)
     assert done.exit_code == 1 and "holds something" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_eval(tmp_path):
+    (tmp_path / "r.csv").write_text("mr,ref\nx,the inn is cheap\nx,a cheap inn\ny,the pub is quiet\n")
+    (tmp_path / "p.txt").write_text("the inn is cheap\nthe pub is near\n")
+    (tmp_path / "b.txt").write_text("an inn\na pub\n")
+    files = ("--predictions", tmp_path / "p.txt", "--references", tmp_path / "r.csv", "--wordnet", "none")
+    output = ("--output", tmp_path / "scores.json")
+    done = darel("eval", *files, "--baseline", tmp_path / "b.txt", "--bootstrap", 50, *output)
+    assert done.exit_code == 0, done.output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert list(scores)[:7] == ["protocol", "n", "bleu", "ter", "meteor", "nist", "rouge_l"]
+    assert (scores["protocol"], scores["n"]) == ("e2e", 2)
+    assert set(scores["signatures"]) == set(scores["intervals"]) == set(scores["p_values"]) == set(scores["baseline"])
+    for shown in ("BLEU", "TER", "METEOR", "NIST", "ROUGE-L", "protocol e2e", "95 % interval", "tok:13a", "baseline"):
+        assert shown in done.output
+    again = darel("eval", *files, *output)
+    assert again.exit_code == 1 and "say --force" in again.output
+    paper = darel("eval", *files, *output, "--force", "--protocol", "paper", "--bootstrap", 0)
+    assert paper.exit_code == 0 and "protocol paper" in paper.output and "interval" not in paper.output
+
+
+def test_eval_names_what_is_wrong(tmp_path):
+    (tmp_path / "r.txt").write_text("the inn\n\nthe pub\n")
+    (tmp_path / "p.txt").write_text("the inn\n")
+    done = darel("eval", "--predictions", tmp_path / "p.txt", "--references", tmp_path / "r.txt")
+    assert done.exit_code == 1 and "1 texts" in done.output and "line 3 of the references" in done.output
+    done = darel("eval", "--predictions", tmp_path / "none.txt", "--references", tmp_path / "r.txt")
+    assert done.exit_code == 1 and "no such file" in done.output
+    done = darel("eval", "--predictions", tmp_path / "p.txt", "--references", tmp_path / "p.txt", "--protocol", "mt")
+    assert done.exit_code == 1 and "protocol='mt'" in done.output

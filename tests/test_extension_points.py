@@ -1,8 +1,11 @@
-"""What we rely on in transformers that is not public: a new version that renames it fails here, by name."""
+"""What we rely on in other libraries that is not public: a new version that renames it fails here, by name."""
 
 import inspect
 
 import pytest
+from sacrebleu.metrics import BLEU, TER
+from sacrebleu.metrics.base import Metric
+from sacrebleu.metrics.lib_ter import translation_edit_rate
 from transformers import Seq2SeqTrainer, Trainer
 from transformers import trainer as trainer_module
 
@@ -41,3 +44,25 @@ def test_the_loop_asks_for_batches_and_saves_in_our_order():
     save = inspect.getsource(Trainer._save_checkpoint)
     assert save.index("self.save_model(") < save.index("self.state.save_to_json(")
     assert trainer_module.TRAINER_STATE_NAME == "trainer_state.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("_preprocess_segment", ["sent"]),
+        ("_extract_reference_info", ["refs"]),
+        ("_cache_references", ["references"]),
+        ("_compute_segment_statistics", ["hypothesis", "ref_kwargs"]),
+        ("_extract_corpus_statistics", ["hypotheses", "references"]),
+        ("_compute_score_from_stats", ["stats"]),
+        ("_aggregate_and_compute", ["stats"]),
+    ],
+)
+@pytest.mark.parametrize("cls", [Metric, BLEU, TER])
+def test_what_a_sacrebleu_metric_is_made_of(cls, name, parameters):
+    found = list(inspect.signature(getattr(cls, name)).parameters)
+    assert [parameter for parameter in parameters if parameter not in found] == []
+
+
+def test_ter_of_one_reference():
+    assert translation_edit_rate(["a", "b"], ["a", "c"]) == (1, 2)

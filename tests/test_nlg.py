@@ -1,6 +1,9 @@
 """The task of the recipes: settings, files, prompts, generation, and its errors."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,6 @@ from darel_hf.corpus import make_corpus
 from darel_hf.nlg import (
     NLGArguments,
     NoRepeatInOutput,
-    corpus_bleu,
     generate,
     group_references,
     load_for_generation,
@@ -22,6 +24,7 @@ from darel_hf.nlg import (
     tokenize_pairs,
 )
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 CLASSES = (NLGArguments, DarelConfig, TrainingArguments)
 
 
@@ -191,17 +194,6 @@ def test_only_the_output_must_not_repeat():
     assert not torch.isinf(processor(torch.tensor([[5, 6, 7, 5]]), scores.clone())).any()
 
 
-def test_bleu_is_sacrebleus():
-    import sacrebleu
-
-    hypotheses = ["The cat sat on the mat.", "A dog barks loudly."]
-    references = [["The cat sat on a mat.", "the cat was on the mat."], ["A dog barks."]]
-    score, signature = corpus_bleu(hypotheses, references)
-    streams = [["The cat sat on a mat.", "A dog barks."], ["the cat was on the mat.", None]]
-    assert score == sacrebleu.corpus_bleu(hypotheses, streams, lowercase=True, tokenize="13a").score
-    assert "case:lc" in signature and "tok:13a" in signature
-
-
 # ---- The whole job ----
 
 
@@ -215,8 +207,27 @@ def test_run(base, tmp_path):
     dropped = (out / "dropped.csv").read_text().splitlines()
     assert len(dropped) - 1 == samples - round(0.8 * samples)
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["n"] == results["test_representations"] and set(scores["signatures"]) >= {"bleu", "ter", "nist"}
+    report = json.loads((out / "darel" / "report.json").read_text())
+    assert report["scores"] == {name: scores[name] for name in ("bleu", "ter", "meteor", "nist", "rouge_l")}
     with pytest.raises(ValueError, match="holds another run"):
         run(task(base), DarelConfig(), training(out))
+
+
+def test_generate_recipe_writes_what_the_run_wrote(base, tmp_path):
+    """Also from the folder of an adapter: the recipe's script, started as a user starts it."""
+    settings = task(base, max_test_samples=5)
+    run(settings, DarelConfig(), training(tmp_path / "out"))
+    command = [sys.executable, str(RECIPES / "e2e_nlg" / "generate.py"), "--adapter", str(tmp_path / "out")]
+    command += ["--model_name_or_path", settings.model_name_or_path, "--data_dir", settings.data_dir]
+    command += ["--num_beams", str(settings.num_beams), "--max_new_tokens", str(settings.max_new_tokens)]
+    command += ["--max_test_samples", "5", "--output", str(tmp_path / "again.txt")]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert first.returncode == 0, first.stderr
+    assert (tmp_path / "again.txt").read_text() == (tmp_path / "out" / "predictions.txt").read_text()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode != 0 and "--force" in again.stderr
 
 
 def test_run_resumes(base, tmp_path):

@@ -30,7 +30,7 @@ def main() -> None:
     ratios = [ours / plain for ours, plain in zip(budget, full, strict=True)]
     store(
         "budget",
-        task,
+        task.settings,
         {
             "budget": task.options.budget,
             "measured": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},

@@ -58,6 +58,19 @@ class Task:
         self.pairs = [pairs[i] for i in order[: options.samples]]
         self.runs = 0
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was run: the options, with names in place of paths."""
+        options = {k: v for k, v in vars(self.options).items() if k not in ("data_dir", "model_name_or_path")}
+        data, model = self.options.data_dir, self.options.model_name_or_path
+        return {
+            **options,
+            "data": "generated corpus" if data is None else Path(data).name,
+            "model": "demo model" if model is None else Path(model).name,
+            "lora_r": self.args.lora_r,
+            "seed": 0,
+        }
+
     def trainer(self, darel: DarelConfig | None = None, cls: type[Trainer] | None = None, **settings: Any) -> Trainer:
         """Return a fresh trainer; plain if `darel` is None."""
         self.runs += 1
@@ -94,38 +107,31 @@ def seconds_of(trainer: Trainer) -> float:
     return time.perf_counter() - started
 
 
-def conditions(task: Task) -> dict[str, Any]:
+def conditions(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what a number needs beside it: settings, hardware, versions, commit."""
     commit, changes = (
         subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../../darel_hf"])
     )
-    model = task.args.model_name_or_path
-    options = {k: v for k, v in vars(task.options).items() if k not in ("data_dir", "model_name_or_path")}
+    packages = ("darel_hf", "torch", "transformers", "peft", "accelerate", "sacrebleu", "nltk")
     return {
-        "settings": {
-            **options,
-            "data": "generated corpus" if task.options.data_dir is None else Path(task.args.data_dir).name,
-            "model": "demo model" if task.options.model_name_or_path is None else Path(model).name,
-            "lora_r": task.args.lora_r,
-            "seed": 0,
-        },
+        "settings": settings,
         "hardware": {
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "versions": {name: version(name) for name in ("darel_hf", "torch", "transformers", "peft", "accelerate")},
+        "versions": {name: version(name) for name in packages},
         "commit": commit + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def store(name: str, task: Task, results: dict[str, Any]) -> None:
+def store(name: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Append one row to `results/<name>.jsonl` and print it."""
     RESULTS.mkdir(exist_ok=True)
-    row = {"benchmark": name, **results, **conditions(task)}
+    row = {"benchmark": name, **results, **conditions(settings)}
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps({"benchmark": name, **results}, indent=2))

@@ -70,7 +70,7 @@ def main() -> None:
         passes.append(selecting.report.seconds["offline"] / epoch)
     store(
         "overhead",
-        task,
+        task.settings,
         {
             "own_share_at_keep_1": share,
             "ratio_to_trainer": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},

@@ -1,0 +1,44 @@
+"""Our metrics as modules of Hugging Face `evaluate`; the files under eval/metrics are one line each on top of this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from .metrics import NAMES, NLGMetrics
+
+_CITATION = "Novikova, Dusek and Rieser 2017, The E2E dataset: new challenges for end-to-end generation"
+
+
+def metric_module(name: str) -> type[evaluate.Metric]:
+    """
+    Return the `evaluate.Metric` of one score: `bleu`, `ter`, `meteor`, `nist` or `rouge_l`.
+
+    Its `compute(predictions=, references=, **settings)` takes one text, and one or a list of reference texts, an
+    instance; the settings are those of [`NLGMetrics`]. It returns the score and its `signature`.
+    """
+
+    class Module(evaluate.Metric):
+        def _info(self) -> evaluate.MetricInfo:
+            text = datasets.Value("string")
+            return evaluate.MetricInfo(
+                description=f"{NAMES[name]} of generated text against several references, as the E2E challenge has it",
+                citation=_CITATION,
+                inputs_description="predictions: texts; references: for each a list of texts, or one text",
+                features=[
+                    datasets.Features({"predictions": text, "references": datasets.Sequence(text)}),
+                    datasets.Features({"predictions": text, "references": text}),
+                ],
+            )
+
+        def _compute(self, predictions: list[str], references: list[Any], **settings: Any) -> dict[str, Any]:
+            metrics = NLGMetrics(**settings, only=(name,))
+            scores = metrics(predictions, references)
+            if scores[name] is None:
+                raise ValueError(" ".join(scores["notes"]))
+            return {name: scores[name], "signature": scores["signatures"][name]}
+
+    Module.__name__ = Module.__qualname__ = NAMES[name].replace("-", "")
+    return Module
