@@ -12,7 +12,7 @@ help:  ## show this help
 
 $(STAMP): setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -e '.[dev]'
+	$(BIN)/pip install -q -e '.[dev,vision]'
 	@touch $@
 
 setup: $(STAMP)  ## make .venv and install the package with its development tools

@@ -20,11 +20,13 @@ class SampleLosses(NamedTuple):
         losses (`torch.Tensor`): float32 `[B]`, mean over a sample's label positions, in nats; 0 where it has none.
         n_tokens (`torch.Tensor`): int64 `[B]`, number of label positions (1 for a class label).
         correct (`torch.Tensor`): float32 `[B]`, fraction of label positions whose most likely prediction is right.
+        embeddings (`torch.Tensor`, *optional*): float32 `[B, D]`, what enters the classification head.
     """
 
     losses: torch.Tensor
     n_tokens: torch.Tensor
     correct: torch.Tensor
+    embeddings: torch.Tensor | None = None
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,13 @@ def _optimizer_step(trainer: Any) -> Callable[[], Any]:
 
 
 def measure_costs(
-    trainer: Any, dataset: Any, collator: Callable, rows: int, candidates: int, total: float
+    trainer: Any,
+    dataset: Any,
+    collator: Callable,
+    rows: int,
+    candidates: int,
+    total: float,
+    offline_scorer: torch.nn.Module | None = None,
 ) -> Costs | None:
     """
     Time a training step, a scoring forward of as many rows, and the offline pass.
@@ -101,6 +107,7 @@ def measure_costs(
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch; more rows are padded to more columns.
         total (`float`): batches that plain training would have.
+        offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
 
     Returns:
         [`Costs`], over a few batches; `None` where a training step cannot be tried (FSDP, DeepSpeed, out of memory).
@@ -110,9 +117,9 @@ def measure_costs(
     device = trainer.args.device
     scorer = BatchScorer(trainer.model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
     offline = scorer
-    if trainer.scorer is not None:
-        trainer.scorer.to(device)
-        offline = BatchScorer(trainer.scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
+    if offline_scorer is not None:
+        offline_scorer.to(device)
+        offline = BatchScorer(offline_scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
     count = min(max(int(SHARE * total), 2), BATCHES)
     batches = _batches(trainer, dataset, collator, rows, count + 1)
     scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import difflib
 import json
 import logging
 import os
 import random
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,14 +16,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
@@ -38,8 +33,8 @@ from . import checkpoints
 from .config import DarelConfig, require
 from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from .files import atomic_path, refuse_used_folder, write_json, write_text
+from .jobs import require_hub, train_once
 from .metrics import NAMES, NLGMetrics
-from .report import scoring_seconds
 from .scoring import BatchScorer, Scores, model_fingerprint, score_dataset
 from .trainer import DarelTrainer
 
@@ -97,32 +92,6 @@ class NLGArguments:
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
 
 
-# ---- Settings ----
-
-
-def parse_settings(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """
-    Read settings from a YAML file (the first argument, if it ends in .yaml) and the command line, which wins.
-
-    Raises:
-        ValueError: for a key that no class knows; names the closest ones.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(list(classes))
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        path = argv.pop(0)
-        require(Path(path).is_file(), "settings", path, "no such file")
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        require(isinstance(settings, dict), "settings", path, "the file must hold `key: value` lines")
-        known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
-        for key in settings:
-            close = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            require(key in known, "settings", key, f"unknown key in {path}{hint}")
-        parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(args=argv)
-
-
 # ---- Data ----
 
 
@@ -159,22 +128,6 @@ def load_pairs(args: NLGArguments, splits: Sequence[str] = tuple(FILES)) -> dict
         renamed = part.rename_columns({k: v for k, v in HUB_COLUMNS.items() if k in part.column_names and k != v})
         result[split] = renamed.select_columns(["mr", "ref"]).to_list()
     return result
-
-
-def require_hub(name: str, kind: str, option: str) -> None:
-    """Raise an `OSError` within seconds if something on the hub is neither cached nor to be reached."""
-    import huggingface_hub as hub
-
-    cached = hub.try_to_load_from_cache(name, "config.json", repo_type=kind)
-    if isinstance(cached, str) or (Path(hub.constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}").exists():
-        return
-    try:
-        hub.HfApi().repo_info(name, repo_type=kind, timeout=5)
-    except Exception as error:  # every failure to reach it, of whichever HTTP client, means the same to the user
-        raise OSError(
-            f"{option}: the {kind} {name!r} cannot be had from the hub ({type(error).__name__}). Give folders on this "
-            "machine with --data_dir and --model_name_or_path, or try everything without a network: darel demo"
-        ) from None
 
 
 def prompt_of(mr: str) -> str:
@@ -454,12 +407,8 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
         model, _ = load_for_generation(str(folder), args.model_name_or_path)
         model.to(training.device)
     else:
-        complete = [path for path in checkpoints.all_in(folder) if checkpoints.problem(path) is None]
-        started = time.perf_counter()
-        trained = trainer.train(resume_from_checkpoint=True if args.resume and complete else None)
-        seconds = time.perf_counter() - started
-        trainer.save_model()
-        results = _results(trainer, data["train"], seconds, trained.metrics["train_loss"])
+        results = train_once(trainer, folder, args.resume)
+        results["tokens_backpropagated"] = _tokens_backpropagated(trainer, data["train"])
         model = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.is_world_process_zero():
             if trainer.report is not None:
@@ -476,28 +425,11 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     return results
 
 
-def _results(trainer: DarelTrainer, train: datasets.Dataset, seconds: float, loss: float) -> dict[str, Any]:
-    epochs = trainer.state.epoch or 0
+def _tokens_backpropagated(trainer: DarelTrainer, train: datasets.Dataset) -> int:
     label_tokens = np.array([sum(token != -100 for token in labels) for labels in train["labels"]])
-    times = np.full(len(train), epochs) if trainer.report is None else trainer.report.times_trained
-    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    results = {
-        "seconds": seconds,
-        "scoring_seconds": 0.0,
-        "steps": trainer.state.global_step,
-        "train_loss": logged[-1] if logged else loss,
-        "train_samples": len(train),
-        "rows_backpropagated": round(len(train) * epochs),
-        "tokens_backpropagated": round(float((label_tokens * times).sum())),
-        "predicted_time": 1.0,
-        "versions": {"torch": torch.__version__, "transformers": __import__("transformers").__version__},
-    }
-    if trainer.report is not None:
-        report = trainer.report.to_dict()
-        results["scoring_seconds"] = scoring_seconds(report["seconds"])
-        results |= {k: report[k] for k in ("rows_backpropagated", "predicted_time")}
-        results["seconds"] = report["seconds"]["total"]  # of all processes that the run was resumed in
-    return results
+    report = trainer.report
+    times = np.full(len(train), trainer.state.epoch or 0) if report is None else report.times_trained
+    return round(float((label_tokens * times).sum()))
 
 
 def held_out(test: list[dict[str, str]], args: NLGArguments) -> dict[str, list[str]]:

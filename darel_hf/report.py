@@ -102,6 +102,8 @@ class Report:
         rule = self.config.offline_rule
         if not RULES[rule].reads_losses:
             return f"{rule}: not drawn"
+        if "embeddings" in RULES[rule].needs:
+            return f"{rule}: others of its class are nearer to the prototypes"
         side = "harder" if percentile > 0.5 else "easier"
         share = percentile if percentile > 0.5 else 1 - percentile
         of = "samples of similar length" if self.config.length_correction else "all samples"

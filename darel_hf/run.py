@@ -62,6 +62,8 @@ class Run:
         self.checkpoint, self.trial = checkpoint, trial
         self.started = time.perf_counter()
         self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0}
+        self.scorer = trainer.scorer  # a model, once it has been made
+        self.scorer_seconds = 0.0
         self.full_dataset = trainer.train_dataset
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
@@ -182,6 +184,7 @@ class Run:
         selects = config.may_select("offline") or config.may_select("online")
         self.positions = None
         if selects:
+            self._make_scorer(needed=saved is None)
             plan = self._with_costs(plan)
             scores = saved
             if scores is None and self._wants_offline(plan):
@@ -210,6 +213,21 @@ class Run:
         require(self.config.id_column is not None or len(scores.ids) == len(self.ids), "scores", path, remedy)
         return match_scores(scores, self.ids, self.data, path)
 
+    def _make_scorer(self, needed: bool) -> None:
+        """Call the user's function for a scoring model, if there may be an offline pass."""
+        needed = needed and self.config.may_select("offline") and self.config.rule("offline").reads_losses
+        if isinstance(self.scorer, nn.Module) or self.scorer is None:
+            return
+        if not needed:
+            self.scorer = None
+            return
+        started = time.perf_counter()
+        self.scorer = self.scorer()
+        remedy = "the function must return a model (torch.nn.Module)"
+        require(isinstance(self.scorer, nn.Module), "scorer", type(self.scorer).__name__, remedy, TypeError)
+        self._settle(started, "offline")
+        self.scorer_seconds = self.seconds["offline"]
+
     def _with_costs(self, plan: Plan) -> Plan:
         """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
         started = time.perf_counter()
@@ -217,7 +235,13 @@ class Run:
         dataset, collator = self._dataset_and_collator
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
         costs = measure_costs(
-            trainer, dataset, collator, full_size, round(candidates * full_size), self._micro_batches(plan)
+            trainer,
+            dataset,
+            collator,
+            full_size,
+            round(candidates * full_size),
+            self._micro_batches(plan),
+            self.scorer,
         )
         if self.config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
@@ -226,7 +250,7 @@ class Run:
             if size != full_size and costs is not None:
                 full_row = costs.step_seconds / full_size
                 total = self._micro_batches(plan)
-                costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total)
+                costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
                 plan = replace(plan, slowdown=self._from_main(costs.step_seconds / size / full_row))
         if costs is not None:
             plan = replace(plan, costs=self._from_main(costs))
@@ -235,7 +259,8 @@ class Run:
         self._settle(started, "probe")
         if plan.costs.measured:
             full = plan.costs.step_seconds / plan.slowdown * self._micro_batches(plan)
-            plan = replace(plan, overhead=self._from_main(self.seconds["probe"] / full))
+            spent = self.seconds["probe"] + self.scorer_seconds
+            plan = replace(plan, overhead=self._from_main(spent / full))
         return plan
 
     def _from_main(self, value: Any) -> Any:
@@ -251,7 +276,7 @@ class Run:
     def _with_offline_cost(self, plan: Plan) -> Plan:
         """Replace the estimated cost of the offline pass by what it has cost."""
         steps = len(self.ids) / (plan.batch_size * self.args.world_size)
-        share = self.seconds["offline"] / (steps * plan.costs.step_seconds)
+        share = (self.seconds["offline"] - self.scorer_seconds) / (steps * plan.costs.step_seconds)
         return replace(plan, costs=replace(plan.costs, offline_share=self._from_main(share)))
 
     def _announce(self, plan: Plan) -> None:
@@ -310,8 +335,8 @@ class Run:
     def _score_offline(self) -> Scores:
         trainer = self.trainer
         dataset, collator = self._dataset_and_collator
-        model = trainer.scorer if trainer.scorer is not None else trainer.model
-        if trainer.scorer is not None:
+        model = self.scorer if self.scorer is not None else trainer.model
+        if self.scorer is not None:
             model.to(self.args.device)
         scorer = self._batch_scorer(model, "offline")
         items = [dataset[i] for i in range(min(8, len(dataset)))]
@@ -328,7 +353,7 @@ class Run:
                     trainer.data_collator,
                 ),
             }
-            name = checkpoints.short_hash(origin, scorer.want_correct)
+            name = checkpoints.short_hash(origin, scorer.want_correct, scorer.want_embeddings)
             path = self.folder / f"scores-{name}.parquet"
             if trainer._on_main(path.exists):
                 self.scores_reused = True
@@ -353,8 +378,10 @@ class Run:
         return scores
 
     def _batch_scorer(self, model: nn.Module, stage: str) -> BatchScorer:
-        trainer, want_correct = self.trainer, "correct" in self.config.rule(stage).needs
-        return BatchScorer(model, trainer.per_sample_loss, want_correct, trainer.accelerator.autocast)
+        trainer, needs = self.trainer, self.config.rule(stage).needs
+        return BatchScorer(
+            model, trainer.per_sample_loss, "correct" in needs, trainer.accelerator.autocast, "embeddings" in needs
+        )
 
     def _select_offline(self, scores: Scores) -> None:
         self.selector = Selector(self._planned_config(), self.ids, self._seed())

@@ -88,6 +88,33 @@ class _StopAtHead:
         self.handle.remove()
 
 
+class _CatchEmbeddings:
+    """Catch what enters the last linear layer of a classifier, float32 `[B, D]`."""
+
+    def __init__(self, model: nn.Module):
+        layers = [module for module in base_model(model).modules() if isinstance(module, nn.Linear)]
+        self.head, self.caught = layers[-1] if layers else None, None
+
+    def _catch(self, module: nn.Module, args: tuple) -> None:
+        self.caught = args[0].detach().float()
+
+    def __enter__(self) -> _CatchEmbeddings:
+        self.handle = self.head.register_forward_pre_hook(self._catch) if self.head is not None else None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    def of(self, n: int) -> torch.Tensor:
+        if self.caught is None or self.caught.dim() != 2 or len(self.caught) != n:
+            raise ValueError(
+                "offline_rule: this rule looks at embeddings, and the model has no classification head (a last linear "
+                "layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
+            )
+        return self.caught
+
+
 class BatchScorer:
     """
     Compute the losses of a batch in eval mode, without gradients.
@@ -102,6 +129,7 @@ class BatchScorer:
         per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot
             know.
         want_correct (`bool`): also find out how many positions are predicted right.
+        want_embeddings (`bool`): also catch what enters the classification head (the last linear layer).
         autocast (`Callable`): returns the context in which the model runs.
     """
 
@@ -111,13 +139,10 @@ class BatchScorer:
         per_sample_loss: PerSampleLoss | None = None,
         want_correct: bool = False,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        want_embeddings: bool = False,
     ):
-        self.model, self.per_sample_loss, self.want_correct, self.autocast = (
-            model,
-            per_sample_loss,
-            want_correct,
-            autocast,
-        )
+        self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
+        self.want_correct, self.want_embeddings = want_correct, want_embeddings
         self.shift = is_causal_lm(model)
         base = base_model(model)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
@@ -133,14 +158,19 @@ class BatchScorer:
             inputs (`Mapping`): the B rows of a batch, on the model's device.
 
         Raises:
-            ValueError: if there are no labels, or the loss cannot be known and there is no `per_sample_loss`.
+            ValueError: if there are no labels, the loss cannot be known and there is no `per_sample_loss`, or the
+                model has no classification head to take embeddings from.
         """
         inputs = {k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)}
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                return self._score(inputs)
+                if not self.want_embeddings:
+                    return self._score(inputs)
+                with _CatchEmbeddings(self.model) as embeddings:
+                    samples = self._score(inputs)
+                return samples._replace(embeddings=embeddings.of(len(samples.losses)))
         finally:
             self.model.train(training)
 
@@ -269,6 +299,7 @@ class Scores:
         n_tokens (`np.ndarray`): int32 `[n]`, label positions.
         correct (`np.ndarray`): float32 `[n]`, fraction of positions predicted right; NaN where not asked for.
         origin (`dict`): fingerprints of what they come from: `data`, `model`, `loss`.
+        embeddings (`np.ndarray`, *optional*): float32 `[n, D]`, what enters the classification head.
     """
 
     ids: np.ndarray
@@ -276,16 +307,20 @@ class Scores:
     n_tokens: np.ndarray
     correct: np.ndarray
     origin: dict[str, str]
+    embeddings: np.ndarray | None = None
 
 
 def save_scores(scores: Scores, path: str | os.PathLike) -> None:
-    """Write scores as parquet (`sample_id`, `loss`, `n_tokens`, `correct`), atomically, origin in the metadata."""
+    """Write scores as parquet (`sample_id`, `loss`, `n_tokens`, `correct`, perhaps `embedding`), atomically."""
     columns = {
         "sample_id": scores.ids,
         "loss": scores.losses,
         "n_tokens": scores.n_tokens,
         "correct": scores.correct,
     }
+    if scores.embeddings is not None:
+        width = scores.embeddings.shape[1]
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(scores.embeddings.reshape(-1), width)
     table = pa.table(columns).replace_schema_metadata({"darel": json.dumps(scores.origin)})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary)
@@ -319,7 +354,11 @@ def load_scores(path: str | os.PathLike) -> Scores:
         origin = json.loads((table.schema.metadata or {}).get(b"darel", b"{}"))
     except ValueError:
         origin = {}
-    return Scores(ids, losses, column("n_tokens", np.int32, 0), column("correct", np.float32, np.nan), origin)
+    embeddings = None
+    if "embedding" in table.column_names:
+        embeddings = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+    n_tokens, correct = column("n_tokens", np.int32, 0), column("correct", np.float32, np.nan)
+    return Scores(ids, losses, n_tokens, correct, origin, embeddings)
 
 
 def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str) -> Scores:
@@ -339,7 +378,8 @@ def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str) -> Score
     require(len(missing) == 0, "scores", path, remedy)
     order = np.argsort(scores.ids)
     rows = order[np.searchsorted(scores.ids[order], ids)]
-    return Scores(ids, scores.losses[rows], scores.n_tokens[rows], scores.correct[rows], scores.origin)
+    embeddings = None if scores.embeddings is None else scores.embeddings[rows]
+    return Scores(ids, scores.losses[rows], scores.n_tokens[rows], scores.correct[rows], scores.origin, embeddings)
 
 
 def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
@@ -457,13 +497,19 @@ def score_dataset(
                 with atomic_path(part) as temporary:
                     np.save(temporary, done[-1])
     progress.close()
-    rows = np.concatenate([np.empty(0, _ROW), *done])
-    rows = np.sort(np.concatenate(gather_object([rows])) if world_size > 1 else rows, order="id")
+    everyone = gather_object(done) if world_size > 1 else done
+    rows = np.concatenate(everyone)
+    rows = rows[np.argsort(rows["id"], kind="stable")]
     check_finite(rows["id"], rows["loss"])
-    return Scores(*(np.ascontiguousarray(rows[name]) for name in _ROW.names), origin or {})
+    columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    embeddings = columns["embedding"] if columns["embedding"].shape[1] else None
+    return Scores(columns["id"], columns["loss"], columns["n_tokens"], columns["correct"], origin or {}, embeddings)
 
 
-_ROW = np.dtype([("id", np.int64), ("loss", np.float32), ("n_tokens", np.int32), ("correct", np.float32)])
+def _row_type(width: int) -> np.dtype:
+    """Return the record of one sample, with an embedding of `width` numbers."""
+    fields = [("id", np.int64), ("loss", np.float32), ("n_tokens", np.int32), ("correct", np.float32)]
+    return np.dtype([*fields, ("embedding", np.float32, (width,))])
 
 
 def _score_window(
@@ -476,7 +522,7 @@ def _score_window(
     max_rows: int,
     progress: Any,
 ) -> np.ndarray:
-    """Return one record of type `_ROW` a sample."""
+    """Return one record of `_row_type` a sample."""
     positions = window.tolist()
     items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
     lengths = np.array([feature_length(item) for item in items])
@@ -484,9 +530,12 @@ def _score_window(
     for batch_rows in token_batches(lengths, max_tokens, max_rows):
         batch = collator([items[i] for i in batch_rows])
         samples = scorer(prepare(batch))
-        rows = np.empty(len(batch_rows), _ROW)
+        embeddings = samples.embeddings
+        rows = np.empty(len(batch_rows), _row_type(0 if embeddings is None else embeddings.shape[1]))
         rows["id"] = batch[ID_KEY].cpu().numpy()
-        rows["loss"], rows["n_tokens"], rows["correct"] = (values.cpu().numpy() for values in samples)
+        rows["loss"], rows["n_tokens"], rows["correct"] = (values.cpu().numpy() for values in samples[:3])
+        if embeddings is not None:
+            rows["embedding"] = embeddings.cpu().numpy()
         collected.append(rows)
         progress.update(len(batch_rows))
     return np.concatenate(collected)

@@ -14,6 +14,7 @@ from .ledger import check_finite
 TRIM = 0.03  # fraction of the hardest samples that `trimmed` takes for noise
 POWER = 1.0  # exponent of the loss percentile in `percentile` (beta of Selective-Backprop)
 STRATA = 10  # quantile strata of `stratified`
+CLUSTERS = 10  # prototypes a class of `ids`
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Samples:
         lengths (`np.ndarray`, *optional*): int `[n]`, label positions.
         groups (`np.ndarray`, *optional*): int `[n]`, group number of each sample.
         correct (`np.ndarray`, *optional*): float `[n]` in [0, 1], fraction of label positions predicted right.
+        embeddings (`np.ndarray`, *optional*): float `[n, D]`, what enters the classification head.
     """
 
     ids: np.ndarray
@@ -34,6 +36,7 @@ class Samples:
     lengths: np.ndarray | None = None
     groups: np.ndarray | None = None
     correct: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -261,6 +264,35 @@ def kakurenbo(samples: Samples, keep: float, generator: np.random.Generator) -> 
     of the label positions.
     """
     return _ranks(samples) + len(samples) * (samples.correct < 0.7)
+
+
+@register_rule("ids", needs=("embeddings",))
+def ids(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
+    """
+    Keep the samples around the prototypes of each class: K-Means on embeddings, the nearest of each cluster (IDS).
+
+    With groups (the classes), each group is clustered by itself. The share of each cluster that is kept is the same.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError:
+        raise ValueError("offline_rule='ids': needs scikit-learn; pip install 'darel_hf[vision]'") from None
+    groups = np.zeros(len(samples), np.int64) if samples.groups is None else samples.groups
+    priority = np.empty(len(samples))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        members = members[np.argsort(samples.ids[members])]  # K-Means begins with rows drawn by their position
+        points = samples.embeddings[members]
+        clusters = min(CLUSTERS, len(np.unique(points, axis=0)))
+        means = KMeans(clusters, n_init=1, random_state=int(generator.integers(2**31)))
+        distances = means.fit_transform(points)
+        nearest = distances.argmin(1)
+        order = np.lexsort((samples.ids[members], distances.min(1), nearest))
+        sizes = np.bincount(nearest)
+        within = np.empty(len(members))
+        within[order] = np.arange(len(members)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        priority[members] = -(within + 0.5) / sizes[nearest]
+    return priority
 
 
 RULES["adonis"] = replace(RULES["hardest"], name="adonis")  # top-loss samples gathered into new batches

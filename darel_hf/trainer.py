@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,8 +30,9 @@ class DarelMixin:
     Args:
         darel ([`DarelConfig`], *optional*): the settings; by default all off, and training is exactly that of the
             class below.
-        scorer (`nn.Module`, *optional*): a model that scores in the offline stage in place of the one being trained;
-            it takes the same batches.
+        scorer (`nn.Module` or `Callable`, *optional*): a model that scores in the offline stage in place of the one
+            being trained, and takes the same batches; or a function without arguments that makes one, whose time is
+            counted: it is called only if there is an offline pass, by all processes.
         per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, the loss of each sample in nats,
             for models whose loss cannot be read off logits and labels.
         *args, **kwargs: as for the trainer below.
@@ -55,7 +56,7 @@ class DarelMixin:
         self,
         *args: Any,
         darel: DarelConfig | None = None,
-        scorer: nn.Module | None = None,
+        scorer: nn.Module | Callable[[], nn.Module] | None = None,
         per_sample_loss: PerSampleLoss | None = None,
         **kwargs: Any,
     ):
@@ -231,6 +232,8 @@ def _check_arguments(trainer: Any) -> None:
         remedy = "the rule needs to know which predictions are right, which per_sample_loss does not say"
         known = "correct" not in rule.needs or trainer.per_sample_loss is None
         require(known, f"{stage}_rule", rule.name, remedy)
+        remedy = "the rule looks at the embeddings of the whole training set; choose another for the online stage"
+        require(stage == "offline" or "embeddings" not in rule.needs, f"{stage}_rule", rule.name, remedy)
         remedy = "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights"
         honoured = rule.weigh is None or trainer.compute_loss_func is None
         require(honoured, "compute_loss_func", trainer.compute_loss_func, remedy)

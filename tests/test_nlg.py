@@ -11,13 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 from darel_hf import DarelConfig
 from darel_hf.corpus import make_corpus
+from darel_hf.jobs import parse_settings
 from darel_hf.nlg import (
     NLGArguments,
     NoRepeatInOutput,
     generate,
     group_references,
     load_for_generation,
-    parse_settings,
     prompt_of,
     read_pairs,
     run,

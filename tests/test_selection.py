@@ -27,7 +27,8 @@ def any_samples(draw):
     ids = draw(st.lists(st.integers(-(2**40), 2**40), min_size=n, max_size=n, unique=True))
     lengths = draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     correct = draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
-    return Samples(np.array(ids), np.array(losses), np.array(lengths), None, np.array(correct))
+    embeddings = np.stack([np.sign(losses), lengths, correct], axis=1)
+    return Samples(np.array(ids), np.array(losses), np.array(lengths), None, np.array(correct), embeddings)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -75,9 +76,25 @@ def test_order_of_samples_does_not_matter(name, made, keep):
         losses=made.losses[shuffle],
         lengths=made.lengths[shuffle],
         correct=made.correct[shuffle],
+        embeddings=made.embeddings[shuffle],
     )
     left, right = (set(s.ids[RULES[name](s, keep, rng())[0]]) for s in (made, other))
     assert left == right
+
+
+def test_ids_keeps_what_lies_around_the_prototypes(monkeypatch):
+    monkeypatch.setattr("darel_hf.selection.CLUSTERS", 2)
+    draw = rng()
+    # Two classes with two well separated clusters each; the first ten of every cluster are near its centre.
+    centres = np.repeat([[0, 0], [9, 0], [0, 9], [9, 9]], 20, axis=0)
+    spread = np.tile(np.repeat([0.1, 1.0], 10), 4)
+    points = centres + spread[:, None] * np.sign(draw.normal(size=(80, 2)))
+    made = Samples(np.arange(80), np.zeros(80), groups=np.repeat([0, 1], 40), embeddings=points)
+    kept, _ = RULES["ids"](made, 0.5, rng())
+    assert np.bincount(made.groups[kept]).tolist() == [20, 20]
+    assert np.all(spread[kept] == 0.1)
+    with pytest.raises(ValueError, match="embeddings"):
+        RULES["ids"](replace(made, embeddings=None), 0.5, rng())
 
 
 def test_hardest_easiest_middle():

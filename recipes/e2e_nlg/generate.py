@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from darel_hf.config import require
-from darel_hf.nlg import NLGArguments, generate, held_out, load_for_generation, load_pairs, parse_settings
+from darel_hf.jobs import parse_settings
+from darel_hf.nlg import NLGArguments, generate, held_out, load_for_generation, load_pairs
 
 
 @dataclass

@@ -20,7 +20,8 @@ ends with the adapter, predictions.txt, results.json, and what DAREL did: darel/
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
-from darel_hf.nlg import NLGArguments, parse_settings, run
+from darel_hf.jobs import parse_settings
+from darel_hf.nlg import NLGArguments, run
 
 if __name__ == "__main__":
     task, darel, training = parse_settings((NLGArguments, DarelConfig, TrainingArguments))
