@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .config import require
 
@@ -28,12 +29,15 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
     """Raise `ValueError` if a file would be overwritten without being asked to."""
+    require(not path.is_dir(), "output", str(path), "is a folder; name a file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    require(existing.is_dir(), "output", str(path), f"{existing} is a file, no folder; name another place")
     require(force or not path.exists(), "output", str(path), "exists; name another file, or say --force")
 
 
@@ -155,7 +159,11 @@ def select(
         if selection.weights is not None:
             result = result.add_column("weight", selection.weights)
         write_table(result, output)
-        out.print(f"{len(kept):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}", highlight=False)
+        out.print(
+            f"{len(kept):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}",
+            highlight=False,
+            markup=False,
+        )
 
 
 @app.command()
@@ -245,13 +253,13 @@ def evaluate(
         scores = NLGMetrics(protocol, bootstrap=bootstrap, wordnet=wordnet, meteor_jar=meteor_jar)(
             texts, groups, others
         )
-        if output is not None:
-            write_json(output, scores)
         Console(width=max(out.width, 100)).print(score_table(scores))
         for name, signature in scores["signatures"].items():
-            out.print(f"{name}: {signature}", highlight=False, soft_wrap=True)
+            out.print(f"{name}: {signature}", highlight=False, soft_wrap=True, markup=False)
         for note in scores["notes"]:
-            errors.print(note, highlight=False, soft_wrap=True)
+            errors.print(note, highlight=False, soft_wrap=True, markup=False)
+        if output is not None:
+            write_json(output, scores)
 
 
 if __name__ == "__main__":

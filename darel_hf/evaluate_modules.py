@@ -17,7 +17,8 @@ def metric_module(name: str) -> type[evaluate.Metric]:
     Return the `evaluate.Metric` of one score: `bleu`, `ter`, `meteor`, `nist` or `rouge_l`.
 
     Its `compute(predictions=, references=, **settings)` takes one text, and one or a list of reference texts, an
-    instance; the settings are those of [`NLGMetrics`]. It returns the score and its `signature`.
+    instance; the settings are those of [`NLGMetrics`]. It returns the score, its `signature`, and with `bootstrap` the
+    `interval`.
     """
 
     class Module(evaluate.Metric):
@@ -38,7 +39,8 @@ def metric_module(name: str) -> type[evaluate.Metric]:
             scores = metrics(predictions, references)
             if scores[name] is None:
                 raise ValueError(" ".join(scores["notes"]))
-            return {name: scores[name], "signature": scores["signatures"][name]}
+            intervals = {"interval": scores["intervals"][name]} if scores["intervals"] else {}
+            return {name: scores[name], "signature": scores["signatures"][name], **intervals}
 
     Module.__name__ = Module.__qualname__ = NAMES[name].replace("-", "")
     return Module

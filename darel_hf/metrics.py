@@ -360,13 +360,23 @@ def open_wordnet(folder: str) -> Any:
         nltk.data.path.append(folder)  # nltk reads nothing from outside its path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it has English only
-        return Reader(nltk.data.find("corpora/wordnet.zip/wordnet/") if folder == "nltk" else folder, None)
+        return Reader(_wordnet_of_nltk() if folder == "nltk" else folder, None)
 
 
 @functools.cache
 def wordnet_version(folder: str) -> str:
     """Return the version that WordNet's files state."""
     return str(open_wordnet(folder).get_version() or "?")
+
+
+def _wordnet_of_nltk() -> Any:
+    """Return nltk's own copy, unpacked or not; raises `LookupError` where there is none."""
+    import nltk
+
+    try:
+        return nltk.data.find("corpora/wordnet")
+    except LookupError:
+        return nltk.data.find("corpora/wordnet.zip/wordnet/")
 
 
 def find_wordnet(folder: str | os.PathLike | None = None) -> str | None:
@@ -381,21 +391,22 @@ def find_wordnet(folder: str | os.PathLike | None = None) -> str | None:
     """
     import nltk
 
-    if folder is not None:
+    def in_nltk() -> bool:
+        try:
+            _wordnet_of_nltk()
+        except LookupError:
+            return False
+        return True
+
+    if folder is not None and str(folder) != "nltk":
         for found in (Path(folder), Path(folder) / "dict", Path(folder) / "corpora" / "wordnet"):
             if (found / "data.noun").is_file() and (found / "index.noun").is_file():
                 return str(found)
         raise ValueError(f"wordnet={str(folder)!r}: no WordNet there (data.noun, index.noun, ...); name its folder")
 
-    def in_nltk() -> bool:
-        try:
-            nltk.data.find("corpora/wordnet.zip/wordnet/")
-        except LookupError:
-            return False
-        return True
-
     if in_nltk():
         return "nltk"
+    require(folder is None, "wordnet", folder, "nltk has none; run `python -m nltk.downloader wordnet`")
     if Path(DEBIAN_WORDNET, "data.noun").is_file():
         return DEBIAN_WORDNET
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
@@ -419,7 +430,7 @@ class JavaMETEOR(Metric):
         jar (path): `meteor-1.5.jar`, with `data/paraphrase-en.gz` beside it.
 
     Raises:
-        ValueError: if the jar is missing, or there is no Java.
+        ValueError: if the jar is missing or does not answer as Meteor 1.5 does, or there is no Java.
     """
 
     class _Signature(Signature):
@@ -434,6 +445,10 @@ class JavaMETEOR(Metric):
         require(Path(jar).is_file(), "meteor_jar", str(jar), "no such file; name meteor-1.5.jar")
         require(shutil.which("java") is not None, "meteor_jar", str(jar), "needs Java, and there is no `java` here")
         self.jar = str(Path(jar).resolve())
+        stats = self._compute_segment_statistics("an inn", {"references": ["an inn"]})
+        require(
+            self._compute_score_from_stats(stats).score > 0, "meteor_jar", str(jar), "it scores equal texts with 0"
+        )
 
     def _preprocess_segment(self, sent: str) -> str:
         return " ".join(ptb_words(sent)).replace("|||", "")
@@ -443,7 +458,11 @@ class JavaMETEOR(Metric):
 
     def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
         answer = self._ask(["SCORE", *ref_kwargs["references"], hypothesis], 1)[0]
-        stats = [float(number) for number in answer.split()]
+        try:
+            stats = [float(number) for number in answer.split()]
+        except ValueError:
+            stats = []
+        require(len(stats) == 23, "meteor_jar", self.jar, f"this is not Meteor 1.5: it answers {answer!r}")
         words, ref_words, chunks, matched, ref_matched = (stats[i] for i in (0, 1, 20, 21, 22))
         if chunks == 1 and matched == words and ref_matched == ref_words:
             stats[20] = 0.0  # adding up, Meteor counts no chunk for a segment that is matched as a whole
@@ -459,11 +478,16 @@ class JavaMETEOR(Metric):
 
     def _ask(self, fields: list[str], lines: int) -> list[str]:
         java = _java(self.jar)
-        java.stdin.write(" ||| ".join(fields) + "\n")
-        java.stdin.flush()
-        answers = [java.stdout.readline().strip() for _ in range(lines)]
+        try:
+            java.stdin.write(" ||| ".join(fields) + "\n")
+            java.stdin.flush()
+            answers = [java.stdout.readline().strip() for _ in range(lines)]
+        except OSError:
+            answers = [""]
         if not all(answers):
-            raise RuntimeError(f"meteor_jar={self.jar!r}: Meteor gave no answer; try `java -jar {self.jar}` by hand")
+            _java.cache_clear()
+            remedy = f"Meteor gives no answer; try `java -jar {self.jar}` by hand"
+            raise ValueError(f"meteor_jar={self.jar!r}: {remedy}")
         return answers
 
 
@@ -486,7 +510,8 @@ class NLGMetrics:
     Score generated texts with BLEU, TER, METEOR, NIST and ROUGE-L over any number of references.
 
     BLEU and TER are on sacrebleu's scale of 0 to 100, METEOR and ROUGE-L in [0, 1], NIST in bits, as in the scripts
-    of the E2E challenge. Statistics are extracted once per segment, on all cores, and resampled for intervals.
+    of the E2E challenge. Statistics are extracted once per segment (TER, which costs most, on all cores) and resampled
+    for intervals.
 
     Args:
         protocol (`str`): `"e2e"`: what the challenge's scripts compute (METEOR is nltk's, unless `meteor_jar` is
@@ -555,7 +580,13 @@ class NLGMetrics:
         found = find_wordnet(wordnet)
         if found is None:
             self.notes.append(NO_WORDNET)
-        return METEOR(found) if found is not None else None
+            return None
+        try:
+            open_wordnet(found).synsets("inn")
+        except Exception as error:  # whatever nltk raises on damaged files
+            problem = f"WordNet cannot be read there ({type(error).__name__}: {error}); get its files anew"
+            raise ValueError(f"wordnet={found!r}: {problem}") from None
+        return METEOR(found)
 
     def __call__(
         self,
@@ -573,8 +604,8 @@ class NLGMetrics:
 
         Returns:
             `dict`: `protocol`, `n`, the scores `bleu`, `ter`, `meteor`, `nist`, `rouge_l`, their `signatures`; with
-            `bootstrap` the 95 % `intervals`; with a baseline its scores under `baseline` and two-sided `p_values` of
-            the paired bootstrap (Koehn 2004; computed as sacrebleu does); and `notes`.
+            `bootstrap` the 95 % `intervals`; with a baseline its scores under `baseline` and two-sided `p_values`, see
+            [`paired_p_value`]; and `notes`.
 
         Raises:
             ValueError: for unequal numbers, an empty list, or an instance without references.
@@ -592,7 +623,7 @@ class NLGMetrics:
         numbers = {len(group) for group in references}
         result: dict[str, Any] = {"protocol": self.protocol, "n": len(predictions)}
         result |= dict.fromkeys(NAMES)
-        result |= {"signatures": {}, "intervals": {}, "notes": self.notes}
+        result |= {"signatures": {}, "intervals": {}, "notes": [*self.notes]}
         if baseline is not None:
             result |= {"baseline": dict.fromkeys(NAMES), "p_values": {}}
         draws = _draws(len(predictions), self.bootstrap, self.seed) if self.bootstrap else None
@@ -614,7 +645,8 @@ class NLGMetrics:
                 other = metric._aggregate_and_compute(statistics[name, "baseline"]).score
                 result["baseline"][name] = other
                 differences = sampled - _resample(metric, statistics[name, "baseline"], draws)
-                result["p_values"][name] = paired_p_value(differences, result[name] - other)
+                p = paired_p_value(differences, result[name] - other) if len(predictions) > 1 else 1.0
+                result["p_values"][name] = p
         return result
 
     def _extract(self, systems: dict[str, list[str]], references: list[list[str]]) -> dict[tuple[str, str], list]:
@@ -699,7 +731,9 @@ def check_texts(predictions: Sequence[str], references: Sequence[Any], what: str
     require(n > 0, what, list(predictions), "there is nothing to score")
     for i, (text, group) in enumerate(zip(predictions, references, strict=True), 1):
         require(isinstance(text, str), what, text, f"number {i} is no text")
-        require(len(group) > 0, "references", group, f"instance {i} has no reference")
+        texts = [group] if isinstance(group, str) else list(group)
+        fine = all(isinstance(reference, str) for reference in texts) and any(ref.strip() for ref in texts)
+        require(fine, "references", group, f"instance {i} has no reference, or one that is no text")
 
 
 def _statistics(metric: Metric, predictions: list[str], references: list[list[str]]) -> list:
@@ -726,10 +760,14 @@ def _resample(metric: Metric, statistics: Iterable[Sequence[float]], draws: np.n
 
 def paired_p_value(differences: np.ndarray, observed: float) -> float:
     """
-    Return the two-sided p-value of a paired bootstrap: how often chance alone moves the difference beyond `observed`.
+    Return the two-sided p-value of a paired bootstrap: how often chance alone moves the difference as far as observed.
 
-    As sacrebleu's paired bootstrap has it, with its correction of one: absolute differences, centred on their mean.
+    Chance is the resampled differences, centred on their mean (Koehn 2004); corrected by one, so that it is never 0.
+    sacrebleu takes absolute values before it centres, which makes its values about half as large.
+
+    Args:
+        differences (`np.ndarray`): float `[resamples]`, of the two systems on the same draws.
+        observed (`float`): their difference on all segments.
     """
-    absolute = np.abs(differences)
-    beyond = int((absolute - absolute.mean() > abs(observed)).sum())
+    beyond = int((np.abs(differences - differences.mean()) >= abs(observed)).sum())
     return (beyond + 1) / (len(differences) + 1)

@@ -302,7 +302,7 @@ def generate(
     todo = sorted((i for i in range(len(mrs)) if i not in done), key=lambda i: (-len(prompts[i]), i))
     partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a", encoding="utf-8") as file:
-        if not done:
+        if file.tell() == 0:
             file.write(json.dumps({"origin": origin}) + "\n")
         hidden = not is_progress_bar_enabled()
         progress = tqdm(total=len(mrs), initial=len(done), desc="generating", delay=2, leave=False, disable=hidden)
@@ -380,8 +380,9 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     folder = Path(training.output_dir)
     if training.process_index == 0 and not args.resume:
         refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
-    metrics = NLGMetrics(bootstrap=1000, wordnet=args.wordnet, meteor_jar=args.meteor_jar)
-    if training.process_index == 0:
+    metrics = None
+    if training.process_index == 0 and args.generate:
+        metrics = NLGMetrics(bootstrap=1000, wordnet=args.wordnet, meteor_jar=args.meteor_jar)
         for note in metrics.notes:
             logger.warning(note)
     pairs = load_pairs(args)
@@ -442,10 +443,10 @@ def held_out(test: list[dict[str, str]], args: NLGArguments) -> dict[str, list[s
 
 
 def _predict(
-    model: Any, tokenizer: Any, test: list[dict], args: NLGArguments, metrics: NLGMetrics, folder: Path
+    model: Any, tokenizer: Any, test: list[dict], args: NLGArguments, metrics: NLGMetrics | None, folder: Path
 ) -> dict[str, Any]:
     """Write predictions for the distinct meaning representations of the test set, and score them."""
-    if not args.generate:
+    if metrics is None:
         return {}
     groups = held_out(test, args)
     started = time.perf_counter()

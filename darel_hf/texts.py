@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,19 @@ def read_references(path: str | os.PathLike) -> list[Instance]:
             texts = [texts] if isinstance(texts, str) else texts
             fine = isinstance(texts, list) and len(texts) > 0 and all(isinstance(text, str) for text in texts)
             require(fine, "references", str(path), f"line {line} has no 'references' (a list of texts) and no 'ref'")
+            require(
+                all(text.strip() for text in texts), "references", str(path), f"line {line} has an empty reference"
+            )
             rows.append(Instance(_keys(record), texts, line))
         return _grouped(rows)
     if suffix in (".csv", ".tsv"):
-        return _grouped(_read_table(path, "references", _REFERENCE))
+        rows = _read_table(path, "references", _REFERENCE)
+        for row in rows:
+            require(bool(row.texts[0]), "references", str(path), f"line {row.line} has an empty reference")
+        return _grouped(rows)
     lines = _lines(path, "references")
+    while not lines[-1]:
+        lines.pop()
     if "" not in lines:
         return [Instance({}, [text], line) for line, text in enumerate(lines, 1)]
     instances: list[Instance] = []
@@ -99,6 +108,9 @@ def match(
     """
     Bring predictions and references together: by `id` or `mr` where all of both have it, else in order.
 
+    In order, references of one representation that stand apart count as one instance if there are just as many
+    predictions as representations, else as several, as in the official script.
+
     Returns:
         `tuple`: the predictions, and the references of each; in the order of the references, or matched by `mr` in
         that of the predictions (two instances may share a representation).
@@ -107,12 +119,21 @@ def match(
         ValueError: if some have no counterpart; says how many there are and the first line where they part.
     """
     for key in ("id", "mr"):
+        for side, instances in ((what, predictions), ("references", references)):
+            without = [instance.line for instance in instances if key not in instance.keys]
+            remedy = f"line {without[:1]} of the {side} has none, others have; give it to all or to none"
+            require(len(without) in (0, len(instances)), key, None, remedy)
         if all(key in instance.keys for instance in [*predictions, *references]):
             by_key: dict[str, list[str]] = {}
             for instance in references:
                 by_key.setdefault(instance.keys[key], []).extend(instance.texts)
             known = {instance.keys[key] for instance in predictions}
+            places = Counter(instance.keys[key] for instance in references)
             for instance in predictions:
+                places[instance.keys[key]] -= 1
+                remedy = f"line {instance.line} of the {what} predicts it once more than it stands in the references"
+                again = instance.keys[key] in by_key and places[instance.keys[key]] < 0
+                require(not again, key, instance.keys[key], remedy)
                 remedy = f"line {instance.line} of the {what} has no counterpart among {len(by_key)} references"
                 require(instance.keys[key] in by_key, key, instance.keys[key], remedy)
             for instance in references:
@@ -126,6 +147,12 @@ def match(
                 [by_key[instance.keys[key]] for instance in predictions],
             )
     n, m = len(predictions), len(references)
+    apart = {instance.keys.get("mr"): instance for instance in reversed(references)}
+    if n != m and n == len(apart) and None not in apart:
+        groups: dict[str, list[str]] = {}
+        for instance in references:
+            groups.setdefault(instance.keys["mr"], []).extend(instance.texts)
+        return [instance.texts[0] for instance in predictions], list(groups.values())
     if n != m:
         rest, side = (references[n:], "references") if n < m else (predictions[m:], what)
         remedy = f"there are references for {m} instances; line {rest[0].line} of the {side} has no counterpart"
@@ -144,7 +171,7 @@ def _grouped(rows: list[Instance]) -> list[Instance]:
     return instances
 
 
-def _lines(path: str | os.PathLike, what: str) -> list[str]:
+def _lines(path: str | os.PathLike, what: str, strip: str | None = None) -> list[str]:
     """Return the lines of a file, stripped; raises `ValueError` for a file that cannot be read or is empty."""
     require(Path(path).is_file(), what, str(path), "no such file")
     data = Path(path).read_bytes()
@@ -154,7 +181,8 @@ def _lines(path: str | os.PathLike, what: str) -> list[str]:
         line = data[: error.start].count(b"\n") + 1
         raise ValueError(f"{what}={str(path)!r}: line {line} is not UTF-8 text; convert the file") from None
     require(bool(text.strip()), what, str(path), "the file is empty")
-    return [line.strip() for line in text.removesuffix("\n").split("\n")]
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return [line.strip(strip) for line in text.removesuffix("\n").split("\n")]
 
 
 def _json_lines(path: str | os.PathLike, what: str) -> list[tuple[int, dict[str, Any]]]:
@@ -164,7 +192,7 @@ def _json_lines(path: str | os.PathLike, what: str) -> list[tuple[int, dict[str,
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         require(isinstance(record, dict), what, str(path), f"line {number} is no JSON object")
         records.append((number, record))
@@ -172,7 +200,9 @@ def _json_lines(path: str | os.PathLike, what: str) -> list[tuple[int, dict[str,
 
 
 def _keys(record: dict[str, Any]) -> dict[str, str]:
-    return {key: str(record[key]) for key in ("id", "mr") if record.get(key) is not None}
+    keys = {key: record[key] for key in ("id", "mr") if record.get(key) is not None}
+    whole = {key: int(value) for key, value in keys.items() if isinstance(value, float) and value.is_integer()}
+    return {key: str(value) for key, value in (keys | whole).items()}  # a table with gaps stores 1 as 1.0
 
 
 def _text(record: dict[str, Any], field: str, path: str | os.PathLike, line: int) -> str:
@@ -182,23 +212,31 @@ def _text(record: dict[str, Any], field: str, path: str | os.PathLike, line: int
 
 
 def _read_table(path: str | os.PathLike, what: str, wanted: re.Pattern) -> list[Instance]:
-    lines = _lines(path, what)
+    lines = _lines(path, what, strip="\n")
     for wrong, right in _MENDED:
         lines = [line.replace(wrong, right) for line in lines]
-    reader = csv.reader((line + "\n" for line in lines), delimiter="\t" if "\t" in lines[0] else ",")
-    header = next(reader)
-    sources = [i for i, name in enumerate(header) if _SOURCE.match(name.strip())]
-    columns = [i for i, name in enumerate(header) if wanted.match(name.strip()) and i not in sources]
+    delimiter = "\t" if "\t" in lines[0] else ","
+    rows: list[tuple[int, list[str]]] = []
+    reader = csv.reader((line + "\n" for line in lines), delimiter=delimiter, strict=True)
+    begins = 1
+    try:
+        for row in reader:
+            rows.append((begins, [" ".join(cell.split()) for cell in row]))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{what}={str(path)!r}: the row that begins in line {begins} is broken ({error})") from None
+    (_, header), *rows = rows
+    sources = [i for i, name in enumerate(header) if _SOURCE.match(name)]
+    columns = [i for i, name in enumerate(header) if wanted.match(name) and i not in sources]
     remedy = f"needs one column for the meaning representation and one for the {what} (mr,ref), but has {header}"
     require(len(sources) == 1 and len(columns) == 1, what, str(path), remedy)
+    names = {"mr": sources[0], **({"id": header.index("id")} if "id" in header else {})}
     instances = []
-    begins = reader.line_num + 1
-    for row in reader:
-        if row:
-            remedy = f"line {begins} has {len(row)} columns, the header {len(header)}"
+    for line, row in rows:
+        if any(row):
+            remedy = f"line {line} has {len(row)} columns, the header {len(header)}"
             require(len(row) == len(header), what, str(path), remedy)
-            text = " ".join(row[columns[0]].split())
-            instances.append(Instance({"mr": row[sources[0]].strip()}, [text], begins))
-        begins = reader.line_num + 1
+            keys = {key: row[column] for key, column in names.items()}
+            instances.append(Instance(keys, [row[columns[0]]], line))
     require(len(instances) > 0, what, str(path), "there are no rows below the header")
     return instances

@@ -166,3 +166,16 @@ def test_eval_names_what_is_wrong(tmp_path):
     assert done.exit_code == 1 and "no such file" in done.output
     done = darel("eval", "--predictions", tmp_path / "p.txt", "--references", tmp_path / "p.txt", "--protocol", "mt")
     assert done.exit_code == 1 and "protocol='mt'" in done.output
+
+
+def test_eval_shows_brackets_as_they_are(tmp_path):
+    (tmp_path / "p.csv").write_text('mr,out\n"name[/x], area[riverside]",a\n')
+    (tmp_path / "r.csv").write_text("mr,ref\nx,the inn\n")
+    done = darel("eval", "--predictions", tmp_path / "p.csv", "--references", tmp_path / "r.csv", "--wordnet", "none")
+    assert done.exit_code == 1 and "name[/x], area[riverside]" in done.output
+    output = ("--output", tmp_path, "--force")
+    done = darel("eval", "--predictions", tmp_path / "p.csv", "--references", tmp_path / "r.csv", *output)
+    assert done.exit_code == 1 and "is a folder" in done.output
+    output = ("--output", tmp_path / "p.csv" / "scores.json")
+    done = darel("eval", "--predictions", tmp_path / "p.csv", "--references", tmp_path / "r.csv", *output)
+    assert done.exit_code == 1 and "is a file, no folder" in done.output

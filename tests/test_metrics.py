@@ -17,7 +17,18 @@ from nltk.translate.nist_score import corpus_nist
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.significance import PairedTest
 
-from darel_hf.metrics import METEOR, NIST, FastTER, JavaMETEOR, NLGMetrics, RougeL, find_wordnet, lcs_length, ptb_words
+from darel_hf.metrics import (
+    METEOR,
+    NIST,
+    FastTER,
+    JavaMETEOR,
+    NLGMetrics,
+    RougeL,
+    find_wordnet,
+    lcs_length,
+    paired_p_value,
+    ptb_words,
+)
 
 E2E = Path(__file__).parents[2] / "shared" / "data" / "e2e_nlg" / "testset_w_refs.csv"
 JARS = [Path("/usr/share/java/meteor-1.5.jar"), Path.home() / "meteor-1.5" / "meteor-1.5.jar"]
@@ -212,6 +223,19 @@ def test_wordnet_must_be_there(tmp_path, monkeypatch):
     assert scores["ter"] == 0.0
 
 
+def test_damaged_wordnet(tmp_path):
+    for name in ("data.noun", "index.noun", "data.adj"):
+        (tmp_path / name).write_text("garbage\n")
+    with pytest.raises(ValueError, match=r"wordnet=.*cannot be read"):
+        NLGMetrics(wordnet=tmp_path)
+
+
+def test_wordnet_unpacked_in_nltks_data(wordnet, tmp_path, monkeypatch):
+    shutil.copytree(wordnet, tmp_path / "corpora" / "wordnet")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    assert find_wordnet() == find_wordnet("nltk") == "nltk"
+
+
 def test_debians_layout_has_no_list_of_names(wordnet):
     assert not (wordnet / "lexnames").exists()
     assert find_wordnet(wordnet) == str(wordnet)
@@ -224,6 +248,17 @@ def test_meteor_by_java():
     jar = next(path for path in JARS if path.exists())
     whole = score(JavaMETEOR(jar), ["the cat sat on the mat"], [["the cat sat on the mat"]])
     assert whole == 1.0
+
+
+@pytest.mark.parametrize("answer", ["", "oops", "1 2 3"])
+def test_a_jar_that_is_no_meteor(tmp_path, monkeypatch, answer):
+    """A program that answers anything else is found out before anything is scored."""
+    (tmp_path / "java").write_text(f"#!/bin/sh\nwhile read line; do echo '{answer}'; done\n")
+    (tmp_path / "java").chmod(0o755)
+    (tmp_path / "m.jar").write_text("")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(ValueError, match=r"meteor_jar=.*(no answer|not Meteor)"):
+        NLGMetrics(meteor_jar=tmp_path / "m.jar")
 
 
 def test_a_missing_jar_is_named(tmp_path):
@@ -285,7 +320,7 @@ def test_protocols_say_which_they_are():
     assert e2e["nist"] != paper["nist"]
 
 
-def test_intervals_and_p_values_are_sacrebleus():
+def test_intervals_are_sacrebleus():
     hypotheses, references, baseline = made_up(60)
     ours = NLGMetrics(wordnet="none", bootstrap=1000, only=("bleu", "ter"))(hypotheses, references, baseline)
     systems = [("baseline", baseline), ("ours", hypotheses)]
@@ -293,18 +328,28 @@ def test_intervals_and_p_values_are_sacrebleus():
     _, theirs = PairedTest(systems, metrics, columns(references), test_type="bs", n_samples=1000)()
     for name in ("bleu", "ter"):
         expected = theirs[name.upper()][1]
-        assert ours["p_values"][name] == pytest.approx(expected.p_value, abs=2 / 1001)
         low, high = ours["intervals"][name]
         assert (high - low) / 2 == pytest.approx(expected.ci, rel=0.02)
         assert low < ours[name] < high
+        assert ours["p_values"][name] == expected.p_value == 1 / 1001  # the systems differ beyond doubt
     assert "bs:1000|seed:12345" in ours["signatures"]["bleu"]
+
+
+def test_p_values_are_those_of_chance():
+    """Where there is no difference, p-values are uniform: five per cent of them lie below 0.05."""
+    draw = np.random.default_rng(0)
+    values = np.array([paired_p_value(draw.normal(shift, 1, 500), shift) for shift in draw.normal(size=1000)])
+    for level in (0.05, 0.1, 0.5):
+        assert np.mean(values <= level) == pytest.approx(level, abs=0.04)
 
 
 def test_a_system_does_not_differ_from_itself():
     hypotheses, references, _ = made_up(30)
     scores = NLGMetrics(wordnet="none", bootstrap=200)(hypotheses, references, hypotheses)
-    assert set(scores["p_values"].values()) == {1 / 201} or all(p > 0.05 for p in scores["p_values"].values())
+    assert set(scores["p_values"].values()) == {1.0}
     assert all(scores["baseline"][name] == scores[name] for name in scores["p_values"])
+    one = NLGMetrics(wordnet="none", bootstrap=200)(["a b"], [["a b"]], ["c"])  # nothing can be said of one instance
+    assert set(one["p_values"].values()) == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -314,6 +359,8 @@ def test_a_system_does_not_differ_from_itself():
         (["a", "b"], [["a"]], "number 2 of the predictions has no counterpart"),
         ([], [], "nothing to score"),
         (["a"], [[]], "instance 1 has no reference"),
+        (["a"], [["", " "]], "instance 1 has no reference"),
+        (["a"], [[3]], "instance 1 has no reference, or one that is no text"),
         ([None], [["a"]], "number 1 is no text"),
         ("a", [["a"]], "list of texts"),
     ],

@@ -67,6 +67,23 @@ def test_jsonl(tmp_path):
     assert read(tmp_path, plain, references, ("jsonl", "jsonl"))[0] == ["a", "b"]
 
 
+def test_line_ends_and_empty_lines_at_the_end(tmp_path):
+    assert read(tmp_path, "a\r\nb\r\n", "r\rs\r") == (["a", "b"], [["r"], ["s"]])
+    assert read(tmp_path, "a\nb\n", "r\ns\n\n\n") == (["a", "b"], [["r"], ["s"]])
+    assert read(tmp_path, "mr\tout\nx\t\ny\tb\n", "mr,ref\nx,r\ny,s\n", ("tsv", "csv"))[0] == ["", "b"]
+
+
+def test_one_prediction_a_representation(tmp_path):
+    """The recipe joins what stands apart; so does the evaluation, if there are as many predictions."""
+    assert read(tmp_path, "a\nb\n", "mr,ref\nx,1\ny,2\nx,3\n", ("txt", "csv"))[1] == [["1", "3"], ["2"]]
+
+
+def test_ids_of_tables(tmp_path):
+    predictions = "id,mr,output\n2,x,b\n1,x,a\n"
+    references = '{"id": 1.0, "ref": "r"}\n{"id": 2, "ref": "s"}\n'
+    assert read(tmp_path, predictions, references, ("csv", "jsonl")) == (["a", "b"], [["r"], ["s"]])
+
+
 # ---- Bad input ----
 
 
@@ -89,6 +106,22 @@ def test_jsonl(tmp_path):
         ("a\n", "mr,ref\n", ("txt", "csv"), "no rows below the header"),
         ("a\n", "mr,ref\nx\n", ("txt", "csv"), "line 2 has 1 columns, the header 2"),
         ('{"id": 1, "prediction": "a"}\n{"id": 1, "prediction": "b"}\n', "r\ns\n", ("jsonl", "txt"), "lines 1 and 2"),
+        ("id,mr,out\n1,x,a\n1,y,b\n", "r\ns\n", ("csv", "txt"), "id='1'"),
+        (
+            "mr,out\nx,a\nx,b\n",
+            "mr,ref\nx,1\nx,2\n",
+            ("csv", "csv"),
+            "line 3 of the predictions predicts it once more",
+        ),
+        (
+            '{"id": 1, "prediction": "a"}\n{"prediction": "b"}\n',
+            "r\ns\n",
+            ("jsonl", "txt"),
+            "line [2] of the predictions",
+        ),
+        ("a\n", 'mr,ref\nx,"first\ny,second\n', ("txt", "csv"), "begins in line 2 is broken"),
+        ("a\n", "mr,ref\nx,\n", ("txt", "csv"), "line 2 has an empty reference"),
+        ("[" * 100_000, "r\n", ("jsonl", "txt"), "line 1 is no JSON object"),
         ('{"text": "a"}\n', "r\n", ("jsonl", "txt"), "line 1 has no text 'prediction', only 'text'"),
         ("a\n", "r\n", ("jsonl", "txt"), "line 1 is no JSON object"),
         ("a\n", '{"id": 1}\n', ("txt", "jsonl"), "line 1 has no 'references'"),
