@@ -121,7 +121,7 @@ def match(
     for key in ("id", "mr"):
         for side, instances in ((what, predictions), ("references", references)):
             without = [instance.line for instance in instances if key not in instance.keys]
-            remedy = f"line {without[:1]} of the {side} has none, others have; give it to all or to none"
+            remedy = f"line {without[0] if without else 0} of the {side} has none, others have; give it to all or none"
             require(len(without) in (0, len(instances)), key, None, remedy)
         if all(key in instance.keys for instance in [*predictions, *references]):
             by_key: dict[str, list[str]] = {}

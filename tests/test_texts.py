@@ -117,7 +117,7 @@ def test_ids_of_tables(tmp_path):
             '{"id": 1, "prediction": "a"}\n{"prediction": "b"}\n',
             "r\ns\n",
             ("jsonl", "txt"),
-            "line [2] of the predictions",
+            "line 2 of the predictions",
         ),
         ("a\n", 'mr,ref\nx,"first\ny,second\n', ("txt", "csv"), "begins in line 2 is broken"),
         ("a\n", "mr,ref\nx,\n", ("txt", "csv"), "line 2 has an empty reference"),
