@@ -14,7 +14,7 @@ import torch
 
 from .data import ID_KEY
 from .planning import Costs
-from .scoring import BatchScorer, default_max_tokens, feature_length, token_batches
+from .scoring import BatchScorer, default_max_tokens, feature_length, rows_without_tokens, token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,8 @@ def _optimizer_step(trainer: Any) -> Callable[[], Any]:
     for copy in copies:
         copy.grad = torch.zeros_like(copy)
     try:
-        cls, kwargs = trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        given = trainer.optimizer_cls_and_kwargs
+        cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         optimizer = cls(copies, **{k: v for k, v in kwargs.items() if k not in ("params", "model", "optimizer_dict")})
     except (TypeError, ValueError):  # an optimizer that wants more than parameters; AdamW stands in for its cost
         optimizer = torch.optim.AdamW(copies)
@@ -139,7 +140,7 @@ def measure_costs(
             return None
         updates = [_seconds(optimizer_step, device) for _ in batches][1:]
         step = statistics.mean(steps) + statistics.median(updates) / accumulation
-        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, 8 * rows)
+        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, rows)
     return Costs(
         step_seconds=step,
         forward_share=statistics.median(forwards) / candidates * rows / step,
@@ -147,10 +148,13 @@ def measure_costs(
     )
 
 
-def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, rows: int) -> float:
+def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, batch_size: int) -> float:
     """Return the seconds per sample of the offline pass, from one batch of samples of similar length."""
     generator = np.random.default_rng(1)
-    positions = generator.choice(len(dataset), size=min(8 * rows, len(dataset)), replace=False)
+    tokens = "input_ids" in dataset[0]
+    rows = 8 * batch_size if tokens else rows_without_tokens(trainer.args.device, batch_size)
+    size = 8 * rows if tokens else rows  # lengths differ among the former
+    positions = generator.choice(len(dataset), size=min(size, len(dataset)), replace=False)
     items = [dataset[int(i)] for i in positions]
     limit = default_max_tokens(trainer.args.device)
     batches = list(token_batches(np.array([feature_length(item) for item in items]), limit, rows))

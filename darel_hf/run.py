@@ -44,6 +44,7 @@ from .scoring import (
     match_scores,
     model_fingerprint,
     preserve_rng_state,
+    rows_without_tokens,
     save_scores,
     score_dataset,
     skip_identity_adapters,
@@ -339,7 +340,7 @@ class Run:
         if self.scorer is not None:
             model.to(self.args.device)
         scorer = self._batch_scorer(model, "offline")
-        items = [dataset[i] for i in range(min(8, len(dataset)))]
+        items, size = [dataset[i] for i in range(min(8, len(dataset)))], trainer._train_batch_size
         probe = trainer._prepare_inputs(collator(items))
         with skip_identity_adapters(scorer, probe) as skipped:
             origin = {
@@ -367,7 +368,7 @@ class Run:
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 progress_bar=not self.args.disable_tqdm,
-                max_rows=8 * trainer._train_batch_size if "input_ids" not in items[0] else 256,
+                max_rows=256 if "input_ids" in items[0] else rows_without_tokens(self.args.device, size),
                 parts=self.folder / f"parts-{name}",
                 origin=origin,
             )

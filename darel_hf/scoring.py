@@ -444,6 +444,11 @@ def default_max_tokens(device: torch.device) -> int:
     return MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
 
 
+def rows_without_tokens(device: torch.device, batch_size: int) -> int:
+    """Return the rows of a batch of the offline pass for samples that are no token sequences, such as images."""
+    return batch_size if device.type == "cpu" else 8 * batch_size  # caches of CPUs are small
+
+
 def score_dataset(
     scorer: BatchScorer,
     dataset: Any,

@@ -75,7 +75,10 @@ class ImageClassifier(nn.Module):
     ):
         super().__init__()
         require(padding >= 0, "padding", padding, "give a number of pixels, 0 or more")
-        self.network = network.to(memory_format=torch.channels_last) if channels_last else network
+        for weight in network.parameters() if channels_last else ():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        self.network = network
         self.padding, self.flip, self.channels_last = padding, flip, channels_last
         self.register_buffer("mean", torch.tensor([*mean]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
