@@ -51,7 +51,8 @@ class ImageClassifier(nn.Module):
         padding (`int`): in training, crop at random after padding by so many pixels; 0 for none. 4 is usual for CIFAR.
         flip (`bool`): in training, flip every second image left to right, at random.
         mean, std (`tuple[float, float, float]`): of the channels, for images in [0, 1].
-        channels_last (`bool`): lay images out channel by channel last, which convolutions on GPUs like.
+        channels_last (`bool`): lay images out with channels last, which convolutions on GPUs like (weights stay as
+            they are: safetensors stores no other layout).
 
     Example:
 
@@ -75,9 +76,6 @@ class ImageClassifier(nn.Module):
     ):
         super().__init__()
         require(padding >= 0, "padding", padding, "give a number of pixels, 0 or more")
-        for weight in network.parameters() if channels_last else ():
-            if weight.dim() == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
         self.network = network
         self.padding, self.flip, self.channels_last = padding, flip, channels_last
         self.register_buffer("mean", torch.tensor([*mean]).view(1, -1, 1, 1), persistent=False)
