@@ -205,7 +205,8 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
 
     In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta that leaves
     A at 0.3 or more (or, failing that, 0.1); else, where a forward pass costs too much for the online stage (one epoch
-    with LoRA), fewer samples offline.
+    with LoRA), fewer samples offline. Where the offline pass alone costs too much (a dear scorer, few epochs), there is
+    no offline stage.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
@@ -214,14 +215,21 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     Raises:
         ValueError: if the budget cannot be met; says what the smallest possible one is.
     """
+    plan = replace(plan, method="measured")
+    if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
+        return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
     smallest = plan.slowdown * smallest_budget(plan.costs, plan.epochs, plan.scores_free)
+    if budget_time < smallest:
+        for eta in range(1, math.ceil(plan.epochs) + 1):
+            scoring = plan.costs.forward_share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
+            online = budget_time / plan.slowdown - scoring
+            candidates = math.ceil(plan.batch_size / online) if online > 0 else 0  # whole rows, rather too many
+            if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
+                return replace(plan, offline_keep=1.0, online_keep=plan.batch_size / candidates, rescore_every=eta)
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
     if not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
-    plan = replace(plan, method="measured")
-    if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
-        return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
     share = plan.costs.forward_share
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, 0.1 * budget_time, budget_time - smallest)

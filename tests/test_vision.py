@@ -258,7 +258,7 @@ def test_off_it_is_trainer(images, tmp_path):
         ({"offline_keep": 0.5, "offline_rule": "ids", "group_column": "label"}, 90),
         ({"online_keep": 0.5, "online_rule": "adonis"}, 90),
         ({"online_keep": 0.5, "rescore_every": 2}, 90),  # by the losses of the first epoch
-        ({"budget_time": 0.9, "budget_memory": 0.9}, None),
+        ({"budget_memory": 0.9}, None),
     ],
 )
 def test_selects(images, tmp_path, darel, rows):
