@@ -205,8 +205,8 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
 
     In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta that leaves
     A at 0.3 or more (or, failing that, 0.1); else, where a forward pass costs too much for the online stage (one epoch
-    with LoRA), fewer samples offline. Where the offline pass alone costs too much (a dear scorer, few epochs), there is
-    no offline stage.
+    with LoRA), fewer samples offline. Where the offline pass alone costs too much (a dear scorer, few epochs), the
+    online stage alone.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.

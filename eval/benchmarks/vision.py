@@ -6,7 +6,7 @@ Images: accuracy against time of plain training, of its controls, of the papers'
 The folder has train.parquet and test.parquet (img, label), such as CIFAR-10. ResNet18, by default with a quarter of
 its channels on 3,000 images, so that two cores can do it. Every seed runs all arms one after the other; times are
 relative to the plain run of the same seed, everything counted (measuring, scoring, training the scoring network). A
-row an arm goes to results/vision.jsonl.
+row an arm goes to results/vision.jsonl, the table to vision.md, the picture to vision.png.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--name", default="vision", help="of the files of results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
@@ -121,7 +122,7 @@ def main() -> None:
         ratios = [value["seconds"] / full for value, full in zip(values, plain, strict=False)]
         accuracies = [value["accuracy"] for value in values]
         store(
-            "vision",
+            options.name,
             {**settings, "arm": name, "darel": known[name][0]},
             {
                 "accuracy": float(np.mean(accuracies)),
@@ -138,7 +139,23 @@ def main() -> None:
         )
         points.append({"arm": name, "accuracy": accuracies, "time": ratios})
     if plain and len(names) > 1:
-        plot_accuracy_time(points, RESULTS / "vision.png")
+        plot_accuracy_time(points, RESULTS / f"{options.name}.png")
+        (RESULTS / f"{options.name}.md").write_text(markdown(points, settings), encoding="utf-8")
+
+
+def markdown(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Return the table of a run: accuracy in per cent and time relative to plain, over seeds."""
+    lines = [
+        "| arm | accuracy, mean | spread | time, median | smallest to largest |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for point in points:
+        accuracy, times = 100 * np.array(point["accuracy"]), np.array(point["time"])
+        spread = f"{accuracy.std(ddof=1):.1f}" if len(accuracy) > 1 else "-"
+        span = f"{times.min():.2f} to {times.max():.2f}"
+        lines.append(f"| {point['arm']} | {accuracy.mean():.1f} | {spread} | {np.median(times):.2f} | {span} |")
+    conditions = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "arms")
+    return "\n".join(lines) + f"\n\nSettings: {conditions}.\n"
 
 
 if __name__ == "__main__":
