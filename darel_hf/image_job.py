@@ -78,7 +78,7 @@ class ImageArguments:
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of SGD, where optim is sgd"})
     scorer: str | None = field(default=None, metadata={"help": "weights or torchvision network that scores"})
     scorer_epochs: int = field(default=2, metadata={"help": "epochs that a scoring network is trained for"})
-    scorer_narrow: int = field(default=2, metadata={"help": "how much narrower a scoring network is"})
+    scorer_narrow: int = field(default=4, metadata={"help": "how much narrower a scoring network is"})
     resume: bool = field(default=False, metadata={"help": "go on with the run in output_dir"})
 
 

@@ -12,8 +12,8 @@ from .config import DarelConfig, require
 #: The paper's floor for both fractions (equation 2), and its usual offline fraction (equation 3).
 SMALLEST_KEEP = 0.1
 USUAL_OFFLINE_KEEP = 0.8
-#: Below this fraction a less frequent scoring is preferred to fewer rows, in `budget_method="measured"`.
-COMFORTABLE_ONLINE_KEEP = 0.3
+#: Scoring is made less frequent until it takes no more than this of the online stage, in `budget_method="measured"`.
+LARGEST_SCORING_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     """
     Choose alpha, A and eta so that the cost model meets the time budget.
 
-    In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta that leaves
-    A at 0.3 or more (or, failing that, 0.1); else, where a forward pass costs too much for the online stage (one epoch
-    with LoRA), fewer samples offline. Where the offline pass alone costs too much (a dear scorer, few epochs), the
-    online stage alone.
+    In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta with which
+    scoring takes at most a quarter of the online stage (or, failing that, the largest); else, where a forward pass
+    costs too much for the online stage (one epoch with LoRA), fewer samples offline. Where the offline pass alone
+    costs too much (a dear scorer, few epochs), the online stage alone.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
@@ -239,18 +239,19 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     offline_only = replace(plan, offline_keep=min(left, 1.0), online_keep=1.0, rescore_every=1)
     if left >= USUAL_OFFLINE_KEEP:
         return offline_only
-    periods = range(1, math.ceil(plan.epochs) + 1)
-    for least in (COMFORTABLE_ONLINE_KEEP, SMALLEST_KEEP):
-        for eta in periods:
-            scoring = share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
-            online = left / USUAL_OFFLINE_KEEP - scoring
-            if online >= least:
-                # A batch has whole rows: take the A that they make, and alpha for what is then left.
-                online = plan.batch_size / candidate_rows(plan.batch_size, online)
-                if online < 1:
-                    alpha = left / (scoring + online)
-                    if alpha <= 1:
-                        return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
+    possible = []
+    for eta in range(1, math.ceil(plan.epochs) + 1):
+        scoring = share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
+        online = left / USUAL_OFFLINE_KEEP - scoring
+        if online >= SMALLEST_KEEP:
+            # A batch has whole rows: take the A that they make, and alpha for what is then left.
+            online = plan.batch_size / candidate_rows(plan.batch_size, online)
+            alpha = left / (scoring + online)
+            if online < 1 and alpha <= 1:
+                made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
+                possible.append((scoring <= LARGEST_SCORING_SHARE * (scoring + online), made))
+    if possible:
+        return next((made for cheap, made in possible if cheap), possible[-1][1])
     if left >= SMALLEST_KEEP:
         return offline_only
     eta = math.ceil(plan.epochs)
