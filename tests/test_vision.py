@@ -414,3 +414,39 @@ def test_the_core_knows_no_images():
     for name in ("trainer", "run", "selector", "ledger", "selection", "planning"):
         text = (ROOT / "darel_hf" / f"{name}.py").read_text().lower()
         assert not any(word in text for word in ("pixel", "image", "torchvision")), name
+
+
+def test_memory_budget(images, tmp_path):
+    """What is saved for backward, counted here by torch's own hooks, stays within the fraction asked for."""
+    data = load_images(images, "train")
+    full = 30
+    trainer = DarelTrainer(
+        model=tiny(),
+        args=training(tmp_path, per_device_train_batch_size=full),
+        train_dataset=data,
+        darel=DarelConfig(budget_memory=0.6),
+    )
+    trainer.train()
+    chosen = trainer.report.plan.batch_size
+
+    def memory(rows):
+        model, held = tiny(), {}
+        batch = {
+            "pixel_values": torch.stack(data[:rows]["pixel_values"]),
+            "labels": torch.tensor(data[:rows]["labels"]),
+        }
+
+        def count(tensor):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(**batch).loss
+        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+        del loss
+        activations = sum(size for pointer, size in held.items() if pointer not in weights)
+        return activations + 4 * sum(weights.values())  # weights, gradients, two moments of AdamW
+
+    assert chosen < full
+    assert memory(chosen) <= 0.6 * memory(full)
+    assert memory(chosen + 2) > 0.6 * memory(full)  # not smaller than it has to be
