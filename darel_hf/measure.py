@@ -139,7 +139,8 @@ def measure_costs(
             logger.warning("what a training step costs could not be measured (%s); assuming it", error)
             return None
         updates = [_seconds(optimizer_step, device) for _ in batches][1:]
-        step = statistics.mean(steps) + statistics.median(updates) / accumulation
+        typical = statistics.mean if "input_ids" in batches[0] else statistics.median  # texts differ in length
+        step = typical(steps) + statistics.median(updates) / accumulation
         pass_seconds = _offline_seconds(trainer, offline, dataset, collator, rows)
     return Costs(
         step_seconds=step,

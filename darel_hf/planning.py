@@ -14,6 +14,8 @@ SMALLEST_KEEP = 0.1
 USUAL_OFFLINE_KEEP = 0.8
 #: Scoring is made less frequent until it takes no more than this of the online stage, in `budget_method="measured"`.
 LARGEST_SCORING_SHARE = 0.25
+#: Of the budget, at most so much of what measuring and making a scorer have cost is made up for.
+LARGEST_OVERHEAD = 0.25
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
     share = plan.costs.forward_share
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
-    overhead = min(plan.overhead, 0.1 * budget_time, budget_time - smallest)
+    overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
     left = (budget_time - overhead) / plan.slowdown - (
         0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
     )

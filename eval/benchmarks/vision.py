@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--online_rule", default="stratified")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--channels_last", action="store_true")
+    parser.add_argument("--scorer_epochs", type=int, default=1, help="of the network that scores")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="vision", help="of the files of results")
@@ -85,6 +86,7 @@ def main() -> None:
                 narrow=options.narrow,
                 max_train_samples=options.max_train_samples,
                 channels_last=options.channels_last,
+                scorer_epochs=options.scorer_epochs,
                 **task,
             )
             data = data or load_data(arguments, seed=0)
