@@ -17,6 +17,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from .config import DarelConfig
+from .data import sample_ids
 from .files import atomic_path, refuse_used_folder, write_json
 from .hypercomplex import compare_costs, to_hypercomplex
 from .jobs import require_hub, train_once
@@ -244,7 +245,7 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
     from sklearn.decomposition import PCA
 
     report = trainer.report
-    if np.isfinite(report.ledger.loss).sum() > 1:
+    if np.isfinite(report.offline_losses).sum() > 1:
         report.plot_losses(folder / "losses.png")
     labels = np.asarray(data.with_format(None)["label"])
     members = np.flatnonzero(labels == label)[:most]
@@ -255,7 +256,8 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
         batch = {"pixel_values": torch.stack(items["pixel_values"]), "labels": torch.tensor(items["labels"])}
         vectors.append(scorer(trainer._prepare_inputs(batch)).embeddings.cpu().numpy())
     points = PCA(2).fit_transform(np.concatenate(vectors)) if len(members) > 2 else np.zeros((len(members), 2))
-    kept = report.kept[members]
+    rows = report.ledger.rows(sample_ids(data, report.config.id_column))
+    kept = report.kept[rows[members]]
     names = getattr(data.features["label"], "names", None)
     name = names[label] if names else str(label)
 
@@ -272,17 +274,19 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     _save(figure, folder / "embeddings.png")
-    _draw_extremes(report, data, names, folder / "removed_kept.png")
+    _draw_extremes(report.kept[rows], report.offline_losses[rows], data, names, folder / "removed_kept.png")
 
 
-def _draw_extremes(report: Any, data: Any, names: list[str] | None, path: Path, columns: int = 10) -> None:
+def _draw_extremes(
+    kept: np.ndarray, losses: np.ndarray, data: Any, names: list[str] | None, path: Path, columns: int = 10
+) -> None:
     """Draw a grid of images: removed and kept ones with the lowest and the highest losses."""
     from matplotlib.figure import Figure
 
-    losses = np.nan_to_num(report.ledger.loss, nan=0.0)
+    losses = np.nan_to_num(losses, nan=0.0)
     order = np.argsort(losses, kind="stable")
     rows = []
-    for chosen, text in ((~report.kept, "removed"), (report.kept, "kept")):
+    for chosen, text in ((~kept, "removed"), (kept, "kept")):
         part = order[chosen[order]]
         rows += [(f"{text},\nlowest losses", part[:columns]), (f"{text},\nhighest losses", part[::-1][:columns])]
     figure = Figure(figsize=(1.05 * columns + 1.2, 1.25 * len(rows)), layout="constrained")

@@ -461,7 +461,7 @@ def _predict(
 def _write_selection(trainer: DarelTrainer, train: datasets.Dataset, folder: Path) -> None:
     """Write which references were dropped, most extreme first, so that a person can read what was thought useless."""
     report = trainer.report
-    rows = {int(sample): row for row, sample in enumerate(report.ledger.ids)}
+    rows = {int(sample): row for row, sample in enumerate(sample_ids(train, report.config.id_column))}
     with atomic_path(folder / "dropped.csv") as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["sample_id", "loss", "n_tokens", "percentile", "why", "mr", "ref"])
@@ -469,5 +469,5 @@ def _write_selection(trainer: DarelTrainer, train: datasets.Dataset, folder: Pat
             text = train[rows[sample["sample_id"]]]
             numbers = [f"{sample['loss']:.4f}", sample["n_tokens"], f"{sample['percentile']:.4f}", sample["why"]]
             writer.writerow([sample["sample_id"], *numbers, text["mr"], text["ref"]])
-    if np.isfinite(report.ledger.loss).sum() > 1:
+    if np.isfinite(report.offline_losses).sum() > 1:
         report.plot_losses(folder / "losses.png")

@@ -37,6 +37,8 @@ class Report:
         times_trained (`np.ndarray`): float `[n]`, in the order of `ledger.ids`: backward passes of each sample.
         ledger ([`LossLedger`]): losses and counts of every sample.
         kept (`np.ndarray`): bool `[n]`, in the order of `ledger.ids`: kept by the offline stage.
+        offline_losses (`np.ndarray`): float `[n]`, likewise: what the offline stage went by (the ledger has the latest
+            losses); NaN without an offline pass.
         scores_reused (`bool`): whether the offline losses came from the cache.
     """
 
@@ -49,6 +51,7 @@ class Report:
     times_trained: np.ndarray
     ledger: LossLedger
     kept: np.ndarray
+    offline_losses: np.ndarray
     scores_reused: bool
 
     @property
@@ -64,9 +67,10 @@ class Report:
     @property
     def percentiles(self) -> np.ndarray:
         """Loss percentile of each sample among those of similar length, in (0, 1): what the rules look at."""
-        known = ~np.isnan(self.ledger.loss)
+        losses = self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
+        known = ~np.isnan(losses)
         values = np.full(len(self.ledger), np.nan)
-        samples = Samples(self.ledger.ids[known], self.ledger.loss[known], self.ledger.n_tokens[known])
+        samples = Samples(self.ledger.ids[known], losses[known], self.ledger.n_tokens[known])
         if not self.config.length_correction:
             samples = Samples(samples.ids, samples.losses, np.zeros(len(samples)))
         values[known] = length_corrected(samples).losses if known.sum() > 1 else 0.5
@@ -134,6 +138,7 @@ class Report:
         import pyarrow.parquet as pq
 
         columns = {"sample_id": self.ledger.ids, "kept": self.kept, "percentile": self.percentiles}
+        columns["offline_loss"] = self.offline_losses
         columns |= {name: values for name, values in self.ledger.state_dict().items() if name != "ids"}
         with atomic_path(path) as temporary:
             pq.write_table(pa.table(columns), temporary)
@@ -142,7 +147,7 @@ class Report:
         """Draw the distribution of the offline losses with the kept part marked, as PNG (or by the suffix)."""
         from matplotlib.figure import Figure
 
-        losses = self.ledger.loss
+        losses = self.offline_losses
         known = ~np.isnan(losses)
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()

@@ -69,6 +69,7 @@ class Run:
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
         self.offline_weights: np.ndarray | None = None
+        self.offline_losses: np.ndarray | None = None
         self.scores_reused = False
         self.trained_rows = self.candidate_rows = 0  # of this process, since the start of the run
         self.total_trained = self.total_candidates = 0  # of all processes, as of the last merge
@@ -160,6 +161,7 @@ class Run:
         arrays = state["arrays"]
         self.positions = arrays.pop("positions", None)
         self.offline_weights = arrays.pop("offline_weights", None)
+        self.offline_losses = arrays.pop("offline_losses", None)
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
         self.selector = Selector(self._planned_config(), self.ids, self._seed())
@@ -388,6 +390,8 @@ class Run:
         self.selector = Selector(self._planned_config(), self.ids, self._seed())
         selection = self.selector.select_offline(scores, self.groups)
         self.positions = selection.positions
+        if scores is not None:
+            self.offline_losses = self.selector.ledger.loss.copy()
         if selection.weights is not None:
             self.offline_weights = np.ones(len(self.ids), np.float32)
             self.offline_weights[self.selector.ledger.rows(self.ids[self.positions])] = selection.weights
@@ -555,6 +559,8 @@ class Run:
                 arrays["positions"] = self.positions
             if self.offline_weights is not None:
                 arrays["offline_weights"] = self.offline_weights
+            if self.offline_losses is not None:
+                arrays["offline_losses"] = self.offline_losses
             state = {
                 "plan": self.plan.to_dict(),
                 "config": self.config.to_dict(),
@@ -596,6 +602,7 @@ class Run:
             times_trained=times,
             ledger=ledger,
             kept=kept,
+            offline_losses=np.full(len(ledger), np.nan) if self.offline_losses is None else self.offline_losses,
             scores_reused=self.scores_reused,
         )
         if self.args.should_save and self.trainer.hp_search_backend is None:

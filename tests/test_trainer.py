@@ -659,3 +659,20 @@ def test_several_gpus_in_one_process(tmp_path):
 def test_darel_must_be_a_config(tmp_path):
     with pytest.raises(TypeError, match="DarelConfig"):
         make(DarelTrainer, tmp_path, darel={"offline_keep": 0.5})
+
+
+def test_the_report_keeps_the_offline_losses(tmp_path):
+    """Online scoring refreshes the ledger; what the offline stage went by stays in the report, also after a resume."""
+    darel = DarelConfig(offline_keep=0.5, online_keep=0.5)
+    settings = {"learning_rate": 0.05, "num_train_epochs": 2, "save_strategy": "epoch"}
+    losses = []
+    for resume in (False, True):
+        trainer = make(DarelTrainer, tmp_path, tiny_lora(), data=token_data(48), darel=darel, **settings)
+        first = min(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+        trainer.train(resume_from_checkpoint=str(first) if resume else None)
+        report = trainer.report
+        losses.append(report.offline_losses)
+        refreshed = report.ledger.loss != report.offline_losses
+        assert refreshed.any() and not refreshed[~report.kept].any()
+    np.testing.assert_array_equal(*losses)
+    assert np.isfinite(losses[0]).all()

@@ -59,7 +59,8 @@ def main() -> None:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=0.1)
+    parser.add_argument("--learning_rate", type=float, default=0.05)
+    parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--narrow", type=int, default=4)
     parser.add_argument("--max_train_samples", type=int, default=3000)
     parser.add_argument("--offline_rule", default="stratified")
@@ -98,7 +99,7 @@ def main() -> None:
                 optim="sgd",
                 learning_rate=options.learning_rate,
                 weight_decay=5e-4,
-                max_grad_norm=0,
+                max_grad_norm=options.max_grad_norm,
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
                 bf16=options.bf16,
