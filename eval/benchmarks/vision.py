@@ -55,6 +55,7 @@ def main() -> None:
         "--arms",
         default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5",
     )
+    parser.add_argument("--plain", default="full", help="the arm that times are relative to")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=15)
@@ -118,7 +119,7 @@ def main() -> None:
                 f"{result['scoring_seconds']:.1f} s, predicted {result['predicted_time']:.2f}",
                 flush=True,
             )
-    plain = [result["seconds"] for result in rows.get("full", [])]
+    plain = [result["seconds"] for result in rows.get(options.plain, [])]
     points = []
     for name in names:
         values = rows[name]
