@@ -51,8 +51,8 @@ class ImageClassifier(nn.Module):
         padding (`int`): in training, crop at random after padding by so many pixels; 0 for none. 4 is usual for CIFAR.
         flip (`bool`): in training, flip every second image left to right, at random.
         mean, std (`tuple[float, float, float]`): of the channels, for images in [0, 1].
-        channels_last (`bool`): lay images out with channels last, which convolutions on GPUs like (weights stay as
-            they are: safetensors stores no other layout).
+        channels_last (`bool`): on CUDA, lay images out with channels last, which convolutions there like (weights
+            stay as they are: safetensors stores no other layout).
 
     Example:
 
@@ -93,7 +93,7 @@ class ImageClassifier(nn.Module):
         images = (images - self.mean) / self.std
         if self.training:
             images = crop_and_flip(images, self.padding, self.flip)
-        if self.channels_last:
+        if self.channels_last and images.is_cuda:  # on CPUs, torch crashes on slices of such tensors (2.15, oneDNN)
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.network(images)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
