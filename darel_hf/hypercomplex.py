@@ -88,7 +88,8 @@ class _Hypercomplex(nn.Module):
         parts = []
         for k, terms in enumerate(self.terms):  # dual numbers: a quarter of the blocks is zero, and left out
             first, last = terms[0][0] * size, (terms[-1][0] + 1) * size
-            parts.append(apply(x[:, first:last], self.block(k), biases[k]))
+            # Contiguous: torch 2.15's CPU convolutions crash now and then in the backward pass of slices.
+            parts.append(apply(x[:, first:last].contiguous(), self.block(k), biases[k]))
         return torch.cat(parts, dim=1)
 
     def extra_repr(self) -> str:

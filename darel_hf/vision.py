@@ -93,7 +93,7 @@ class ImageClassifier(nn.Module):
         images = (images - self.mean) / self.std
         if self.training:
             images = crop_and_flip(images, self.padding, self.flip)
-        if self.channels_last and images.is_cuda:  # on CPUs, torch crashes on slices of such tensors (2.15, oneDNN)
+        if self.channels_last and images.is_cuda:
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.network(images)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
