@@ -231,7 +231,7 @@ def to_hypercomplex(network: nn.Module, algebra: str = "dual", image_size: int =
         return HyperBatchNorm2d(algebra, m.num_features, m.eps, m.momentum)
 
     made = replace_modules(made, {nn.Conv2d: convolution, nn.BatchNorm2d: normalization})
-    logger.info("%s", compare_costs(network, made, algebra, image_size))
+    logger.warning("%s", compare_costs(network, made, algebra, image_size))
     return made
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from dataclasses import dataclass, field
@@ -14,18 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .config import DarelConfig
 from .data import sample_ids
-from .files import atomic_path, refuse_used_folder, write_json
-from .hypercomplex import compare_costs, to_hypercomplex
-from .jobs import require_hub, train_once
+from .files import atomic_path, write_json
+from .hypercomplex import to_hypercomplex
+from .jobs import claim_folder, require_hub, train_once
 from .scoring import BatchScorer
 from .trainer import DarelTrainer
 from .vision import ImageClassifier, load_images, load_weights, make_network
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -107,9 +104,7 @@ def make_model(args: ImageArguments, classes: int) -> ImageClassifier:
     """Build the network of the settings."""
     network = make_network(args.model, classes, args.small_stem, args.narrow)
     if args.algebra is not None:
-        made = to_hypercomplex(network, args.algebra, args.image_size or 32)
-        logger.warning("%s", compare_costs(network, made, args.algebra, args.image_size or 32))
-        network = made
+        network = to_hypercomplex(network, args.algebra, args.image_size or 32)
     return ImageClassifier(network, args.padding, args.flip, channels_last=args.channels_last)
 
 
@@ -121,14 +116,12 @@ def make_scorer(args: ImageArguments, data: Any, classes: int, training: Trainin
         ValueError: for weights that are not there or of another network.
     """
     plain = partial(ImageClassifier, padding=args.padding, flip=args.flip, channels_last=args.channels_last)
-    if args.scorer is not None and (Path(args.scorer).exists() or os.sep in args.scorer):
+    if _has_weights(args):
         return load_weights(plain(make_network(args.model, classes, args.small_stem, args.narrow)), args.scorer)
     if args.scorer is not None:
         network = make_network(args.scorer, classes, weights="DEFAULT")
     else:
         network = make_network(args.model, classes, args.small_stem, args.narrow * args.scorer_narrow)
-    from transformers import Trainer
-
     settings = {**training.to_dict(), "num_train_epochs": args.scorer_epochs, "save_strategy": "no"}
     settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
     settings = {k: v for k, v in settings.items() if k in _settable(training)}
@@ -141,6 +134,11 @@ def make_scorer(args: ImageArguments, data: Any, classes: int, training: Trainin
     )
     trainer.train()
     return model
+
+
+def _has_weights(args: ImageArguments) -> bool:
+    """Whether `scorer` names weights, not a network."""
+    return args.scorer is not None and (Path(args.scorer).exists() or os.sep in args.scorer)
 
 
 def _sgd(args: ImageArguments, training: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
@@ -164,7 +162,6 @@ def run(
     darel: DarelConfig,
     training: TrainingArguments,
     data: dict[str, Any] | None = None,
-    trainer_class: type = DarelTrainer,
 ) -> dict[str, Any]:
     """
     Train, evaluate, and account for it.
@@ -175,7 +172,6 @@ def run(
     Args:
         args ([`ImageArguments`]), darel ([`DarelConfig`]), training (`TrainingArguments`): the settings.
         data (`dict`, *optional*): `train` and `test`, if they are loaded already.
-        trainer_class (`type`): a subclass of [`DarelTrainer`].
 
     Returns:
         The content of `results.json`.
@@ -183,18 +179,17 @@ def run(
     Raises:
         ValueError, OSError: for bad input, before any compute.
     """
-    folder = Path(training.output_dir)
-    if training.process_index == 0 and not args.resume:
-        refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
+    folder = claim_folder(training, args.resume)
     training.remove_unused_columns = False  # the columns of a table of images are not what the model gets
     data = data or load_data(args, training.seed)
     classes = number_of_classes(data["train"])
     torch.manual_seed(training.seed)
     model = make_model(args, classes)
     needed = darel.may_select("offline") and darel.rule("offline").reads_losses and darel.scores is None
-    if args.scorer is not None and (Path(args.scorer).exists() or os.sep in args.scorer):
-        make_scorer(args, data["train"], classes, training)  # raises now, not when it is wanted
-    trainer = trainer_class(
+    scorer: Any = partial(make_scorer, args, data["train"], classes, training)
+    if _has_weights(args):
+        scorer = scorer()  # raises now, not when it is wanted
+    trainer = DarelTrainer(
         model=model,
         args=training,
         train_dataset=data["train"],
@@ -202,7 +197,7 @@ def run(
         compute_metrics=accuracy,
         optimizer_cls_and_kwargs=_sgd(args, training),
         darel=darel,
-        scorer=partial(make_scorer, args, data["train"], classes, training) if needed else None,
+        scorer=scorer if needed else None,
     )
     finished = folder / "trained.json"
     if args.resume and finished.exists():

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from . import checkpoints
 from .config import require
+from .files import refuse_used_folder
 from .report import scoring_seconds
 
 
@@ -56,6 +57,14 @@ def require_hub(name: str, kind: str, option: str) -> None:
             f"{option}: the {kind} {name!r} cannot be had from the hub ({type(error).__name__}). Give folders on this "
             "machine with --data_dir and --model_name_or_path, or try everything without a network: darel demo"
         ) from None
+
+
+def claim_folder(training: TrainingArguments, resume: bool) -> Path:
+    """Return the output folder; raises `ValueError` if it holds another run that is not to be resumed."""
+    folder = Path(training.output_dir)
+    if training.process_index == 0 and not resume:
+        refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
+    return folder
 
 
 def train_once(trainer: Any, folder: Path, resume: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
@@ -39,10 +40,23 @@ NO_WORDNET = (
 _PARALLEL_FROM = 400  # pairs of prediction and reference below which starting workers costs more than it saves
 
 
+class SummedMetric(Metric):
+    """What our metrics share: texts are taken as they are, and statistics of segments add up to the corpus's."""
+
+    def _preprocess_segment(self, sent: str) -> str:
+        return sent
+
+    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
+        return {"references": list(refs)}
+
+    def _aggregate_and_compute(self, stats: list[list[float]]) -> Score:
+        return self._compute_score_from_stats(sum_of_lists(stats))
+
+
 # ---- NIST ----
 
 
-class NIST(Metric):
+class NIST(SummedMetric):
     """
     The NIST score over several references, on sacrebleu's frame.
 
@@ -143,9 +157,6 @@ class NIST(Metric):
         penalty = math.exp(-self.BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio >= 1)
         return Score("NIST", float(precision * penalty))
 
-    def _aggregate_and_compute(self, stats: list[list[float]]) -> Score:
-        return self._compute_score_from_stats(sum_of_lists(stats))
-
 
 def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
@@ -177,28 +188,20 @@ class FastTER(TER):
 # ---- Means over segments: ROUGE-L and METEOR ----
 
 
-class SegmentMean(Metric):
+class SegmentMean(SummedMetric):
     """A metric whose corpus score is the mean over segments of `segment(hypothesis, references)`; in [0, 1]."""
 
     name: str
 
+    @abstractmethod
     def segment(self, hypothesis: str, references: list[str]) -> float:
-        raise NotImplementedError
-
-    def _preprocess_segment(self, sent: str) -> str:
-        return sent
-
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        return {"references": list(refs)}
+        """Return the score of one segment."""
 
     def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
         return [self.segment(hypothesis, ref_kwargs["references"]), 1.0]
 
     def _compute_score_from_stats(self, stats: Sequence[float]) -> Score:
         return Score(self.name, float(stats[0] / stats[1]) if stats[1] else 0.0)
-
-    def _aggregate_and_compute(self, stats: list[list[float]]) -> Score:
-        return self._compute_score_from_stats(sum_of_lists(stats))
 
 
 _CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ll|ve|d|m))\b")
@@ -422,7 +425,7 @@ def find_wordnet(folder: str | os.PathLike | None = None) -> str | None:
     return "nltk" if in_nltk() else None
 
 
-class JavaMETEOR(Metric):
+class JavaMETEOR(SummedMetric):
     """
     Meteor 1.5 itself, run from its jar as the E2E scripts do: `-l en -norm` on Penn Treebank words, no punctuation.
 
@@ -453,9 +456,6 @@ class JavaMETEOR(Metric):
     def _preprocess_segment(self, sent: str) -> str:
         return " ".join(ptb_words(sent)).replace("|||", "")
 
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        return {"references": list(refs)}
-
     def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
         answer = self._ask(["SCORE", *ref_kwargs["references"], hypothesis], 1)[0]
         try:
@@ -472,9 +472,6 @@ class JavaMETEOR(Metric):
         # Meteor adds statistics up before it scores them: one line with the sums is the whole corpus.
         answers = self._ask(["EVAL", " ".join(repr(float(number)) for number in stats)], 2)
         return Score("METEOR", float(answers[-1]))
-
-    def _aggregate_and_compute(self, stats: list[list[float]]) -> Score:
-        return self._compute_score_from_stats(sum_of_lists(stats))
 
     def _ask(self, fields: list[str], lines: int) -> list[str]:
         java = _java(self.jar)
@@ -621,6 +618,7 @@ class NLGMetrics:
         ]
         statistics = self._extract(systems, references)
         numbers = {len(group) for group in references}
+        num_refs = numbers.pop() if len(numbers) == 1 else -1
         result: dict[str, Any] = {"protocol": self.protocol, "n": len(predictions)}
         result |= dict.fromkeys(NAMES)
         result |= {"signatures": {}, "intervals": {}, "notes": [*self.notes]}
@@ -631,8 +629,7 @@ class NLGMetrics:
             if name not in self.metrics:
                 continue
             metric = self.metrics[name]
-            metric.num_refs = numbers.pop() if len(numbers) == 1 else -1
-            numbers.add(metric.num_refs)
+            metric.num_refs = num_refs
             result[name] = metric._aggregate_and_compute(statistics[name, ""]).score
             signature = metric.get_signature()
             if draws is not None:

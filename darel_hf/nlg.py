@@ -32,8 +32,8 @@ from transformers.utils.logging import is_progress_bar_enabled
 from . import checkpoints
 from .config import DarelConfig, require
 from .data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
-from .files import atomic_path, refuse_used_folder, write_json, write_text
-from .jobs import require_hub, train_once
+from .files import atomic_path, write_json, write_text
+from .jobs import claim_folder, require_hub, train_once
 from .metrics import NAMES, NLGMetrics
 from .scoring import BatchScorer, Scores, model_fingerprint, score_dataset
 from .trainer import DarelTrainer
@@ -377,9 +377,7 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     Raises:
         ValueError, OSError: for bad input, before any compute.
     """
-    folder = Path(training.output_dir)
-    if training.process_index == 0 and not args.resume:
-        refuse_used_folder(folder, "another run", "go on with --resume, or name a new folder")
+    folder = claim_folder(training, args.resume)
     metrics = None
     if training.process_index == 0 and args.generate:
         metrics = NLGMetrics(bootstrap=1000, wordnet=args.wordnet, meteor_jar=args.meteor_jar)

@@ -151,11 +151,16 @@ def fresh_epochs(rescore_every: int, epochs: float) -> int:
     return math.ceil(math.ceil(epochs) / rescore_every)
 
 
+def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> float:
+    """Return the time of scoring candidates, a mean over epochs, relative to a plain epoch: f * ceil(E / eta) / E."""
+    return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs)
+
+
 def online_term(online_keep: float, rescore_every: int, epochs: float, forward_share: float) -> float:
     """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + A, or 1 without selection."""
     if online_keep == 1:
         return 1.0
-    return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs) + online_keep
+    return scoring_term(rescore_every, epochs, forward_share) + online_keep
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
@@ -220,11 +225,11 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     plan = replace(plan, method="measured")
     if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
         return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    share = plan.costs.forward_share
     smallest = plan.slowdown * smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     if budget_time < smallest:
         for eta in range(1, math.ceil(plan.epochs) + 1):
-            scoring = plan.costs.forward_share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
-            online = budget_time / plan.slowdown - scoring
+            online = budget_time / plan.slowdown - scoring_term(eta, plan.epochs, share)
             candidates = math.ceil(plan.batch_size / online) if online > 0 else 0  # whole rows, rather too many
             if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
                 return replace(plan, offline_keep=1.0, online_keep=plan.batch_size / candidates, rescore_every=eta)
@@ -232,7 +237,6 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     if not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
-    share = plan.costs.forward_share
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
     left = (budget_time - overhead) / plan.slowdown - (
@@ -243,7 +247,7 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
         return offline_only
     possible = []
     for eta in range(1, math.ceil(plan.epochs) + 1):
-        scoring = share * fresh_epochs(eta, plan.epochs) / math.ceil(plan.epochs)
+        scoring = scoring_term(eta, plan.epochs, share)
         online = left / USUAL_OFFLINE_KEEP - scoring
         if online >= SMALLEST_KEEP:
             # A batch has whole rows: take the A that they make, and alpha for what is then left.

@@ -172,6 +172,15 @@ def _ranks(samples: Samples) -> np.ndarray:
     return ranks
 
 
+def _place_within(parts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return each sample's place in its part, float `[n]` in (0, 1); `order` sorts by part, then by what ranks."""
+    sizes = np.bincount(parts)
+    in_order = parts[order]
+    places = np.empty(len(parts))
+    places[order] = (np.arange(len(parts)) - (np.cumsum(sizes) - sizes)[in_order] + 0.5) / sizes[in_order]
+    return places
+
+
 @register_rule("hardest")
 def hardest(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
     """Keep the highest losses."""
@@ -208,11 +217,7 @@ def trimmed(samples: Samples, keep: float, generator: np.random.Generator) -> np
 def stratified(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
     """Keep the same share, drawn at random, of each tenth of the loss distribution."""
     stratum = _ranks(samples) * STRATA // len(samples)
-    order = np.lexsort((generator.random(len(samples)), stratum))
-    sizes = np.bincount(stratum, minlength=STRATA)
-    within = np.empty(len(samples))
-    within[order] = np.arange(len(samples)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return -(within + 0.5) / sizes[stratum]
+    return -_place_within(stratum, np.lexsort((generator.random(len(samples)), stratum)))
 
 
 @register_rule("percentile")
@@ -288,10 +293,7 @@ def ids(samples: Samples, keep: float, generator: np.random.Generator) -> np.nda
         distances = means.fit_transform(points)
         nearest = distances.argmin(1)
         order = np.lexsort((samples.ids[members], distances.min(1), nearest))
-        sizes = np.bincount(nearest)
-        within = np.empty(len(members))
-        within[order] = np.arange(len(members)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        priority[members] = -(within + 0.5) / sizes[nearest]
+        priority[members] = -_place_within(nearest, order)
     return priority
 
 
@@ -318,9 +320,4 @@ def length_corrected(samples: Samples) -> Samples:
         return samples
     strata = length_strata(samples.lengths)
     order = np.lexsort((samples.ids, samples.losses, strata))
-    sizes = np.bincount(strata)
-    starts = np.cumsum(sizes) - sizes
-    percentiles = np.empty(len(samples))
-    in_order = strata[order]
-    percentiles[order] = (np.arange(len(samples)) - starts[in_order] + 0.5) / sizes[in_order]
-    return replace(samples, losses=percentiles)
+    return replace(samples, losses=_place_within(strata, order))

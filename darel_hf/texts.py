@@ -124,9 +124,7 @@ def match(
             remedy = f"line {without[0] if without else 0} of the {side} has none, others have; give it to all or none"
             require(len(without) in (0, len(instances)), key, None, remedy)
         if all(key in instance.keys for instance in [*predictions, *references]):
-            by_key: dict[str, list[str]] = {}
-            for instance in references:
-                by_key.setdefault(instance.keys[key], []).extend(instance.texts)
+            by_key = _by_key(references, key)
             known = {instance.keys[key] for instance in predictions}
             places = Counter(instance.keys[key] for instance in references)
             for instance in predictions:
@@ -147,17 +145,22 @@ def match(
                 [by_key[instance.keys[key]] for instance in predictions],
             )
     n, m = len(predictions), len(references)
-    apart = {instance.keys.get("mr"): instance for instance in reversed(references)}
-    if n != m and n == len(apart) and None not in apart:
-        groups: dict[str, list[str]] = {}
-        for instance in references:
-            groups.setdefault(instance.keys["mr"], []).extend(instance.texts)
-        return [instance.texts[0] for instance in predictions], list(groups.values())
+    joined = _by_key(references, "mr") if all("mr" in instance.keys for instance in references) else {}
+    if n != m and n == len(joined):
+        return [instance.texts[0] for instance in predictions], list(joined.values())
     if n != m:
         rest, side = (references[n:], "references") if n < m else (predictions[m:], what)
         remedy = f"there are references for {m} instances; line {rest[0].line} of the {side} has no counterpart"
         raise ValueError(f"{what}: {n} texts, but {remedy}")
     return [instance.texts[0] for instance in predictions], [instance.texts for instance in references]
+
+
+def _by_key(references: list[Instance], key: str) -> dict[str, list[str]]:
+    """Return all references of each name, in the order in which names first come up."""
+    groups: dict[str, list[str]] = {}
+    for instance in references:
+        groups.setdefault(instance.keys[key], []).extend(instance.texts)
+    return groups
 
 
 def _grouped(rows: list[Instance]) -> list[Instance]:
