@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from .report import Report
     from .selection import RULES, Samples, register_rule
     from .selector import Selector
+    from .sft import DarelSFTTrainer
     from .trainer import DarelMixin, DarelSeq2SeqTrainer, DarelTrainer
 
 # Imported on first use: `import darel_hf` costs milliseconds, not the seconds of torch and transformers.
 _HOME = {
     "DarelConfig": "config",
     "DarelMixin": "trainer",
+    "DarelSFTTrainer": "sft",
     "DarelSeq2SeqTrainer": "trainer",
     "DarelTrainer": "trainer",
     "LossLedger": "ledger",
@@ -35,6 +37,7 @@ __all__ = [
     "RULES",
     "DarelConfig",
     "DarelMixin",
+    "DarelSFTTrainer",
     "DarelSeq2SeqTrainer",
     "DarelTrainer",
     "LossLedger",

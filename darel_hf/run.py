@@ -508,9 +508,10 @@ class Run:
             return
         (ids, inputs), self._tracked = self._tracked, None
         with torch.no_grad():
-            if self.trainer.per_sample_loss is not None:
+            losses = self.trainer.losses_of_outputs(outputs)
+            if losses is None and self.trainer.per_sample_loss is not None:
                 losses = self.trainer.per_sample_loss(outputs, inputs)
-            else:
+            elif losses is None:
                 after_loss = int(kwargs.get("labels") is not None)  # a tuple begins with the loss, if there is one
                 logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[after_loss]
                 if not torch.is_tensor(logits):

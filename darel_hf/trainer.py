@@ -195,6 +195,10 @@ class DarelMixin:
                 loss = loss / self.accelerator.num_processes
         return loss
 
+    def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
+        """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""
+        return None
+
     # ---- Logs and checkpoints ----
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

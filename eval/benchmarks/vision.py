@@ -6,12 +6,14 @@ Images: accuracy against time of plain training, of its controls, of the papers'
 The folder has train.parquet and test.parquet (img, label), such as CIFAR-10. ResNet18, by default with a quarter of
 its channels on 3,000 images, so that two cores can do it. Every seed runs all arms one after the other; times are
 relative to the plain run of the same seed, everything counted (measuring, scoring, training the scoring network). A
-row an arm goes to results/vision.jsonl, the table to vision.md, the picture to vision.png.
+row a run goes to results/vision.jsonl at once; after every seed the table, vision.md, and the picture, vision.png, are
+made from all rows of the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ def arms(rule: str, online_rule: str) -> dict[str, tuple[dict[str, Any], dict[st
         made[f"{algebra}_darel_0.5"] = ({**budget, "budget_time": 0.5}, {"algebra": algebra}, 1.0)
     for stage in ("offline", "online"):
         for name in ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "random"):
-            keep = {"offline_keep": 0.5} if stage == "offline" else {"online_keep": 0.5, "rescore_every": 100}
+            keep = {"offline_keep": 0.5} if stage == "offline" else {"online_keep": 0.5, "rescore_every": 5}
             groups = grouped if stage == "offline" and name != "infobatch" else {}
             made[f"{stage}_{name}"] = ({**keep, f"{stage}_rule": name, **groups}, {}, 1.0)
     return made
@@ -55,7 +57,7 @@ def main() -> None:
         "--arms",
         default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5",
     )
-    parser.add_argument("--plain", default="full", help="the arm that times are relative to")
+    parser.add_argument("--plain", default="full", help="the arm that times are relative to; none: no times")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=15)
@@ -77,10 +79,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
     known = arms(options.offline_rule, options.online_rule)
     names = options.arms.split(",")
-    settings = {k: v for k, v in vars(options).items() if k != "data_dir"} | {"data": Path(options.data_dir).name}
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain")
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run} | {"data": Path(options.data_dir).name}
     data = None
     for seed in range(options.first_seed, options.first_seed + options.seeds):
+        plain = None
         for name in names:
             darel, task, share = known[name]
             arguments = ImageArguments(
@@ -113,38 +116,37 @@ def main() -> None:
                 logging_steps=1000,
             )
             result = run(arguments, DarelConfig(**darel), training, data=data)
-            rows[name].append(result)
-            print(
-                f"seed {seed} {name}: accuracy {result['accuracy']:.4f}, {result['seconds']:.1f} s, scoring "
-                f"{result['scoring_seconds']:.1f} s, predicted {result['predicted_time']:.2f}",
-                flush=True,
+            plain = result["seconds"] if name == options.plain else plain
+            measured = ("accuracy", "seconds", "scoring_seconds", "predicted_time", "rows_backpropagated")
+            store(
+                options.name,
+                {**settings, "darel": darel, "task": task, "share_of_epochs": share},
+                {
+                    "arm": name,
+                    "seed": seed,
+                    "plain": options.plain,
+                    "time": None if plain is None else result["seconds"] / plain,
+                    **{key: result[key] for key in measured},
+                },
             )
-    plain = [result["seconds"] for result in rows.get(options.plain, [])]
-    points = []
-    for name in names:
-        values = rows[name]
-        ratios = [value["seconds"] / full for value, full in zip(values, plain, strict=False)]
-        accuracies = [value["accuracy"] for value in values]
-        store(
-            options.name,
-            {**settings, "arm": name, "darel": known[name][0]},
-            {
-                "accuracy": float(np.mean(accuracies)),
-                "accuracy_spread": float(np.std(accuracies, ddof=1)) if len(values) > 1 else None,
-                "accuracies": accuracies,
-                "seconds": [value["seconds"] for value in values],
-                "scoring_seconds": [value["scoring_seconds"] for value in values],
-                "time": float(np.median(ratios)) if ratios else None,
-                "times": ratios,
-                "predicted_time": [value["predicted_time"] for value in values],
-                "rows_backpropagated": [value["rows_backpropagated"] for value in values],
-                "parameters": values[0]["parameters"],
-            },
-        )
-        points.append({"arm": name, "accuracy": accuracies, "time": ratios})
-    if plain and len(names) > 1:
-        plot_accuracy_time(points, RESULTS / f"{options.name}.png")
-        (RESULTS / f"{options.name}.md").write_text(markdown(points, settings), encoding="utf-8")
+        summarize(options.name, settings, options.plain)
+
+
+def summarize(name: str, settings: dict[str, Any], plain: str) -> None:
+    """Make the table and the picture from all stored rows of these settings; the latest of an arm and seed counts."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["plain"] == plain and settings.items() <= row["settings"].items():
+            found[row["arm"], row["seed"]] = row
+    points: dict[str, dict[str, Any]] = {}
+    for (arm, _), row in found.items():
+        point = points.setdefault(arm, {"arm": arm, "accuracy": [], "time": []})
+        point["accuracy"].append(row["accuracy"])
+        point["time"].append(row["time"])
+    (RESULTS / f"{name}.md").write_text(markdown([*points.values()], settings), encoding="utf-8")
+    if plain in points:
+        plot_accuracy_time([*points.values()], RESULTS / f"{name}.png")
 
 
 def markdown(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -154,11 +156,11 @@ def markdown(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for point in points:
-        accuracy, times = 100 * np.array(point["accuracy"]), np.array(point["time"])
+        accuracy, times = 100 * np.array(point["accuracy"]), [time for time in point["time"] if time is not None]
         spread = f"{accuracy.std(ddof=1):.1f}" if len(accuracy) > 1 else "-"
-        span = f"{times.min():.2f} to {times.max():.2f}"
-        lines.append(f"| {point['arm']} | {accuracy.mean():.1f} | {spread} | {np.median(times):.2f} | {span} |")
-    conditions = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "arms")
+        median, span = (f"{np.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}") if times else ("-", "-")
+        lines.append(f"| {point['arm']} | {accuracy.mean():.1f} | {spread} | {median} | {span} |")
+    conditions = ", ".join(f"{key} {value}" for key, value in settings.items())
     return "\n".join(lines) + f"\n\nSettings: {conditions}.\n"
 
 
