@@ -473,6 +473,10 @@ class Run:
         rows = ledger.rows(ids)
         unknown = np.isnan(ledger.loss[rows]) | (wanted & np.isnan(ledger.correct[rows]))
         unknown |= self.selector.is_fresh(self.epoch)
+        if self.online_scorer.sharded and self.args.world_size > 1:
+            asked = torch.tensor(float(unknown.any()), device=self.args.device)
+            if self.trainer.accelerator.reduce(asked, "sum") > 0 and not unknown.any():
+                unknown[:1] = True  # the others need this process in their forward pass
         if unknown.any():
             started = clock(self.args.device)
             part = batch if unknown.all() else take_rows(batch, np.flatnonzero(unknown), len(ids))

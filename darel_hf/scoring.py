@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.distributed.fsdp import FlatParameter, FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -45,6 +47,11 @@ def base_model(model: nn.Module) -> nn.Module:
     """Return the model inside `torch.compile` and PEFT wrappers, or the model itself."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP, ZeRO 3): then all of them take part in a forward pass."""
+    return any(isinstance(p, (DTensor, FlatParameter)) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -146,7 +153,10 @@ class BatchScorer:
         self.shift = is_causal_lm(model)
         base = base_model(model)
         self._takes_labels = "labels" in inspect.signature(base.forward).parameters
-        self._head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.sharded = is_sharded(model)
+        # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
+        whole = self.sharded or not hasattr(base, "get_output_embeddings")
+        self._head = None if whole else base.get_output_embeddings()
         self.checked = False
         self.matches_own_loss: bool | None = None  # None: the model gives no loss to compare with
 
@@ -173,6 +183,8 @@ class BatchScorer:
                 return samples._replace(embeddings=embeddings.of(len(samples.losses)))
         finally:
             self.model.train(training)
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # the root stays whole after a forward pass: no parameters for an optimizer
 
     def _score(self, inputs: dict[str, Any]) -> SampleLosses:
         if self.per_sample_loss is not None:
@@ -403,6 +415,8 @@ def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
         if prefix is not None and prefix in name:
             continue
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         if torch.is_tensor(tensor) and tensor.numel():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
@@ -487,24 +501,32 @@ def score_dataset(
     if max_tokens is None:
         max_tokens = default_max_tokens(next(scorer.model.parameters()).device)
     mine = np.arange(rank, len(dataset), world_size)
+    together = scorer.sharded and world_size > 1  # then every rank has to run as many forward passes
+    if together and rank >= len(dataset):
+        mine = np.zeros(1, np.int64)  # a sample that another rank scores too: the same row twice, one is dropped below
+    windows = [mine[start : start + WINDOW] for start in range(0, len(mine), WINDOW)]
+    while together and len(windows) < -(-math.ceil(len(dataset) / world_size) // WINDOW):
+        windows.append(mine[:1])
     done: list[np.ndarray] = []
     hidden = rank != 0 or not progress_bar
     progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, leave=False, disable=hidden)
-    for number, start in enumerate(range(0, len(mine), WINDOW)):
-        window = mine[start : start + WINDOW]
+    for number, window in enumerate(windows):
         part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"
-        if part is not None and part.exists():
+        finished = part is not None and part.exists()
+        if all(gather_object([finished])) if together else finished:
             done.append(np.load(part, allow_pickle=False))
             progress.update(len(window))
         else:
-            done.append(_score_window(scorer, dataset, window, collator, prepare, max_tokens, max_rows, progress))
+            done.append(
+                _score_window(scorer, dataset, window, collator, prepare, max_tokens, max_rows, progress, together)
+            )
             if part is not None and len(mine) > WINDOW:
                 with atomic_path(part) as temporary:
                     np.save(temporary, done[-1])
     progress.close()
     everyone = gather_object(done) if world_size > 1 else done
     rows = np.concatenate(everyone)
-    rows = rows[np.argsort(rows["id"], kind="stable")]
+    rows = rows[np.unique(rows["id"], return_index=True)[1]]
     check_finite(rows["id"], rows["loss"])
     columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
     embeddings = columns["embedding"] if columns["embedding"].shape[1] else None
@@ -526,13 +548,17 @@ def _score_window(
     max_tokens: int,
     max_rows: int,
     progress: Any,
+    together: bool,
 ) -> np.ndarray:
-    """Return one record of `_row_type` a sample."""
+    """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
     positions = window.tolist()
     items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
     lengths = np.array([feature_length(item) for item in items])
+    batches = list(token_batches(lengths, max_tokens, max_rows))
+    if together:
+        batches += [batches[-1][:1]] * (max(gather_object([len(batches)])) - len(batches))
     collected = []
-    for batch_rows in token_batches(lengths, max_tokens, max_rows):
+    for batch_rows in batches:
         batch = collator([items[i] for i in batch_rows])
         samples = scorer(prepare(batch))
         embeddings = samples.embeddings
