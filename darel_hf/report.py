@@ -30,7 +30,7 @@ class Report:
         plan ([`Plan`]): what was decided before training.
         config ([`DarelConfig`]): the settings that the user gave.
         seconds (`dict`): `total` of the run, and of it `probe` (measuring costs), `offline`, `scoring` (online forward
-            passes) and `selection`; seconds of this process.
+            passes), `selection` and `evaluation`; seconds of this process.
         full_seconds (`float`): estimate of plain training from the measured step; NaN if nothing was measured.
         steps (`int`): optimizer steps done.
         rows_backpropagated (`int`): rows that got a backward pass, over all processes.
@@ -40,6 +40,8 @@ class Report:
         offline_losses (`np.ndarray`): float `[n]`, likewise: what the offline stage went by (the ledger has the latest
             losses); NaN without an offline pass.
         scores_reused (`bool`): whether the offline losses came from the cache.
+        decisions (`list`): where a time budget ended training earlier than planned: `[step, position, end]`, see
+            [`darel_hf.pacing.Progress`].
     """
 
     plan: Plan
@@ -53,11 +55,13 @@ class Report:
     kept: np.ndarray
     offline_losses: np.ndarray
     scores_reused: bool
+    decisions: list[list[float]]
 
     @property
     def measured_time(self) -> float:
-        """Total time, scoring counted, relative to the estimated plain training; NaN if nothing was measured."""
-        return self.seconds["total"] / self.full_seconds if self.full_seconds > 0 else math.nan
+        """Time without evaluation, scoring counted, relative to the estimated plain one; NaN if not measured."""
+        spent = self.seconds["total"] - self.seconds["evaluation"]
+        return spent / self.full_seconds if self.full_seconds > 0 else math.nan
 
     @property
     def tokens_backpropagated(self) -> int:
@@ -130,6 +134,7 @@ class Report:
             "tokens_backpropagated": self.tokens_backpropagated,
             "coverage": float(np.count_nonzero(self.times_trained)) / len(self.ledger),
             "scores_reused": self.scores_reused,
+            "decisions": self.decisions,
         }
 
     def write_samples(self, path: str | os.PathLike) -> None:
@@ -175,6 +180,9 @@ class Report:
             f"{self.steps:,} steps",
             f"  time      {seconds['total']:.1f} s" + (f" (of it {parts})" if parts else ""),
         ]
+        if self.decisions:
+            step, _, end = self.decisions[-1]
+            lines.append(f"  budget    training was shortened to {end:.0f} steps, as decided last at step {step:.0f}")
         if measured is not None:
             lines.append(
                 f"  measured  {measured:.2f} of the plain training time estimated from the probe "

@@ -35,6 +35,7 @@ from .data import (
 from .files import write_json
 from .losses import per_sample_losses
 from .measure import clock, measure_costs, measure_memory
+from .pacing import KeepBudget
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan
 from .report import Report, scoring_seconds
 from .scoring import (
@@ -62,7 +63,9 @@ class Run:
         self.trainer, self.args, self.config = trainer, trainer.args, trainer.darel
         self.checkpoint, self.trial = checkpoint, trial
         self.started = time.perf_counter()
-        self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0}
+        self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0, "evaluation": 0.0}
+        self.pace: KeepBudget | None = None
+        self._decisions: list[list[float]] | None = None
         self.scorer = trainer.scorer  # a model, once it has been made
         self.scorer_seconds = 0.0
         self.full_dataset = trainer.train_dataset
@@ -109,6 +112,7 @@ class Run:
         trainer.train_dataset = visited
         trainer._signature_columns = None  # to be made again, with or without the id
         self._warn_about_steps()
+        self._keep_budget()
         if self.args.auto_find_batch_size and self.in_loop:
             arrays = {name: values.copy() for name, values in self.selector.state_dict().items()}
             counts = (self.trained_rows, self.candidate_rows, self._merged_epoch)
@@ -164,6 +168,7 @@ class Run:
         self.offline_losses = arrays.pop("offline_losses", None)
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
+        self._decisions = state["decisions"]
         self.selector = Selector(self._planned_config(), self.ids, self._seed())
         self.selector.load_state_dict(arrays)
 
@@ -308,6 +313,25 @@ class Run:
                     value,
                     steps,
                 )
+
+    def _keep_budget(self) -> None:
+        """Watch the time budget during training, where it was solved for costs that were measured."""
+        plan, config = self.plan, self.config
+        if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
+            return
+        scoring = plan.costs.forward_share / plan.effective_online_keep if plan.online_keep < 1 else 0.0
+        self.pace = KeepBudget(
+            seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
+            elapsed=lambda: time.perf_counter() - self.started - self.seconds["evaluation"],
+            step_cost=lambda step: 1 + (scoring and scoring * self.selector.is_fresh(step // self.steps_per_epoch)),
+            decide=self.trainer._on_main,
+            decisions=self._decisions,
+        )
+
+    @property
+    def full_seconds(self) -> float:
+        """Estimate of plain training's seconds from the measured step; NaN if nothing was measured."""
+        return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches(self.plan)
 
     def _micro_batches(self, plan: Plan) -> float:
         """Micro-batches of plain training at the planned batch size, per process."""
@@ -577,6 +601,7 @@ class Run:
                 "batch_size": self.args.train_batch_size,
                 "merged_epoch": self._merged_epoch,
                 "scores_reused": self.scores_reused,
+                "decisions": self.pace.progress.decisions if self.pace and self.pace.progress else None,
             }
             checkpoints.save(folder, state, arrays)
         self.trainer.accelerator.wait_for_everyone()
@@ -601,7 +626,7 @@ class Run:
             plan=plan,
             config=self.config,
             seconds=seconds,
-            full_seconds=plan.costs.step_seconds / plan.slowdown * self._micro_batches(plan),
+            full_seconds=self.full_seconds,
             steps=steps,
             rows_backpropagated=int(rows),
             times_trained=times,
@@ -609,6 +634,7 @@ class Run:
             kept=kept,
             offline_losses=np.full(len(ledger), np.nan) if self.offline_losses is None else self.offline_losses,
             scores_reused=self.scores_reused,
+            decisions=self.pace.progress.decisions[1:] if self.pace and self.pace.progress else [],
         )
         if self.args.should_save and self.trainer.hp_search_backend is None:
             # A second `train()`, or a resumed one of a run that was over, leaves the first report as it is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -86,11 +87,15 @@ class DarelMixin:
         self._run = Run(self, resume_from_checkpoint or None, trial)
         try:
             self._run.prepare()
+            if self._run.pace is not None:
+                self.add_callback(self._run.pace)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             self.report = self._run.finish()
             return result
         finally:
             self._run.close()
+            if self._run.pace is not None:
+                self.remove_callback(self._run.pace)
             self._run = None
             self.train_dataset, self._train_batch_size = dataset, batch_size
 
@@ -198,6 +203,24 @@ class DarelMixin:
     def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
         """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""
         return None
+
+    # ---- The time budget ----
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Create the scheduler of the class below; with a time budget it goes by progress, not by steps."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self._run is not None and self._run.pace is not None:
+            self._run.pace.schedule(scheduler, num_training_steps)
+        return scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the class below does; during training, its time counts for no budget."""
+        started = time.perf_counter()
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            if self._run is not None:
+                self._run.seconds["evaluation"] += time.perf_counter() - started
 
     # ---- Logs and checkpoints ----
 

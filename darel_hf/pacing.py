@@ -1,0 +1,133 @@
+"""Keep a time budget while training: re-plan the number of steps, decay the learning rate over progress."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
+TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
+
+
+class Progress:
+    """
+    Which position of the planned schedule each step of a run stands for.
+
+    A schedule was made for `planned` steps. When a run is to end earlier, what is left of the schedule is spread over
+    the steps that are left, so that warm-up, decay and end stay what they were. Decisions are `(step, position, end)`:
+    from `step` on, positions go evenly from `position` to `planned` at step `end`.
+
+    Args:
+        planned (`int`): optimizer steps that the schedule was made for.
+        decisions (`list`, *optional*): of a run that goes on.
+
+    Example:
+
+    ```python
+    >>> progress = Progress(100)
+    >>> progress.end_at(75, step=50)
+    >>> progress.position(50), progress.position(60), progress.position(75)
+    (50.0, 70.0, 100.0)
+    ```
+    """
+
+    def __init__(self, planned: int, decisions: list[list[float]] | None = None):
+        self.planned = planned
+        self.decisions = [list(decision) for decision in decisions or [[0, 0.0, planned]]]
+
+    @property
+    def end(self) -> int:
+        """The step at which training ends, as decided last."""
+        return int(self.decisions[-1][2])
+
+    def position(self, step: float) -> float:
+        """Return the position in the planned schedule, at most `planned`; never goes back."""
+        start, position, end = next(d for d in reversed(self.decisions) if d[0] <= step)
+        if step >= end:
+            return float(self.planned)
+        return position + (step - start) * (self.planned - position) / (end - start)
+
+    def end_at(self, end: int, step: int) -> None:
+        """Decide, after `step` steps, to end at step `end`, later than `step`."""
+        self.decisions.append([step, self.position(step), end])
+
+
+class KeepBudget(TrainerCallback):
+    """
+    End training within its time budget: look at the time now and then, and shorten what is left if it must be.
+
+    Steps are never added to what was planned; those taken away may come back if the machine gets faster again.
+
+    Args:
+        seconds (`float`): that the run may take from the start of `elapsed`.
+        elapsed (`Callable`): `() -> float`, seconds so far, all but evaluation counted.
+        step_cost (`Callable`): `step -> float`, what the plan says a step costs, relative to other steps (steps whose
+            candidates are scored cost more).
+        decide (`Callable`): `(function) -> value`, calls a function on the main process and gives all its value.
+        decisions (`list`, *optional*): of a run that goes on.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        elapsed: Callable[[], float],
+        step_cost: Callable[[int], float],
+        decide: Callable[[Callable[[], int]], int],
+        decisions: list[list[float]] | None = None,
+    ):
+        self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
+        self.saved = decisions
+        self.progress: Progress | None = None
+
+    def schedule(self, scheduler: Any, steps: int) -> None:
+        """Let a scheduler go by progress. One that is no `LambdaLR` cannot: then steps stay as they were planned."""
+        self.progress = None
+        if not isinstance(scheduler, LambdaLR):
+            logger.warning(
+                "lr_scheduler=%s: it cannot be made to end earlier, so the time budget holds only as far as the "
+                "plan's prediction does; choose linear, cosine or another schedule of transformers",
+                type(scheduler).__name__,
+            )
+            return
+        progress = self.progress = Progress(steps, self.saved)
+        scheduler.lr_lambdas = [
+            lambda step, planned=planned: planned(progress.position(step)) for planned in scheduler.lr_lambdas
+        ]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock; go on with earlier decisions."""
+        self.begun, self.begun_step = self.elapsed(), state.global_step
+        if self.progress is not None:
+            state.max_steps = self.progress.end
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the time a few times a run, and decide when training ends."""
+        progress, step = self.progress, state.global_step
+        if progress is None or not self.begun_step < step < progress.end:
+            return
+        done = step - self.begun_step
+        early = done >= 4 and done & (done - 1) == 0  # a power of two
+        if not early and step % max(4, progress.planned // CHECKS):
+            return
+        end = self.decide(lambda: self._affordable_end(step))
+        if abs(end - progress.end) > TOLERANCE * progress.planned:
+            progress.end_at(end, step)
+            state.max_steps = end
+            logger.info("time budget: training now ends at step %d of %d planned", end, progress.planned)
+
+    def _affordable_end(self, step: int) -> int:
+        now = self.elapsed()
+        unit = (now - self.begun) / sum(self.step_cost(s) for s in range(self.begun_step, step))
+        left, end = self.seconds - now, step
+        while end < self.progress.planned:
+            left -= unit * self.step_cost(end)
+            if left < 0:
+                break
+            end += 1
+        return max(end, step + 1)

@@ -1,0 +1,124 @@
+"""A time budget that is kept: fewer steps on a machine that got slower, and a learning rate that decays to its end."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from helpers import PadCollator, arguments, tiny_lora, token_data
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import TrainerCallback
+
+from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.pacing import KeepBudget, Progress
+
+
+@given(st.integers(2, 500), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6))
+def test_progress_never_goes_back_and_ends_at_the_end(planned, changes):
+    progress = Progress(planned)
+    for now, later in sorted(changes):
+        step = int(now * (progress.end - 1))
+        if step >= progress.decisions[-1][0]:
+            before = progress.position(step)
+            progress.end_at(step + 1 + int(later * (planned - step - 1)), step)
+            assert progress.position(step) == pytest.approx(before)
+    positions = [progress.position(step) for step in range(planned + 1)]
+    assert positions[0] == 0
+    assert np.all(np.diff(positions) >= -1e-9)
+    assert positions[progress.end] == planned
+    assert progress.end <= planned
+    assert Progress(planned, json.loads(json.dumps(progress.decisions))).position(planned / 2) == pytest.approx(
+        progress.position(planned / 2)
+    )
+
+
+@pytest.mark.parametrize(("seconds_a_step", "end"), [(1.0, 100), (2.0, 50), (4.0, 25), (20.0, 5)])
+def test_ends_where_the_budget_ends(seconds_a_step, end):
+    """By a clock of our own: 100 steps planned, 100 seconds allowed, steps that take what they take."""
+    now = 0.0
+    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, lambda function: function())
+    keeper.progress = Progress(100)
+
+    class State:
+        global_step, max_steps = 0, 100
+
+    keeper.on_train_begin(None, State, None)
+    while State.global_step < State.max_steps:
+        now += seconds_a_step
+        State.global_step += 1
+        keeper.on_step_end(None, State, None)
+    assert State.global_step == pytest.approx(end, abs=1)
+    assert keeper.progress.position(State.global_step) == 100
+
+
+def test_dear_epochs_are_not_taken_for_all():
+    """The first epoch scores and costs three times as much: as planned, so nothing is to be shortened."""
+    now = 0.0
+
+    def cost(step):
+        return 3.0 if step < 50 else 1.0
+
+    keeper = KeepBudget(200.0, lambda: now, cost, lambda function: function())
+    keeper.progress = Progress(100)
+
+    class State:
+        global_step, max_steps = 0, 100
+
+    keeper.on_train_begin(None, State, None)
+    while State.global_step < State.max_steps:
+        now += cost(State.global_step)
+        State.global_step += 1
+        keeper.on_step_end(None, State, None)
+    assert State.global_step == 100
+    assert len(keeper.progress.decisions) == 1
+
+
+class Slow(TrainerCallback):
+    """A machine that other jobs slow down as soon as training has begun."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(0.1)
+
+
+def trainer_for(folder, epochs=60, **settings):
+    return DarelTrainer(
+        model=tiny_lora(),
+        args=arguments(folder, num_train_epochs=epochs, **settings),
+        train_dataset=token_data(40),
+        eval_dataset=token_data(4),
+        data_collator=PadCollator(),
+        darel=DarelConfig(budget_time=0.9, offline_rule="random", online_rule="random"),
+        callbacks=[Slow()],
+    )
+
+
+def test_training_ends_early_with_the_rate_decayed(tmp_path):
+    trainer = trainer_for(tmp_path, save_strategy="steps", save_steps=8)
+    trainer.train()
+    report = trainer.report
+    planned = 60 * int(np.ceil(report.plan.kept_samples / report.plan.candidate_rows))
+    assert trainer.state.global_step < planned / 2
+    assert trainer.state.global_step == report.decisions[-1][2]
+    assert set(trainer.lr_scheduler.get_last_lr()) == {0.0}
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.all(np.diff(rates) <= 0)
+    assert rates[-1] < 0.1 * rates[0]
+    assert "shortened" in str(report)
+    # A run that goes on knows what was decided.
+    checkpoint = tmp_path / "checkpoint-8"
+    decisions = json.loads((checkpoint / "darel" / "state.json").read_text())["decisions"]
+    assert len(decisions) > 1
+    again = trainer_for(tmp_path)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.report.decisions[: len(decisions) - 1] == decisions[1:]
+    assert again.state.global_step < planned / 2
+    assert set(again.lr_scheduler.get_last_lr()) == {0.0}
+
+
+def test_a_schedule_that_cannot_end_earlier(tmp_path, caplog):
+    trainer = trainer_for(tmp_path, epochs=1, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+    trainer.train()
+    assert "cannot be made to end earlier" in caplog.text
+    assert not trainer.report.decisions
+    assert trainer.report.seconds["evaluation"] > 0
