@@ -8,7 +8,7 @@ import inspect
 import logging
 import os
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -58,6 +58,11 @@ def read_column(dataset: Any, name: str, purpose: str) -> list:
     return values
 
 
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set can only be read from its beginning to its end."""
+    return isinstance(dataset, torch.utils.data.IterableDataset)
+
+
 def sample_ids(dataset: Any, id_column: str | None = None) -> np.ndarray:
     """
     Return the id of every sample: int64 `[n]`, the row numbers unless `id_column` names a column.
@@ -67,7 +72,7 @@ def sample_ids(dataset: Any, id_column: str | None = None) -> np.ndarray:
         ValueError: if ids occur twice, or there is no such column.
     """
     try:
-        if isinstance(dataset, torch.utils.data.IterableDataset):
+        if is_stream(dataset):
             raise TypeError
         n = len(dataset)
     except TypeError:
@@ -118,6 +123,48 @@ class WithIds(torch.utils.data.Dataset):
         else:
             items = [self.dataset[i] for i in indices]
         return [self._add(item, i) for item, i in zip(items, indices, strict=True)]
+
+
+class StreamWithIds(torch.utils.data.IterableDataset):
+    """
+    A stream whose items carry their sample id.
+
+    Args:
+        dataset (`torch.utils.data.IterableDataset`): its items are mappings.
+        id_column (`str`): key of the id in them, an integer.
+
+    Raises `ValueError` or `TypeError`, when it is read, for an item without an integer id.
+    """
+
+    def __init__(self, dataset: Any, id_column: str):
+        self.dataset, self.id_column = dataset, id_column
+
+    def __iter__(self) -> Iterator[dict]:
+        for item in self.dataset:
+            yield {**item, **stream_id(item, self.id_column)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass the epoch on, for streams that shuffle."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+
+def stream_id(item: Mapping, id_column: str) -> dict[str, int]:
+    """Return the id of an item of a stream under [`ID_KEY`]; raises `ValueError` or `TypeError` if it has none."""
+    known = isinstance(item, Mapping) and id_column in item
+    require(known, "id_column", id_column, "an item of the stream has no such key")
+    value = item[id_column]
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    remedy = f"ids must be integers, not {value!r}; number the rows (a hash of 63 bits does)"
+    require(whole, "id_column", id_column, remedy, TypeError)
+    return {ID_KEY: int(value)}
+
+
+def add_stream_ids(dataset: Any, id_column: str) -> Any:
+    """Return a stream whose items carry their id, that of `id_column`; one of `datasets` stays one."""
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.map(functools.partial(stream_id, id_column=id_column))
+    return StreamWithIds(dataset, id_column)
 
 
 def add_ids(dataset: Any, ids: np.ndarray) -> Any:

@@ -170,6 +170,50 @@ class LossLedger:
             pq.write_table(table, temporary)
 
 
+class OpenLedger(LossLedger):
+    """
+    A ledger for streams, whose ids are not known before they are seen: `ids` is in the order of appearance.
+
+    It grows by what it sees, so merge it before ranks compare it. Ids that were seen are never forgotten: 32 bytes a
+    sample, and about 100 for its place in a dictionary.
+    """
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self._row: dict[int, int] = {}
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Return the row of each id; unknown ids get one."""
+        ids = np.asarray(ids, dtype=np.int64)
+        rows = np.array([self._row.setdefault(i, len(self._row)) for i in ids.tolist()], dtype=np.int64)
+        self._grow(len(self._row))
+        self.ids[rows] = ids
+        return rows
+
+    def _grow(self, n: int) -> None:
+        held = self._room["ids"] if hasattr(self, "_room") else None
+        if held is None or len(held) < n:
+            size, blank = max(2 * n, 1024), LossLedger(range(max(2 * n, 1024)))
+            room = {"ids": np.zeros(size, np.int64), **{name: getattr(blank, name) for name in FIELDS}}
+            for name, values in room.items():
+                values[: len(self.ids)] = getattr(self, name)
+            self._room = room
+        for name, values in self._room.items():
+            setattr(self, name, values[:n])
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return all arrays, ids ascending, so that all ranks have the same."""
+        order = np.argsort(self.ids, kind="stable")
+        return {name: values[order] for name, values in super().state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Restore what [`OpenLedger.state_dict`] returned."""
+        self.__init__()
+        rows = self.rows(state["ids"])
+        for name in FIELDS:
+            getattr(self, name)[rows] = state[name]
+
+
 def check_finite(ids: np.ndarray, losses: np.ndarray) -> None:
     """Raise a `ValueError` that names the ids whose loss is NaN or infinite."""
     bad = ~np.isfinite(losses)

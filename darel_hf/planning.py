@@ -127,11 +127,11 @@ class Plan:
         require(self.online_keep == 1 or self.candidate_rows > size, "online_keep", self.online_keep, remedy)
 
     def __str__(self) -> str:
-        of = f" of {self.samples:,}" if self.samples else ""
+        kept = f": {self.kept_samples:,} of {self.samples:,} samples" if self.samples else ""
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
-            f"  offline   keep {self.offline_keep:.3f}: {self.kept_samples:,}{of} samples",
+            f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
             + (f", scored every {self.rescore_every} epoch(s)" if self.online_keep < 1 else ""),
             f"  costs     forward {self.costs.forward_share:.2f} of a step, "

@@ -25,8 +25,10 @@ from .data import (
     WEIGHT_KEY,
     CarryIds,
     add_ids,
+    add_stream_ids,
     code_fingerprint,
     data_fingerprint,
+    is_stream,
     read_column,
     sample_ids,
     select_rows,
@@ -90,12 +92,15 @@ class Run:
     def prepare(self) -> None:
         """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
         trainer = self.trainer
-        self.ids = sample_ids(self.full_dataset, self.config.id_column)
+        self.streams = is_stream(self.full_dataset)
+        self.ids = None if self.streams else sample_ids(self.full_dataset, self.config.id_column)
         self.groups = self._read_groups()
         self._ready_model()
         with preserve_rng_state():
             set_seed(self._seed())  # data that are augmented at random have the same fingerprint again
-            self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
+            self.data = "a stream"
+            if not self.streams:
+                self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
             if self.checkpoint is None:
                 self._decide()
             else:
@@ -111,7 +116,8 @@ class Run:
             visited = select_rows(visited, self.positions)
         trainer.train_dataset = visited
         trainer._signature_columns = None  # to be made again, with or without the id
-        self._warn_about_steps()
+        if not self.streams:
+            self._warn_about_steps()
         self._keep_budget()
         if self.args.auto_find_batch_size and self.in_loop:
             arrays = {name: values.copy() for name, values in self.selector.state_dict().items()}
@@ -183,7 +189,7 @@ class Run:
             rescore_every=config.rescore_every,
             batch_size=self.trainer._train_batch_size,
             epochs=self._epochs(),
-            samples=len(self.ids),
+            samples=0 if self.streams else len(self.ids),
             costs=assumed_costs(lora=hasattr(self.trainer.model, "peft_config")),
             scores_free=saved is not None or not self.config.rule("offline").reads_losses,
             fixed_steps=args.max_steps > 0,
@@ -191,7 +197,10 @@ class Run:
         plan.check()
         selects = config.may_select("offline") or config.may_select("online")
         self.positions = None
-        if selects:
+        if self.streams:
+            self._announce(plan)
+            self.plan = plan
+        elif selects:
             self._make_scorer(needed=saved is None)
             plan = self._with_costs(plan)
             scores = saved
@@ -212,6 +221,8 @@ class Run:
     def _epochs(self) -> float:
         if self.args.max_steps <= 0:
             return self.args.num_train_epochs
+        if self.streams:
+            return 1.0
         rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return max(1.0, self.args.max_steps * rows / len(self.ids))
 
@@ -331,6 +342,8 @@ class Run:
     @property
     def full_seconds(self) -> float:
         """Estimate of plain training's seconds from the measured step; NaN if nothing was measured."""
+        if self.streams:
+            return math.nan
         return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches(self.plan)
 
     def _micro_batches(self, plan: Plan) -> float:
@@ -343,6 +356,8 @@ class Run:
 
     @cached_property
     def _with_ids(self) -> Any:
+        if self.streams:
+            return add_stream_ids(self.full_dataset, self.config.id_column)
         return add_ids(self.full_dataset, self.ids)
 
     @cached_property
@@ -430,13 +445,14 @@ class Run:
         remedy = f"batches of {candidates} candidates were asked for; let it take its batch size from Trainer"
         require(found in (None, candidates), "get_train_dataloader", f"batches of {found}", remedy)
         remedy = f"there are fewer samples than the {candidates} candidates of a batch; set it to False"
-        require(len(loader) > 0, "dataloader_drop_last", self.args.dataloader_drop_last, remedy)
+        require(self.streams or len(loader) > 0, "dataloader_drop_last", self.args.dataloader_drop_last, remedy)
         if self._start is not None and size != self.plan.batch_size:
             self.selector.load_state_dict({name: values.copy() for name, values in self._start["arrays"].items()})
             self.trained_rows, self.candidate_rows, self._merged_epoch = self._start["counts"]
             self.plan = replace(self.plan, batch_size=size)
             self._interval, self._unlogged = [], []
-        self.steps_per_epoch = max(math.ceil(len(loader) / accumulation), 1)
+        steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
+        self.steps_per_epoch = max(steps, 1)
         self.online_scorer = self._batch_scorer(self.trainer.model, "online")
         if self.config.track and self._hook is None:
             self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .config import DarelConfig
-from .ledger import LossLedger, check_finite
+from .ledger import LossLedger, OpenLedger, check_finite
 from .planning import candidate_rows
 from .scoring import Scores
 from .selection import Samples, kept_count, length_corrected
@@ -38,7 +38,8 @@ class Selector:
 
     Args:
         config ([`DarelConfig`]): the rules and their settings.
-        ids (`Iterable[int]`): ids of all training samples, unique.
+        ids (`Iterable[int]`, *optional*): ids of all training samples, unique; `None` for a stream, whose ids are not
+            known before they are seen (no offline stage then).
         seed (`int`): of the rules that draw at random.
 
     Attributes:
@@ -57,11 +58,11 @@ class Selector:
     ```
     """
 
-    def __init__(self, config: DarelConfig, ids: Iterable[int], seed: int = 0):
+    def __init__(self, config: DarelConfig, ids: Iterable[int] | None, seed: int = 0):
         self.config = config
         self.seed = seed
-        self.ids = np.asarray(ids, dtype=np.int64)
-        self.ledger = LossLedger(self.ids)
+        self.ids = None if ids is None else np.asarray(ids, dtype=np.int64)
+        self.ledger = OpenLedger() if ids is None else LossLedger(self.ids)
 
     def candidate_rows(self, batch_size: int) -> int:
         """Return how many candidates a batch of `batch_size` trained rows is chosen from: round(b / A)."""

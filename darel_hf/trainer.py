@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from . import checkpoints
 from .config import DarelConfig, require
-from .data import ID_KEY, WEIGHT_KEY, CarryIds, sample_ids
+from .data import ID_KEY, WEIGHT_KEY, CarryIds, is_stream, sample_ids
 from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .report import Report
 from .run import Run
@@ -246,7 +246,9 @@ def _check_arguments(trainer: Any) -> None:
         args.n_gpu,
         "one process drives several GPUs (DataParallel); start one process a GPU with `accelerate launch`",
     )
-    if trainer.train_dataset is not None:
+    if is_stream(trainer.train_dataset):
+        _check_stream(config, args)
+    elif trainer.train_dataset is not None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
     if config.may_select("online"):
         strategy = getattr(args, "train_sampling_strategy", None)
@@ -264,12 +266,31 @@ def _check_arguments(trainer: Any) -> None:
         remedy = "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights"
         honoured = rule.weigh is None or trainer.compute_loss_func is None
         require(honoured, "compute_loss_func", trainer.compute_loss_func, remedy)
-    if args.max_steps > 0 and (config.online_keep < 1 or config.offline_keep < 1):
+    if (
+        args.max_steps > 0
+        and not is_stream(trainer.train_dataset)
+        and (config.online_keep < 1 or config.offline_keep < 1)
+    ):
         logger.warning(
             "max_steps=%d fixes the number of steps: selecting samples then saves no time, and scoring costs some; "
             "use num_train_epochs to save time",
             args.max_steps,
         )
+
+
+def _check_stream(config: DarelConfig, args: Any) -> None:
+    """Refuse what needs to know a stream before it is read."""
+    remedy = "train_dataset is a stream, of which no fraction can be kept before it is read; "
+    online = remedy + "select online: online_keep, with id_column, rescore_every=1 and max_steps"
+    require(config.offline_keep == 1, "offline_keep", config.offline_keep, online)
+    for name in ("budget_time", "budget_memory", "group_column", "scores"):
+        require(getattr(config, name) is None, name, getattr(config, name), online)
+    require(config.rescore_every == 1, "rescore_every", config.rescore_every, "a stream has no second epoch; give 1")
+    remedy = "the rows of a stream have no numbers; name a column with integer ids"
+    require(config.id_column is not None, "id_column", None, remedy)
+    several = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
+    remedy = "each process reads its own part of a stream; give accelerator_config={'dispatch_batches': False}"
+    require(not several, "dispatch_batches", args.accelerator_config.dispatch_batches, remedy)
 
 
 class DarelTrainer(DarelMixin, Trainer):

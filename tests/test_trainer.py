@@ -558,12 +558,6 @@ def test_warns_of_an_absolute_warmup(tmp_path, caplog):
 # ---- Bad input ----
 
 
-def test_streaming_data_are_refused(tmp_path):
-    stream = token_data().to_iterable_dataset()
-    with pytest.raises(TypeError, match="has no length"):
-        make(DarelTrainer, tmp_path, data=stream, darel=DarelConfig(offline_keep=0.5), max_steps=3)
-
-
 def test_missing_labels(tmp_path):
     data = token_data().remove_columns("labels")
 

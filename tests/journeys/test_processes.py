@@ -66,8 +66,15 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "rescore_every": 2, "track": Tr
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "hosts", "darel"),
-    [(2, 1, {}), (2, 1, BOTH), (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}), (3, 1, BOTH), (2, 2, BOTH)],
-    ids=["off", "both-stages", "random-rule", "three-processes", "two-hosts"],
+    [
+        (2, 1, {}),
+        (2, 1, BOTH),
+        (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}),
+        (2, 1, {"online_keep": 0.5, "id_column": "number"}),
+        (3, 1, BOTH),
+        (2, 2, BOTH),
+    ],
+    ids=["off", "both-stages", "random-rule", "stream", "three-processes", "two-hosts"],
 )
 def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     # Kept samples make whole batches of candidates for all processes, so that no loader repeats samples.
@@ -78,6 +85,9 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         "samples": round(kept / 0.8) if "offline_keep" in darel else kept,
         "arguments": {"num_train_epochs": 4, "per_device_train_batch_size": 5 if "online_keep" in darel else 4},
     }
+    if "id_column" in darel:
+        settings["stream"] = True
+        settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)
     settings["arguments"]["gradient_accumulation_steps"] = processes
     ((one_weights, one_ledger),) = launch(tmp_path / "one", 1, settings)

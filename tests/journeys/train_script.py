@@ -34,10 +34,13 @@ def main():
     settings = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(settings["folder"])
     run = folder / "run"
+    data = token_data(settings.get("samples", 37))
+    if settings.get("stream"):
+        data = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
     trainer = DarelTrainer(
         model=tiny_lora(dropout=settings.get("dropout", 0.0)),
         args=arguments(run, **settings["arguments"]),
-        train_dataset=token_data(settings.get("samples", 37)),
+        train_dataset=data,
         data_collator=PadCollator(),
         darel=DarelConfig(**settings["darel"]),
     )
