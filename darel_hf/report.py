@@ -81,27 +81,33 @@ class Report:
         return values
 
     def dropped(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """List what the offline stage dropped, most extreme first, see [`Report.extremes`]."""
+        return self.extremes(False, limit)
+
+    def extremes(self, kept: bool, limit: int | None = None) -> list[dict[str, Any]]:
         """
-        List what the offline stage dropped, most extreme first.
+        List what the offline stage kept, or dropped, most extreme losses first.
 
         Args:
+            kept (`bool`): which of the two.
             limit (`int`, *optional*): at most so many.
 
         Returns:
-            One dict a sample: `sample_id`, `loss`, `n_tokens`, `percentile` (of the loss, among similar lengths) and
-            `why`.
+            One dict a sample: `sample_id`, `loss`, `n_tokens`, `percentile` (of the loss, among similar lengths) and,
+            for dropped ones, `why`.
         """
         percentiles = self.percentiles
-        rows = np.flatnonzero(~self.kept)
+        losses = self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
+        rows = np.flatnonzero(self.kept == kept)
         extremeness = np.nan_to_num(np.abs(percentiles[rows] - 0.5))  # a rule that reads no losses knows none
         rows = rows[np.argsort(-extremeness, kind="stable")][:limit]
         return [
             {
                 "sample_id": int(self.ledger.ids[row]),
-                "loss": float(self.ledger.loss[row]),
+                "loss": float(losses[row]),
                 "n_tokens": int(self.ledger.n_tokens[row]),
                 "percentile": float(percentiles[row]),
-                "why": self._why(percentiles[row]),
+                **({} if kept else {"why": self._why(percentiles[row])}),
             }
             for row in rows
         ]
@@ -136,6 +142,25 @@ class Report:
             "scores_reused": self.scores_reused,
             "decisions": self.decisions,
         }
+
+    def card(self) -> str:
+        """Return a section for a model card, in Markdown."""
+        numbers = self.to_dict()
+        settings = {k: v for k, v in self.config.to_dict().items() if v != getattr(DarelConfig(), k)}
+        measured = numbers["measured_time"]
+        rows = {
+            "settings": ", ".join(f"`{name}={value!r}`" for name, value in settings.items()),
+            "samples kept offline": f"{numbers['kept']:,} of {numbers['samples']:,}",
+            "rows that got a backward pass": f"{self.rows_backpropagated:,} in {self.steps:,} steps",
+            "time": f"{self.seconds['total']:.1f} s, of it scoring {scoring_seconds(self.seconds):.1f} s",
+            "relative to plain training": f"predicted {self.plan.predicted_time:.2f}"
+            + (f", measured {measured:.2f} (of an estimate from single steps)" if measured is not None else ""),
+        }
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+        return (
+            "## Training data selection (DAREL)\n\nTrained with `darel_hf` on the samples that its losses picked.\n\n"
+            f"| | |\n| --- | --- |\n{table}\n"
+        )
 
     def write_samples(self, path: str | os.PathLike) -> None:
         """Write one row a sample as parquet: id, kept or not, percentile, and all columns of the ledger."""

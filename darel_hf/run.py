@@ -34,7 +34,9 @@ from .data import (
     select_rows,
     take_rows,
 )
+from .environment import describe
 from .files import write_json
+from .html import write_html
 from .losses import per_sample_losses
 from .measure import clock, measure_costs, measure_memory
 from .pacing import KeepBudget
@@ -70,6 +72,7 @@ class Run:
         self._decisions: list[list[float]] | None = None
         self.scorer = trainer.scorer  # a model, once it has been made
         self.scorer_seconds = 0.0
+        self.environment = describe(trainer.args)
         self.full_dataset = trainer.train_dataset
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
@@ -119,6 +122,9 @@ class Run:
         if not self.streams:
             self._warn_about_steps()
         self._keep_budget()
+        if self.args.should_save and self.trainer.hp_search_backend is None:
+            run = {"plan": self.plan.to_dict(), "config": self.config.to_dict(), "environment": self.environment}
+            write_json(self.folder / f"run{self._suffix('run')}.json", run)
         if self.args.auto_find_batch_size and self.in_loop:
             arrays = {name: values.copy() for name, values in self.selector.state_dict().items()}
             counts = (self.trained_rows, self.candidate_rows, self._merged_epoch)
@@ -653,12 +659,30 @@ class Run:
             decisions=self.pace.progress.decisions[1:] if self.pace and self.pace.progress else [],
         )
         if self.args.should_save and self.trainer.hp_search_backend is None:
-            # A second `train()`, or a resumed one of a run that was over, leaves the first report as it is.
-            suffixes = ("", *(f"-{number}" for number in range(2, 10_000)))
-            suffix = next(s for s in suffixes if not (self.folder / f"report{s}.json").exists())
+            suffix = self._suffix("report")
             report.write_samples(self.folder / f"samples{suffix}.parquet")
-            write_json(self.folder / f"report{suffix}.json", report.to_dict())
+            history = self.trainer.state.log_history
+            write_html(report, self.folder / f"report{suffix}.html", history, self.environment, self._text_of)
+            write_json(self.folder / f"report{suffix}.json", {**report.to_dict(), "environment": self.environment})
         return report
+
+    def _suffix(self, name: str) -> str:
+        """Return what to add to a file's name: a second `train()` or a resumed run leaves the first file alone."""
+        suffixes = ("", *(f"-{number}" for number in range(2, 10_000)))
+        return next(suffix for suffix in suffixes if not (self.folder / f"{name}{suffix}.json").exists())
+
+    def _text_of(self, sample_id: int) -> str:
+        """Return what a sample says: its columns of text, or else its tokens decoded."""
+        if self.streams:
+            return ""
+        item = self.full_dataset[int(np.flatnonzero(self.ids == sample_id)[0])]
+        texts = [f"{key}: {value}" for key, value in item.items() if isinstance(value, str)]
+        decode = getattr(self.trainer.processing_class, "decode", None)
+        if not texts and decode is not None and "input_ids" in item:
+            texts = [decode(item["input_ids"])]
+        if np.ndim(item.get("labels")) == 0 and "labels" in item:
+            texts.append(f"label: {item['labels']}")
+        return "\n".join(texts)
 
     def close(self) -> None:
         """Take the tracking hook off the model, and the id off the columns that Trainer keeps."""

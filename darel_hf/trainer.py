@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer
 from . import checkpoints
 from .config import DarelConfig, require
 from .data import ID_KEY, WEIGHT_KEY, CarryIds, is_stream, sample_ids
+from .files import write_text
 from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .report import Report
 from .run import Run
@@ -229,6 +231,14 @@ class DarelMixin:
         if self._run is not None and "loss" in logs and "learning_rate" in logs:
             logs = {**logs, **self._run.logs()}
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card of the class below; after training with DAREL, with a section on it."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.report is not None and self.is_world_process_zero() and card.exists():
+            text = card.read_text(encoding="utf-8").rstrip()
+            write_text(card, f"{text}\n\n{self.report.card()}")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; in a checkpoint, ledger and plan too, before Trainer's own state makes it complete."""
