@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -105,6 +108,22 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
         last = f"the newest complete one is {others[0]}" if others else "there is no complete one beside it"
         raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
     return str(wanted)
+
+
+def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
+    """Return an error that names what was being written and the newest complete checkpoint; `None`: no full disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):  # safetensors and torch.save raise errors of their own that say little
+        full = full or "No space left" in str(error) or shutil.disk_usage(output_dir).free < 2**16
+    if not full:
+        return None
+    found = all_in(output_dir)
+    broken = next((str(path) for path in found if problem(path) is not None), output_dir)
+    good = next((path for path in found if problem(path) is None), None)
+    last = (
+        f"the newest complete checkpoint is {good}; resume from it" if good else "there is no complete checkpoint yet"
+    )
+    return OSError(errno.ENOSPC, f"{broken}: the disk is full ({str(error).splitlines()[0]}); make room; {last}")
 
 
 def refuse_other_run(output_dir: str) -> None:

@@ -403,10 +403,11 @@ class Run:
             }
             name = checkpoints.short_hash(origin, scorer.want_correct, scorer.want_embeddings)
             path = self.folder / f"scores-{name}.parquet"
-            if trainer._on_main(path.exists):
+            cached = trainer._on_main(self._cached_scores, path)
+            if cached is not None:
                 self.scores_reused = True
                 logger.info("using the scores in %s: same model, data and loss definition", path)
-                return trainer._on_main(lambda: match_scores(load_scores(path), self.ids, self.data, str(path)))
+                return cached
             scores = score_dataset(
                 scorer,
                 dataset,
@@ -424,6 +425,15 @@ class Run:
             save_scores(scores, path)
             shutil.rmtree(self.folder / f"parts-{name}", ignore_errors=True)
         return scores
+
+    def _cached_scores(self, path: Path) -> Scores | None:
+        if not path.exists():
+            return None
+        try:
+            return match_scores(load_scores(path), self.ids, self.data, str(path))
+        except ValueError as error:
+            logger.warning("%s; scoring again", error)
+            return None
 
     def _batch_scorer(self, model: nn.Module, stage: str) -> BatchScorer:
         trainer, needs = self.trainer, self.config.rule(stage).needs

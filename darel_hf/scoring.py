@@ -335,7 +335,7 @@ def save_scores(scores: Scores, path: str | os.PathLike) -> None:
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(scores.embeddings.reshape(-1), width)
     table = pa.table(columns).replace_schema_metadata({"darel": json.dumps(scores.origin)})
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
 
 
 def load_scores(path: str | os.PathLike) -> Scores:
@@ -347,9 +347,10 @@ def load_scores(path: str | os.PathLike) -> Scores:
     """
     require(Path(path).is_file(), "scores", str(path), "no such file; make it with `darel score`")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"scores={str(path)!r}: not a readable parquet file ({error}); make it again") from None
+        table = pq.read_table(path, page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"scores={str(path)!r}: not a readable parquet file ({reason}); make it again") from None
     for name in ("sample_id", "loss"):
         remedy = f"column {name!r} is missing, there are only {table.column_names}"
         require(name in table.column_names, "scores", str(path), remedy)
@@ -512,9 +513,9 @@ def score_dataset(
     progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, leave=False, disable=hidden)
     for number, window in enumerate(windows):
         part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"
-        finished = part is not None and part.exists()
-        if all(gather_object([finished])) if together else finished:
-            done.append(np.load(part, allow_pickle=False))
+        found = _read_part(part)
+        if all(gather_object([found is not None])) if together else found is not None:
+            done.append(found)
             progress.update(len(window))
         else:
             done.append(
@@ -531,6 +532,17 @@ def score_dataset(
     columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
     embeddings = columns["embedding"] if columns["embedding"].shape[1] else None
     return Scores(columns["id"], columns["loss"], columns["n_tokens"], columns["correct"], origin or {}, embeddings)
+
+
+def _read_part(part: Path | None) -> np.ndarray | None:
+    """Return a finished part of an earlier pass, or `None` if there is none that can be read."""
+    if part is None or not part.exists():
+        return None
+    try:
+        return np.load(part, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("%s cannot be read (%s); its samples are scored again", part, error)
+        return None
 
 
 def _row_type(width: int) -> np.dtype:

@@ -118,11 +118,12 @@ class Selector:
             `positions` (int64 `[k]`, ascending) and `weights` (float `[k]`, or `None` where all are 1).
 
         Raises:
-            ValueError: for NaN or infinite losses; the message names the ids.
+            ValueError: for NaN or infinite losses, and for unknown ids; the message names the ids.
         """
         ids = np.asarray(ids, np.int64)
         rule = self.config.rule("online")
         losses = np.zeros(len(ids)) if losses is None else np.asarray(losses, np.float64)
+        self.ledger.rows(ids)  # raises for ids of other data
         check_finite(ids, losses)
         candidates = self.candidate_rows(batch_size)
         count = batch_size if len(ids) >= candidates else kept_count(batch_size / candidates, len(ids))

@@ -94,6 +94,11 @@ class DarelMixin:
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             self.report = self._run.finish()
             return result
+        except Exception as error:  # torch and safetensors name neither file nor way out when a disk is full
+            full = checkpoints.explain_full_disk(error, self.args.output_dir)
+            if full is None:
+                raise
+            raise full from error
         finally:
             self._run.close()
             if self._run.pace is not None:
