@@ -3,8 +3,8 @@ Scale: ledger, rules, merging and sampling at 10 thousand to 10 million samples.
 
     python eval/benchmarks/scale.py [--largest 10000000] [--ranks 8]
 
-Memory of the ledger a sample, seconds of every rule but those that need embeddings (half kept), of the correction for
-lengths, of merging one epoch of records of several simulated ranks, of saving and restoring, and of looking up a batch.
+Memory of the ledger a sample; seconds of every rule but those that need embeddings (half kept), of the correction for
+lengths, of merging an epoch of records of several simulated ranks, of saving and restoring, of looking up a batch.
 A row a size goes to results/scale.jsonl, the picture to scale.png. Times are of one core.
 """
 
