@@ -199,11 +199,16 @@ def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple
     return alpha, online, eta
 
 
-def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> float:
-    """Return the smallest fraction of the full time that any plan can reach with both fractions at least 0.1."""
+def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[float, float]:
+    """
+    Return the smallest fractions of the full time that plans can reach with fractions of at least 0.1.
+
+    Returns:
+        `(both, online)`: with an offline stage, and with the online stage alone.
+    """
     scoring = 0.0 if scores_free else costs.offline_share / epochs
     online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs.forward_share)
-    return scoring + SMALLEST_KEEP * min(1.0, online)
+    return scoring + SMALLEST_KEEP * min(1.0, online), online
 
 
 def solve_budget(plan: Plan, budget_time: float) -> Plan:
@@ -226,19 +231,18 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
         return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
     share = plan.costs.forward_share
-    smallest = plan.slowdown * smallest_budget(plan.costs, plan.epochs, plan.scores_free)
-    if budget_time < smallest:
-        for eta in range(1, math.ceil(plan.epochs) + 1):
-            online = budget_time / plan.slowdown - scoring_term(eta, plan.epochs, share)
-            candidates = math.ceil(plan.batch_size / online) if online > 0 else 0  # whole rows, rather too many
-            if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
-                return replace(plan, offline_keep=1.0, online_keep=plan.batch_size / candidates, rescore_every=eta)
+    with_offline, online_alone = (
+        plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
+    )
+    smallest = min(with_offline, online_alone)
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
     if not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
+    if budget_time - overhead < with_offline:
+        return _online_alone(plan, (budget_time - overhead) / plan.slowdown)
     left = (budget_time - overhead) / plan.slowdown - (
         0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
     )
@@ -263,6 +267,17 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     eta = math.ceil(plan.epochs)
     alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, share)
     return replace(plan, offline_keep=min(alpha, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+
+
+def _online_alone(plan: Plan, budget_time: float) -> Plan:
+    """Choose A and eta for a budget without an offline stage: the smallest eta with which it can be met."""
+    for eta in range(1, math.ceil(plan.epochs) + 1):
+        online = budget_time - scoring_term(eta, plan.epochs, plan.costs.forward_share)
+        candidates = math.ceil(plan.batch_size / online - 1e-9) if online > 0 else 0  # whole rows, rather too many
+        if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
+            break
+    online = plan.batch_size / candidates if candidates else SMALLEST_KEEP
+    return replace(plan, offline_keep=1.0, online_keep=max(online, SMALLEST_KEEP), rescore_every=eta)
 
 
 def budget_plan(plan: Plan, config: DarelConfig) -> Plan:
