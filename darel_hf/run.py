@@ -45,6 +45,7 @@ from .report import Report, scoring_seconds
 from .scoring import (
     BatchScorer,
     Scores,
+    is_sharded,
     load_scores,
     match_scores,
     model_fingerprint,
@@ -147,7 +148,9 @@ class Run:
         if trainer.model_init is not None and self.checkpoint is None:
             set_seed(args.seed)  # as Trainer does before it makes the model anew
             trainer.model = trainer.call_model_init(self.trial)
-        if trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval:
+        # Under FSDP and DeepSpeed Trainer leaves the model where it is until it is sharded.
+        waits = (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not is_sharded(trainer.model)
+        if trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval or waits:
             trainer.model.to(args.device)
         if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
             for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):

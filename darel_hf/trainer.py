@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -281,11 +282,13 @@ def _check_arguments(trainer: Any) -> None:
         remedy = "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights"
         honoured = rule.weigh is None or trainer.compute_loss_func is None
         require(honoured, "compute_loss_func", trainer.compute_loss_func, remedy)
-    if (
-        args.max_steps > 0
-        and not is_stream(trainer.train_dataset)
-        and (config.online_keep < 1 or config.offline_keep < 1)
-    ):
+    empty = trainer.is_fsdp_enabled and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true"
+    scores = config.may_select("offline") and config.rule("offline").reads_losses
+    scores = scores and config.scores is None and trainer.scorer is None
+    remedy = "only the first process then has weights to score with; set it to false, or give scores= or scorer="
+    require(not (empty and scores and args.world_size > 1), "fsdp_cpu_ram_efficient_loading", True, remedy)
+    selects = config.online_keep < 1 or config.offline_keep < 1
+    if args.max_steps > 0 and selects and not is_stream(trainer.train_dataset):
         logger.warning(
             "max_steps=%d fixes the number of steps: selecting samples then saves no time, and scoring costs some; "
             "use num_train_epochs to save time",
