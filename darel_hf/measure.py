@@ -122,7 +122,10 @@ def measure_costs(
         offline_scorer.to(device)
         offline = BatchScorer(offline_scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
     count = min(max(int(SHARE * total), 2), BATCHES)
+    started = time.perf_counter()
     batches = _batches(trainer, dataset, collator, rows, count + 1)
+    # Workers load while the loop computes; without them the loop waits.
+    loading = 0.0 if trainer.args.dataloader_num_workers else (time.perf_counter() - started) / len(batches)
     scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1)
     accumulation = trainer.args.gradient_accumulation_steps
     with _untouched(trainer.model):
@@ -139,13 +142,15 @@ def measure_costs(
             logger.warning("what a training step costs could not be measured (%s); assuming it", error)
             return None
         updates = [_seconds(optimizer_step, device) for _ in batches][1:]
-        typical = statistics.mean if "input_ids" in batches[0] else statistics.median  # texts differ in length
-        step = typical(steps) + statistics.median(updates) / accumulation
+        # Texts differ in length; batches of images do not, and what makes one take longer is the machine.
+        typical = statistics.mean if "input_ids" in batches[0] else min
+        step = loading + typical(steps) + min(updates) / accumulation
         pass_seconds = _offline_seconds(trainer, offline, dataset, collator, rows)
     return Costs(
         step_seconds=step,
-        forward_share=statistics.median(forwards) / candidates * rows / step,
-        offline_share=pass_seconds * rows / step,
+        forward_share=typical(forwards) / candidates * rows / step,
+        offline_share=(pass_seconds * rows + loading) / step,
+        data_share=loading / step,
     )
 
 

@@ -601,8 +601,8 @@ class NLGMetrics:
 
         Returns:
             `dict`: `protocol`, `n`, the scores `bleu`, `ter`, `meteor`, `nist`, `rouge_l`, their `signatures`; with
-            `bootstrap` the 95 % `intervals`; with a baseline its scores under `baseline` and two-sided `p_values`, see
-            [`paired_p_value`]; and `notes`.
+            `bootstrap` the 95 % `intervals`; with a baseline its scores under `baseline`, two-sided `p_values`, see
+            [`paired_p_value`], and 95 % intervals of the `differences` to it; and `notes`.
 
         Raises:
             ValueError: for unequal numbers, an empty list, or an instance without references.
@@ -623,7 +623,7 @@ class NLGMetrics:
         result |= dict.fromkeys(NAMES)
         result |= {"signatures": {}, "intervals": {}, "notes": [*self.notes]}
         if baseline is not None:
-            result |= {"baseline": dict.fromkeys(NAMES), "p_values": {}}
+            result |= {"baseline": dict.fromkeys(NAMES), "p_values": {}, "differences": {}}
         draws = _draws(len(predictions), self.bootstrap, self.seed) if self.bootstrap else None
         for name in NAMES:
             if name not in self.metrics:
@@ -644,6 +644,7 @@ class NLGMetrics:
                 differences = sampled - _resample(metric, statistics[name, "baseline"], draws)
                 p = paired_p_value(differences, result[name] - other) if len(predictions) > 1 else 1.0
                 result["p_values"][name] = p
+                result["differences"][name] = np.percentile(differences, (2.5, 97.5)).tolist()
         return result
 
     def _extract(self, systems: dict[str, list[str]], references: list[list[str]]) -> dict[tuple[str, str], list]:

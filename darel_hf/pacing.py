@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
 TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
+EARLY_TOLERANCE = 0.25  # likewise, at the first looks, when a few steps say little
 
 
 class Progress:
@@ -112,11 +113,11 @@ class KeepBudget(TrainerCallback):
         if progress is None or not self.begun_step < step < progress.end:
             return
         done = step - self.begun_step
-        early = done >= 4 and done & (done - 1) == 0  # a power of two
-        if not early and step % max(4, progress.planned // CHECKS):
-            return
+        early = done < progress.planned // CHECKS
+        if step % max(4, progress.planned // CHECKS) and not (done >= 4 and done & (done - 1) == 0):
+            return  # neither one of the looks that are evenly spaced, nor after a power of two
         end = self.decide(lambda: self._affordable_end(step))
-        if abs(end - progress.end) > TOLERANCE * progress.planned:
+        if abs(end - progress.end) > (EARLY_TOLERANCE if early else TOLERANCE) * progress.planned:
             progress.end_at(end, step)
             state.max_steps = end
             logger.info("time budget: training now ends at step %d of %d planned", end, progress.planned)

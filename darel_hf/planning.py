@@ -24,16 +24,20 @@ class Costs:
     What the parts of training cost.
 
     Attributes:
-        step_seconds (`float`): one plain training step on a batch, optimizer included (the paper's t_b); seconds.
+        step_seconds (`float`): one plain training step on a batch, loading and optimizer included (the paper's t_b);
+            seconds.
         forward_share (`float`): scoring a row without gradients, relative to a training step on it (f).
         offline_share (`float`): scoring a row in the offline pass, relative to a training step on it (c * f).
         measured (`bool`): whether these were measured here, or are textbook values.
+        data_share (`float`): loading a row, relative to a training step on it (d), where the loop waits for it: all
+            candidates are loaded, also those that are not trained on.
     """
 
     step_seconds: float
     forward_share: float
     offline_share: float
     measured: bool = True
+    data_share: float = 0.0
 
 
 def assumed_costs(lora: bool) -> Costs:
@@ -94,7 +98,7 @@ class Plan:
     @property
     def predicted_time(self) -> float:
         """Time of the run, scoring counted, relative to plain training (for `max_steps`, to as many plain steps)."""
-        online = online_term(self.effective_online_keep, self.rescore_every, self.epochs, self.costs.forward_share)
+        online = online_term(self.effective_online_keep, self.rescore_every, self.epochs, self.costs)
         offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
         if self.fixed_steps:
             return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
@@ -156,11 +160,18 @@ def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> flo
     return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs)
 
 
-def online_term(online_keep: float, rescore_every: int, epochs: float, forward_share: float) -> float:
-    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + A, or 1 without selection."""
+def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
+    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + d + (1 - d) A, or 1 if A is 1."""
     if online_keep == 1:
         return 1.0
-    return scoring_term(rescore_every, epochs, forward_share) + online_keep
+    scoring = scoring_term(rescore_every, epochs, costs.forward_share)
+    return scoring + costs.data_share + (1 - costs.data_share) * online_keep
+
+
+def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
+    """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
+    scoring = scoring_term(rescore_every, epochs, costs.forward_share)
+    return (online_time - scoring - costs.data_share) / (1 - costs.data_share)
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
@@ -207,7 +218,7 @@ def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[flo
         `(both, online)`: with an offline stage, and with the online stage alone.
     """
     scoring = 0.0 if scores_free else costs.offline_share / epochs
-    online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs.forward_share)
+    online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs)
     return scoring + SMALLEST_KEEP * min(1.0, online), online
 
 
@@ -230,7 +241,6 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     plan = replace(plan, method="measured")
     if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
         return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
-    share = plan.costs.forward_share
     with_offline, online_alone = (
         plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     )
@@ -251,28 +261,29 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
         return offline_only
     possible = []
     for eta in range(1, math.ceil(plan.epochs) + 1):
-        scoring = scoring_term(eta, plan.epochs, share)
-        online = left / USUAL_OFFLINE_KEEP - scoring
+        online = _keep_for(left / USUAL_OFFLINE_KEEP, eta, plan.epochs, plan.costs)
         if online >= SMALLEST_KEEP:
             # A batch has whole rows: take the A that they make, and alpha for what is then left.
             online = plan.batch_size / candidate_rows(plan.batch_size, online)
-            alpha = left / (scoring + online)
+            needed = online_term(online, eta, plan.epochs, plan.costs)
+            alpha = left / needed
             if online < 1 and alpha <= 1:
                 made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
-                possible.append((scoring <= LARGEST_SCORING_SHARE * (scoring + online), made))
+                scoring = scoring_term(eta, plan.epochs, plan.costs.forward_share)
+                possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
     if possible:
         return next((made for cheap, made in possible if cheap), possible[-1][1])
     if left >= SMALLEST_KEEP:
         return offline_only
     eta = math.ceil(plan.epochs)
-    alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, share)
+    alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
     return replace(plan, offline_keep=min(alpha, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
 
 
 def _online_alone(plan: Plan, budget_time: float) -> Plan:
     """Choose A and eta for a budget without an offline stage: the smallest eta with which it can be met."""
     for eta in range(1, math.ceil(plan.epochs) + 1):
-        online = budget_time - scoring_term(eta, plan.epochs, plan.costs.forward_share)
+        online = _keep_for(budget_time, eta, plan.epochs, plan.costs)
         candidates = math.ceil(plan.batch_size / online - 1e-9) if online > 0 else 0  # whole rows, rather too many
         if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
             break

@@ -339,7 +339,10 @@ class Run:
         plan, config = self.plan, self.config
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
-        scoring = plan.costs.forward_share / plan.effective_online_keep if plan.online_keep < 1 else 0.0
+        scoring, loading = plan.costs.forward_share, plan.costs.data_share
+        # A step that scores its candidates costs so much more than one that does not.
+        scoring /= loading + (1 - loading) * plan.effective_online_keep
+        scoring = scoring if plan.online_keep < 1 else 0.0
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: time.perf_counter() - self.started - self.seconds["evaluation"],

@@ -103,7 +103,7 @@ def test_training_ends_early_with_the_rate_decayed(tmp_path):
     assert set(trainer.lr_scheduler.get_last_lr()) == {0.0}
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.all(np.diff(rates) <= 0)
-    assert rates[-1] < 0.1 * rates[0]
+    assert rates[-1] < 0.2 * rates[0]  # the last of some twenty steps
     assert "shortened" in str(report)
     # A run that goes on knows what was decided.
     checkpoint = tmp_path / "checkpoint-8"

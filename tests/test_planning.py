@@ -20,13 +20,13 @@ from darel_hf.planning import (
 )
 
 
-def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, **more):
-    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf)
+def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, **more):
+    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d)
     settings = {"batch_size": 8, "samples": 1000, "costs": costs, **more}
     return Plan(offline_keep, online_keep, rescore_every, epochs=epochs, **settings)
 
 
-# By hand: S / E + alpha * (f * ceil(E / eta) / E + A), S = c f.
+# By hand: S / E + alpha * (f * ceil(E / eta) / E + d + (1 - d) A), S = c f.
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
@@ -36,6 +36,8 @@ def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf
         (plan(1.0, 0.5, 2), 0.5 * 3 / 5 + 0.5),
         (plan(0.8, 0.25, 5), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.25)),
         (plan(0.8, 0.25, 5, scores_free=True), 0.8 * (0.5 / 5 + 0.25)),
+        (plan(0.8, 0.25, 5, d=0.2), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.2 + 0.8 * 0.25)),
+        (plan(0.8, d=0.2), 0.3 / 5 + 0.8),
         (plan(0.8, epochs=1), 0.3 + 0.8),
         (plan(1.0, 0.5, fixed_steps=True), (0.5 + 0.5) / 0.5),
         (plan(0.8, slowdown=1.5), 1.5 * (0.3 / 5 + 0.8)),
@@ -49,7 +51,7 @@ def test_predicted_time(made, expected):
 def test_fresh_epochs():
     assert [fresh_epochs(eta, 5) for eta in (1, 2, 3, 5, 9)] == [5, 3, 2, 1, 1]
     assert fresh_epochs(1, 2.5) == 3
-    assert online_term(1.0, 1, 5, 0.5) == 1.0
+    assert online_term(1.0, 1, 5, Costs(0.1, 0.5, 0.5)) == 1.0
 
 
 # Equations (1) to (4), T = 100 s, T_new as given; A before clipping decides eta.
@@ -77,10 +79,11 @@ def test_paper_equations(t, new, alpha, online, eta):
     epochs=st.integers(1, 10),
     batch=st.integers(1, 64),
     free=st.booleans(),
+    d=st.floats(0.0, 0.3),
 )
 @settings(max_examples=300, deadline=None)
-def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free):
-    start = plan(epochs=epochs, f=f, cf=c * f, batch_size=batch, scores_free=free, samples=100_000)
+def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d):
+    start = plan(epochs=epochs, f=f, cf=c * f, d=d, batch_size=batch, scores_free=free, samples=100_000)
     with_offline, online_alone = smallest_budget(start.costs, epochs, free)
     smallest = min(with_offline, online_alone)
     if budget < smallest:

@@ -29,14 +29,16 @@ from darel_hf.image_job import ImageArguments, load_data, plot_accuracy_time, ru
 
 def arms(rule: str, online_rule: str) -> dict[str, tuple[dict[str, Any], dict[str, Any], float]]:
     """Return DAREL's settings, the task's settings, and the fraction of the epochs, of each arm."""
-    budget = {"offline_rule": rule, "online_rule": online_rule, "budget_memory": 0.8}
     grouped = {"group_column": "label"}
+    budget = {"offline_rule": rule, "online_rule": online_rule, "budget_memory": 0.8, **grouped}
     made: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {"full": ({}, {}, 1.0)}
     for t in (0.8, 0.65, 0.5):
         made[f"fewer_{t}"] = ({}, {}, t)
         made[f"random_{t}"] = ({"offline_keep": t, "offline_rule": "random", **grouped}, {}, 1.0)
         made[f"ids_{t}"] = ({"offline_keep": t, "offline_rule": "ids", **grouped}, {}, 1.0)
         made[f"darel_{t}"] = ({**budget, "budget_time": t}, {}, 1.0)
+    by_loss = {"offline_rule": "stratified", "online_rule": "stratified", **grouped}
+    made["stratified_darel_0.5"] = ({**by_loss, "budget_memory": 0.8, "budget_time": 0.5}, {}, 1.0)
     made["adonis_0.5"] = ({"online_keep": 0.5, "online_rule": "adonis"}, {}, 1.0)
     made["adonis_0.3"] = ({"online_keep": 0.3, "online_rule": "adonis"}, {}, 1.0)
     for algebra in ("dual", "complex", "double", "quaternion"):
@@ -55,19 +57,20 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True)
     parser.add_argument(
         "--arms",
-        default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5",
+        default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5,"
+        "stratified_darel_0.5,dual,dual_darel_0.5",
     )
     parser.add_argument("--plain", default="full", help="the arm that times are relative to; none: no times")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=0.05)
+    parser.add_argument("--learning_rate", type=float, default=0.2)
     parser.add_argument("--max_grad_norm", type=float, default=1.0)
     parser.add_argument("--narrow", type=int, default=4)
     parser.add_argument("--max_train_samples", type=int, default=3000)
-    parser.add_argument("--offline_rule", default="stratified")
-    parser.add_argument("--online_rule", default="stratified")
+    parser.add_argument("--offline_rule", default="random")
+    parser.add_argument("--online_rule", default="random")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--scorer_epochs", type=int, default=1, help="of the network that scores")

@@ -1,0 +1,220 @@
+"""
+Text: quality against time of LoRA fine-tuning on E2E-NLG, plain, its controls, DAREL, and the peers' rules.
+
+    python eval/benchmarks/quality.py --data_dir FOLDER --model_name_or_path FOLDER [--arms full,random_0.7] [--quick]
+
+Every seed runs all arms one after the other, in the same loop with the same data; times are relative to the plain run
+of the same seed, everything counted (measuring and scoring). Predictions are greedy, for the representations of the
+test set that --max_test_samples draws. A row a run goes to results/quality.jsonl at once; after every seed the table,
+quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain
+run and to the random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and
+a model, the generated corpus and the demo's model are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import RESULTS, store
+from transformers import TrainingArguments
+
+from darel_hf import DarelConfig, NLGMetrics
+from darel_hf.corpus import make_corpus
+from darel_hf.demo import DemoSettings, warm_up
+from darel_hf.nlg import NLGArguments, held_out, read_pairs, run
+
+MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
+RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo", "random")
+
+
+def arms() -> dict[str, tuple[dict[str, Any], float]]:
+    """Return DAREL's settings, and the fraction of the epochs, of each arm."""
+    made: dict[str, tuple[dict[str, Any], float]] = {"full": ({}, 1.0)}
+    for keep in (0.9, 0.8, 0.7, 0.5):
+        made[f"fewer_{keep}"] = ({}, keep)
+        made[f"random_{keep}"] = ({"offline_keep": keep, "offline_rule": "random"}, 1.0)
+        made[f"budget_{keep}"] = ({"budget_time": keep}, 1.0)
+        for rule in RULES[:-1]:
+            made[f"offline_{rule}_{keep}"] = ({"offline_keep": keep, "offline_rule": rule}, 1.0)
+    for rule in RULES:
+        online = {"online_keep": 0.5, "online_rule": rule}
+        made[f"online_{rule}"] = (online, 1.0)  # scored in every epoch
+        made[f"online_{rule}_every3"] = ({**online, "rescore_every": 3}, 1.0)
+        for offline in ("random", "trimmed", "stratified"):
+            both = {**online, "offline_keep": 0.8, "offline_rule": offline, "rescore_every": 3}
+            made[f"both_{offline}_{rule}"] = (both, 1.0)
+    return made
+
+
+def main() -> None:
+    known = arms()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument(
+        "--arms",
+        default="full,fewer_0.7,random_0.7,offline_trimmed_0.7,offline_stratified_0.7,offline_middle_0.7,"
+        "online_random,online_hardest_every3,online_percentile_every3,online_stratified_every3,online_infobatch_every3,"
+        "both_trimmed_hardest",
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--lora_r", type=int, default=8)
+    parser.add_argument("--max_train_samples", type=int, default=2000)
+    parser.add_argument("--max_test_samples", type=int, default=150)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="show that it runs: one seed, few samples, three arms")
+    parser.add_argument("--name", default="quality", help="of the files of results")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 200, 10, 1
+        options.arms, options.name = "full,random_0.7,offline_trimmed_0.7", "quality_quick"
+    names = options.arms.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        parser.error(f"unknown arms {unknown}; choose of {', '.join(known)}")
+    torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+    data, model = options.data_dir, options.model_name_or_path
+    if data is None:
+        make_corpus(data := str(folder / "data"))
+    if model is None:
+        texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
+        warm_up(Path(model := str(folder / "model")), DemoSettings(), texts)
+    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
+    settings |= {
+        "data": "generated corpus" if options.data_dir is None else Path(data).name,
+        "model": "demo model" if options.model_name_or_path is None else Path(model).name,
+    }
+    arguments = NLGArguments(
+        model_name_or_path=model,
+        data_dir=data,
+        max_train_samples=options.max_train_samples,
+        max_test_samples=options.max_test_samples,
+        lora_r=options.lora_r,
+        lora_alpha=2 * options.lora_r,
+        num_beams=1,
+        no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        max_new_tokens=60,
+        generation_batch_size=32,
+        wordnet="none",
+    )
+    references = list(held_out(read_pairs(Path(data) / "testset_w_refs.csv"), arguments).values())
+    compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        told: dict[str, list[str]] = {}
+        plain = None
+        for name in names:
+            darel, share = known[name]
+            training = TrainingArguments(
+                output_dir=str(folder / f"{name}-{seed}"),
+                num_train_epochs=share * options.epochs,
+                per_device_train_batch_size=options.batch_size,
+                learning_rate=options.learning_rate,
+                lr_scheduler_type="linear",
+                warmup_steps=0.06,
+                weight_decay=0.01,
+                seed=seed,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                logging_steps=1000,
+                dataloader_pin_memory=False,
+            )
+            result = run(arguments, DarelConfig(**darel), training)
+            told[name] = (folder / f"{name}-{seed}" / "predictions.txt").read_text(encoding="utf-8").splitlines()
+            plain = result["seconds"] if name == "full" else plain
+            row = {
+                "arm": name,
+                "seed": seed,
+                "time": None if plain is None else result["seconds"] / plain,
+                **{key: result[key] for key in ("bleu", "ter", "meteor", "nist", "rouge_l", "seconds")},
+                **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
+                "rows_backpropagated": result["rows_backpropagated"],
+            }
+            for other in ("full", next((n for n in names if n.startswith("random_")), "")):
+                if other in told and other != name:
+                    compared = compare(told[name], references, baseline=told[other])
+                    row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
+                    row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
+            store(options.name, {**settings, "darel": darel, "share_of_epochs": share}, row)
+        summarize(options.name, settings)
+
+
+def summarize(name: str, settings: dict[str, Any]) -> None:
+    """Make the table and the picture from all stored rows of these settings; the latest of an arm and seed counts."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if settings.items() <= row["settings"].items():
+            found[row["arm"], row["seed"]] = row
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in found.values():
+        by_arm.setdefault(row["arm"], []).append(row)
+    lines = [
+        "| arm | time, median | BLEU, mean (spread) | BLEU minus full, mean | no worse by more than 1 | NIST | METEOR "
+        "| TER | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for arm, rows in by_arm.items():
+        bleu = np.array([row["bleu"] for row in rows])
+        times = [row["time"] for row in rows if row["time"] is not None]
+        differences = np.array([row["bleu_minus_full"] for row in rows if "bleu_minus_full" in row])
+        spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
+        cells = [arm, f"{np.median(times):.2f}" if times else "-", f"{bleu.mean():.1f}{spread}"]
+        cells += [f"{differences.mean():+.1f}" if len(differences) else "-", verdict(rows)]
+        for key, digits in (("nist", 2), ("meteor", 3), ("ter", 1)):
+            cells.append(f"{np.mean([row[key] for row in rows]):.{digits}f}")
+        lines.append(f"| {' | '.join([*cells, str(len(rows))])} |")
+    conditions = ", ".join(f"{key} {value}" for key, value in settings.items())
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + f"\n\nSettings: {conditions}.\n", encoding="utf-8")
+    plot(by_arm, RESULTS / f"{name}.png")
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """Say whether the mean difference to full is above -1 BLEU with 95 % confidence, over instances and seeds."""
+    known = [row for row in rows if "bleu_minus_full" in row]
+    if not known:
+        return "-"
+    # Variance within a seed (instances, from the interval's width) and between seeds, of the mean over seeds.
+    differences = np.array([row["bleu_minus_full"] for row in known])
+    widths = np.array([np.diff(row["bleu_minus_full_interval"])[0] for row in known])
+    variance = np.mean((widths / 3.92) ** 2) / len(known)
+    if len(known) > 1:
+        variance = max(variance, differences.var(ddof=1) / len(known))
+    low = differences.mean() - 1.645 * np.sqrt(variance)
+    return "yes" if low > -MARGIN else f"not shown ({low:+.1f})"
+
+
+def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw BLEU against time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for arm, rows in by_arm.items():
+        times = [row["time"] for row in rows if row["time"] is not None]
+        if not times:
+            continue
+        bleu = np.array([row["bleu"] for row in rows])
+        axes.errorbar(np.median(times), bleu.mean(), yerr=bleu.std(), fmt="o", capsize=3)
+        axes.annotate(arm, (np.median(times), bleu.mean()), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("time relative to plain training, scoring counted")
+    axes.set_ylabel("BLEU")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
