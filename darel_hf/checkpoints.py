@@ -123,7 +123,9 @@ def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
     last = (
         f"the newest complete checkpoint is {good}; resume from it" if good else "there is no complete checkpoint yet"
     )
-    return OSError(errno.ENOSPC, f"{broken}: the disk is full ({str(error).splitlines()[0]}); make room; {last}")
+    return OSError(
+        errno.ENOSPC, f"{broken}: the disk is full ({type(error).__name__}: {str(error)[:200]}); make room; {last}"
+    )
 
 
 def refuse_other_run(output_dir: str) -> None:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import operator
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,10 +155,12 @@ def stream_id(item: Mapping, id_column: str) -> dict[str, int]:
     known = isinstance(item, Mapping) and id_column in item
     require(known, "id_column", id_column, "an item of the stream has no such key")
     value = item[id_column]
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     remedy = f"ids must be integers, not {value!r}; number the rows (a hash of 63 bits does)"
-    require(whole, "id_column", id_column, remedy, TypeError)
-    return {ID_KEY: int(value)}
+    require(not isinstance(value, bool), "id_column", id_column, remedy, TypeError)
+    try:
+        return {ID_KEY: operator.index(value)}  # numbers of Python, numpy and torch
+    except TypeError:
+        raise TypeError(f"id_column={id_column!r}: {remedy}") from None
 
 
 def add_stream_ids(dataset: Any, id_column: str) -> Any:

@@ -181,6 +181,7 @@ class OpenLedger(LossLedger):
     def __init__(self) -> None:
         super().__init__([])
         self._row: dict[int, int] = {}
+        self._room: dict[str, np.ndarray] = {"ids": self.ids}  # the arrays, longer than what is used of them
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Return the row of each id; unknown ids get one."""
@@ -191,15 +192,15 @@ class OpenLedger(LossLedger):
         return rows
 
     def _grow(self, n: int) -> None:
-        held = self._room["ids"] if hasattr(self, "_room") else None
-        if held is None or len(held) < n:
+        if len(self._room["ids"]) < n:
             size, blank = max(2 * n, 1024), LossLedger(range(max(2 * n, 1024)))
             room = {"ids": np.zeros(size, np.int64), **{name: getattr(blank, name) for name in FIELDS}}
             for name, values in room.items():
                 values[: len(self.ids)] = getattr(self, name)
             self._room = room
-        for name, values in self._room.items():
-            setattr(self, name, values[:n])
+        if n:
+            for name, values in self._room.items():
+                setattr(self, name, values[:n])
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return all arrays, ids ascending, so that all ranks have the same."""

@@ -142,15 +142,15 @@ def measure_costs(
             logger.warning("what a training step costs could not be measured (%s); assuming it", error)
             return None
         updates = [_seconds(optimizer_step, device) for _ in batches][1:]
-        # Texts differ in length; batches of images do not, and what makes one take longer is the machine.
-        typical = statistics.mean if "input_ids" in batches[0] else min
-        step = loading + typical(steps) + min(updates) / accumulation
+        typical = statistics.mean if "input_ids" in batches[0] else statistics.median  # texts differ in length
+        step = loading + typical(steps) + statistics.median(updates) / accumulation
         pass_seconds = _offline_seconds(trainer, offline, dataset, collator, rows)
     return Costs(
         step_seconds=step,
         forward_share=typical(forwards) / candidates * rows / step,
         offline_share=(pass_seconds * rows + loading) / step,
         data_share=loading / step,
+        fastest_seconds=min(steps),
     )
 
 

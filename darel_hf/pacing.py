@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
 TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
+LOOP = 0.15  # what a training loop may add to steps that were measured alone
 EARLY_TOLERANCE = 0.25  # likewise, at the first looks, when a few steps say little
 
 
@@ -68,8 +69,10 @@ class KeepBudget(TrainerCallback):
     Args:
         seconds (`float`): that the run may take from the start of `elapsed`.
         elapsed (`Callable`): `() -> float`, seconds so far, all but evaluation counted.
-        step_cost (`Callable`): `step -> float`, what the plan says a step costs, relative to other steps (steps whose
-            candidates are scored cost more).
+        step_cost (`Callable`): `step -> float`, what the plan says a step costs, relative to one without scoring.
+        step_seconds (`float`): what the plan says a step without scoring takes. What the loop adds to it (logging,
+            clipping, caches that are not warm) plain training pays as well, so at the first look that is not early the
+            budget grows by as much, at most by `LOOP` of itself: it is a fraction of plain training's time.
         decide (`Callable`): `(function) -> value`, calls a function on the main process and gives all its value.
         decisions (`list`, *optional*): of a run that goes on.
     """
@@ -79,10 +82,12 @@ class KeepBudget(TrainerCallback):
         seconds: float,
         elapsed: Callable[[], float],
         step_cost: Callable[[int], float],
+        step_seconds: float,
         decide: Callable[[Callable[[], int]], int],
         decisions: list[list[float]] | None = None,
     ):
         self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
+        self.step_seconds, self.calibrated = step_seconds, False
         self.saved = decisions
         self.progress: Progress | None = None
 
@@ -96,10 +101,9 @@ class KeepBudget(TrainerCallback):
                 type(scheduler).__name__,
             )
             return
-        progress = self.progress = Progress(steps, self.saved)
-        scheduler.lr_lambdas = [
-            lambda step, planned=planned: planned(progress.position(step)) for planned in scheduler.lr_lambdas
-        ]
+        same = self.saved and self.saved[0][2] == steps  # not after a retry with smaller batches, or for more epochs
+        progress = self.progress = Progress(steps, self.saved if same else None)
+        scheduler.lr_lambdas = [_by_progress(planned, progress) for planned in scheduler.lr_lambdas]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; go on with earlier decisions."""
@@ -116,15 +120,18 @@ class KeepBudget(TrainerCallback):
         early = done < progress.planned // CHECKS
         if step % max(4, progress.planned // CHECKS) and not (done >= 4 and done & (done - 1) == 0):
             return  # neither one of the looks that are evenly spaced, nor after a power of two
-        end = self.decide(lambda: self._affordable_end(step))
+        end = self.decide(lambda: self._affordable_end(step, early))
         if abs(end - progress.end) > (EARLY_TOLERANCE if early else TOLERANCE) * progress.planned:
             progress.end_at(end, step)
             state.max_steps = end
             logger.info("time budget: training now ends at step %d of %d planned", end, progress.planned)
 
-    def _affordable_end(self, step: int) -> int:
+    def _affordable_end(self, step: int, early: bool) -> int:
         now = self.elapsed()
         unit = (now - self.begun) / sum(self.step_cost(s) for s in range(self.begun_step, step))
+        if not early and not self.calibrated:
+            self.calibrated = True
+            self.seconds *= min(max(unit / self.step_seconds, 1.0), 1.0 + LOOP)
         left, end = self.seconds - now, step
         while end < self.progress.planned:
             left -= unit * self.step_cost(end)
@@ -132,3 +139,14 @@ class KeepBudget(TrainerCallback):
                 break
             end += 1
         return max(end, step + 1)
+
+
+def _by_progress(planned: Callable[[float], float], progress: Progress) -> Callable[[int], float]:
+    """Return a schedule over steps that is the planned one over progress; one of an earlier `train()` is unwrapped."""
+    planned = getattr(planned, "planned", planned)
+
+    def schedule(step: int) -> float:  # a function: schedulers store the state of other callables
+        return planned(progress.position(step))
+
+    schedule.planned = planned
+    return schedule

@@ -31,6 +31,8 @@ class Costs:
         measured (`bool`): whether these were measured here, or are textbook values.
         data_share (`float`): loading a row, relative to a training step on it (d), where the loop waits for it: all
             candidates are loaded, also those that are not trained on.
+        fastest_seconds (`float`): the fastest of the steps that were measured: what compares batch sizes on a machine
+            that is busy now and then; seconds.
     """
 
     step_seconds: float
@@ -38,6 +40,7 @@ class Costs:
     offline_share: float
     measured: bool = True
     data_share: float = 0.0
+    fastest_seconds: float = math.nan
 
 
 def assumed_costs(lora: bool) -> Costs:
@@ -112,15 +115,15 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
         values = asdict(self)
-        if math.isnan(self.costs.step_seconds):
-            values["costs"]["step_seconds"] = None
+        for name in ("step_seconds", "fastest_seconds"):
+            if math.isnan(values["costs"][name]):
+                values["costs"][name] = None
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Restore what [`Plan.to_dict`] returned."""
-        costs = dict(values["costs"])
-        costs["step_seconds"] = math.nan if costs["step_seconds"] is None else costs["step_seconds"]
+        costs = {name: math.nan if value is None else value for name, value in values["costs"].items()}
         return cls(**{**values, "costs": Costs(**costs)})
 
     def check(self) -> None:

@@ -40,7 +40,7 @@ from .html import write_html
 from .losses import per_sample_losses
 from .measure import clock, measure_costs, measure_memory
 from .pacing import KeepBudget
-from .planning import Plan, assumed_costs, batch_size_within, budget_plan
+from .planning import Plan, assumed_costs, batch_size_within, budget_plan, online_term
 from .report import Report, scoring_seconds
 from .scoring import (
     BatchScorer,
@@ -69,6 +69,7 @@ class Run:
         self.checkpoint, self.trial = checkpoint, trial
         self.started = time.perf_counter()
         self.seconds = {"probe": 0.0, "offline": 0.0, "scoring": 0.0, "selection": 0.0, "evaluation": 0.0}
+        self.evaluating = False
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None
         self.scorer = trainer.scorer  # a model, once it has been made
@@ -183,7 +184,7 @@ class Run:
         self.offline_losses = arrays.pop("offline_losses", None)
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
-        self._decisions = state["decisions"]
+        self._decisions = state.get("decisions")
         self.selector = Selector(self._planned_config(), self.ids, self._seed())
         self.selector.load_state_dict(arrays)
 
@@ -271,17 +272,20 @@ class Run:
             self._micro_batches(plan),
             self.scorer,
         )
+        costs = self._from_main(costs)  # it may fail on some processes only
         if self.config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
             size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
             plan = replace(plan, batch_size=size)
             if size != full_size and costs is not None:
-                full_row = costs.step_seconds / full_size
+                full_row = costs.fastest_seconds / full_size
                 total = self._micro_batches(plan)
                 costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
-                plan = replace(plan, slowdown=self._from_main(costs.step_seconds / size / full_row))
+                costs = self._from_main(costs)
+                if costs is not None:
+                    plan = replace(plan, slowdown=costs.fastest_seconds / size / full_row)
         if costs is not None:
-            plan = replace(plan, costs=self._from_main(costs))
+            plan = replace(plan, costs=costs)
         if not self.config.rule("online").reads_losses:
             plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
         self._settle(started, "probe")
@@ -339,14 +343,15 @@ class Run:
         plan, config = self.plan, self.config
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
-        scoring, loading = plan.costs.forward_share, plan.costs.data_share
-        # A step that scores its candidates costs so much more than one that does not.
-        scoring /= loading + (1 - loading) * plan.effective_online_keep
-        scoring = scoring if plan.online_keep < 1 else 0.0
+        # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
+        base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
+        scoring = plan.costs.forward_share / base if plan.online_keep < 1 else 0.0
+        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: time.perf_counter() - self.started - self.seconds["evaluation"],
             step_cost=lambda step: 1 + (scoring and scoring * self.selector.is_fresh(step // self.steps_per_epoch)),
+            step_seconds=step * base / plan.effective_online_keep,
             decide=self.trainer._on_main,
             decisions=self._decisions,
         )
@@ -471,7 +476,8 @@ class Run:
         if self._start is not None and size != self.plan.batch_size:
             self.selector.load_state_dict({name: values.copy() for name, values in self._start["arrays"].items()})
             self.trained_rows, self.candidate_rows, self._merged_epoch = self._start["counts"]
-            self.plan = replace(self.plan, batch_size=size)
+            step = self.plan.costs.step_seconds * size / self.plan.batch_size
+            self.plan = replace(self.plan, batch_size=size, costs=replace(self.plan.costs, step_seconds=step))
             self._interval, self._unlogged = [], []
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
@@ -677,9 +683,12 @@ class Run:
         if self.args.should_save and self.trainer.hp_search_backend is None:
             suffix = self._suffix("report")
             report.write_samples(self.folder / f"samples{suffix}.parquet")
-            history = self.trainer.state.log_history
-            write_html(report, self.folder / f"report{suffix}.html", history, self.environment, self._text_of)
             write_json(self.folder / f"report{suffix}.json", {**report.to_dict(), "environment": self.environment})
+            page, history = self.folder / f"report{suffix}.html", self.trainer.state.log_history
+            try:
+                write_html(report, page, history, self.environment, self._text_of)
+            except Exception as error:  # it shows samples as the user's data and tokenizer give them; training is done
+                logger.warning("%s could not be written: %s", page, error)
         return report
 
     def _suffix(self, name: str) -> str:

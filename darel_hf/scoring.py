@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from torch.distributed.fsdp import FlatParameter, FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -51,7 +51,8 @@ def base_model(model: nn.Module) -> nn.Module:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are spread over processes (FSDP, ZeRO 3): then all of them take part in a forward pass."""
-    return any(isinstance(p, (DTensor, FlatParameter)) or hasattr(p, "ds_id") for p in model.parameters())
+    first = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())  # version 1 hides its own
+    return first or any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from . import checkpoints
 from .config import DarelConfig, require
@@ -102,10 +103,10 @@ class DarelMixin:
             raise full from error
         finally:
             self._run.close()
-            if self._run.pace is not None:
-                self.remove_callback(self._run.pace)
-            self._run = None
+            pace, self._run = self._run.pace, None
             self.train_dataset, self._train_batch_size = dataset, batch_size
+            if pace in self.callback_handler.callbacks:
+                self.remove_callback(pace)
 
     _run_count = 0
 
@@ -223,12 +224,14 @@ class DarelMixin:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the class below does; during training, its time counts for no budget."""
-        started = time.perf_counter()
+        if self._run is None or self._run.evaluating:  # several sets are evaluated by calls within this one
+            return super().evaluate(*args, **kwargs)
+        started, self._run.evaluating = time.perf_counter(), True
         try:
             return super().evaluate(*args, **kwargs)
         finally:
-            if self._run is not None:
-                self._run.seconds["evaluation"] += time.perf_counter() - started
+            self._run.seconds["evaluation"] += time.perf_counter() - started
+            self._run.evaluating = False
 
     # ---- Logs and checkpoints ----
 
@@ -287,6 +290,8 @@ def _check_arguments(trainer: Any) -> None:
     scores = scores and config.scores is None and trainer.scorer is None
     remedy = "only the first process then has weights to score with; set it to false, or give scores= or scorer="
     require(not (empty and scores and args.world_size > 1), "fsdp_cpu_ram_efficient_loading", True, remedy)
+    remedy = "weights are spread over processes before the offline stage could score; give scores= or scorer="
+    require(not (scores and is_deepspeed_zero3_enabled()), "deepspeed zero_stage", 3, remedy)
     selects = config.online_keep < 1 or config.offline_keep < 1
     if args.max_steps > 0 and selects and not is_stream(trainer.train_dataset):
         logger.warning(

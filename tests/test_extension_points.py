@@ -22,6 +22,11 @@ from transformers import trainer as trainer_module
         ("_set_signature_columns_if_needed", []),
         ("_prepare_inputs", ["inputs"]),
         ("get_optimizer_cls_and_kwargs", ["args", "model"]),
+        ("create_scheduler", ["num_training_steps"]),
+        ("evaluate", ["eval_dataset"]),
+        ("create_model_card", ["model_name"]),
+        ("add_callback", ["callback"]),
+        ("remove_callback", ["callback"]),
     ],
 )
 @pytest.mark.parametrize("cls", [Trainer, Seq2SeqTrainer])

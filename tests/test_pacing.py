@@ -5,8 +5,9 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import PadCollator, arguments, tiny_lora, token_data
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TrainerCallback
 
@@ -14,6 +15,7 @@ from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.pacing import KeepBudget, Progress
 
 
+@settings(deadline=None)
 @given(st.integers(2, 500), st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6))
 def test_progress_never_goes_back_and_ends_at_the_end(planned, changes):
     progress = Progress(planned)
@@ -37,7 +39,7 @@ def test_progress_never_goes_back_and_ends_at_the_end(planned, changes):
 def test_ends_where_the_budget_ends(seconds_a_step, end):
     """By a clock of our own: 100 steps planned, 100 seconds allowed, steps that take what they take."""
     now = 0.0
-    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, lambda function: function())
+    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, seconds_a_step, lambda function: function())
     keeper.progress = Progress(100)
 
     class State:
@@ -52,6 +54,24 @@ def test_ends_where_the_budget_ends(seconds_a_step, end):
     assert keeper.progress.position(State.global_step) == 100
 
 
+@pytest.mark.parametrize(("loop", "end"), [(1.1, 100), (1.5, 77), (0.9, 100)])
+def test_what_the_loop_adds_is_plain_trainings_too(loop, end):
+    """Steps of 1 s were measured alone; in the loop they take more, of which up to 15 per cent are granted."""
+    now = 0.0
+    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, 1.0, lambda function: function())
+    keeper.progress = Progress(100)
+
+    class State:
+        global_step, max_steps = 0, 100
+
+    keeper.on_train_begin(None, State, None)
+    while State.global_step < State.max_steps:
+        now += loop
+        State.global_step += 1
+        keeper.on_step_end(None, State, None)
+    assert State.global_step == pytest.approx(end, abs=1)
+
+
 def test_dear_epochs_are_not_taken_for_all():
     """The first epoch scores and costs three times as much: as planned, so nothing is to be shortened."""
     now = 0.0
@@ -59,7 +79,7 @@ def test_dear_epochs_are_not_taken_for_all():
     def cost(step):
         return 3.0 if step < 50 else 1.0
 
-    keeper = KeepBudget(200.0, lambda: now, cost, lambda function: function())
+    keeper = KeepBudget(200.0, lambda: now, cost, 1.0, lambda function: function())
     keeper.progress = Progress(100)
 
     class State:
@@ -81,10 +101,10 @@ class Slow(TrainerCallback):
         time.sleep(0.1)
 
 
-def trainer_for(folder, epochs=60, **settings):
+def trainer_for(folder, epochs=60, **more):
     return DarelTrainer(
         model=tiny_lora(),
-        args=arguments(folder, num_train_epochs=epochs, **settings),
+        args=arguments(folder, num_train_epochs=epochs, **more),
         train_dataset=token_data(40),
         eval_dataset=token_data(4),
         data_collator=PadCollator(),
@@ -122,3 +142,34 @@ def test_a_schedule_that_cannot_end_earlier(tmp_path, caplog):
     assert "cannot be made to end earlier" in caplog.text
     assert not trainer.report.decisions
     assert trainer.report.seconds["evaluation"] > 0
+
+
+def test_several_evaluation_sets_are_counted_once(tmp_path):
+    """`Trainer.evaluate` calls itself for each of them."""
+    trainer = trainer_for(tmp_path, epochs=1, eval_strategy="epoch")
+    trainer.eval_dataset = {"a": token_data(4), "b": token_data(4)}
+    spent = []
+
+    class Watch(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.started = time.perf_counter()
+
+        def on_log(self, args, state, control, **kwargs):
+            spent.append(time.perf_counter() - getattr(self, "started", time.perf_counter()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert 0 < trainer.report.seconds["evaluation"] < max(spent)
+
+
+def test_decisions_for_other_steps_are_forgotten():
+    """A retry with smaller batches, or a resume for more epochs, has another number of steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    saved = [[0, 0.0, 100], [50, 50.0, 75]]
+    for steps, end in ((100, 75), (200, 200)):
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
+        keeper = KeepBudget(1.0, lambda: 0.0, lambda step: 1.0, 1.0, lambda function: function(), saved)
+        keeper.schedule(scheduler, steps)
+        assert keeper.progress.end == end
+        keeper.schedule(scheduler, steps)  # a second train() with a scheduler of the user's
+        assert scheduler.lr_lambdas[0](60) == pytest.approx(1 - keeper.progress.position(60) / 100)

@@ -127,7 +127,12 @@ def test_an_open_ledger_knows_what_a_closed_one_knows(seen):
             ledger.record_scores(np.array(ids), losses, np.ones(len(ids)), step)
             ledger.record_training(np.array(ids[:1]))
     again = OpenLedger()
+    again.record_training(np.array([7, 9]))  # what a failed attempt has left
     again.load_state_dict(open_ledger.state_dict())
+    emptied = OpenLedger()
+    emptied.record_training(np.array([7, 9]))
+    emptied.load_state_dict(OpenLedger().state_dict())
+    assert len(emptied) == 0 and emptied.times_trained[emptied.rows(np.array([9]))].tolist() == [0]
     for ledger in (open_ledger, again):
         assert len(ledger) == len(closed)
         rows = ledger.rows(closed.ids)
