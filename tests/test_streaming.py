@@ -132,7 +132,9 @@ def test_an_open_ledger_knows_what_a_closed_one_knows(seen):
     emptied = OpenLedger()
     emptied.record_training(np.array([7, 9]))
     emptied.load_state_dict(OpenLedger().state_dict())
-    assert len(emptied) == 0 and emptied.times_trained[emptied.rows(np.array([9]))].tolist() == [0]
+    assert len(emptied) == 0
+    row = emptied.rows(np.array([9]))
+    assert emptied.times_trained[row].tolist() == [0]
     for ledger in (open_ledger, again):
         assert len(ledger) == len(closed)
         rows = ledger.rows(closed.ids)
