@@ -19,6 +19,7 @@ LONGEST = 1000  # characters of a sample
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #212529 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+pre { white-space: pre-wrap }
 table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #dee2e6 }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere } td.number { white-space: nowrap }
