@@ -85,8 +85,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
     n = np.array([row["samples"] for row in rows], float)
     curves = {f"rule {name}": [row["rules"][name] for row in rows] for name in rows[0]["rules"]}
     curves |= {name: [row[name] for row in rows] for name in ("length_correction", "merge", "state")}
-    for name, values in curves.items():
-        axes.loglog(n, values, marker="o", ms=3, label=name)
+    for number, (name, values) in enumerate(curves.items()):
+        axes.loglog(n, values, marker="o", ms=3, label=name, ls="-" if number < 9 else "-.")
     first = min(values[0] for values in curves.values())
     axes.loglog(n, first * n / n[0], "k:", lw=1, label="n")
     axes.loglog(n, first * n * np.log(n) / (n[0] * np.log(n[0])), "k--", lw=1, label="n log n")
