@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from .files import write_text
-from .report import Report
+from .report import DROPPED, KEPT, Report
 
-KEPT, DROPPED, GREY = "#2a6f97", "#e07a5f", "#adb5bd"
+GREY = "#adb5bd"
 SHOWN = 10  # samples a list
 LONGEST = 1000  # characters of a sample
 

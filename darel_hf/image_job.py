@@ -19,7 +19,8 @@ from .config import DarelConfig
 from .data import sample_ids
 from .files import atomic_path, write_json
 from .hypercomplex import to_hypercomplex
-from .jobs import claim_folder, require_hub, train_once
+from .jobs import accuracy, claim_folder, require_hub, train_once
+from .report import DROPPED, KEPT
 from .scoring import BatchScorer
 from .trainer import DarelTrainer
 from .vision import ImageClassifier, load_images, load_weights, make_network
@@ -152,11 +153,6 @@ def _settable(training: TrainingArguments) -> set[str]:
     return {name for name, f in training.__dataclass_fields__.items() if f.init}
 
 
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Return the fraction of images whose most likely class is the right one, for `compute_metrics`."""
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
-
-
 def run(
     args: ImageArguments,
     darel: DarelConfig,
@@ -225,8 +221,6 @@ def run(
 
 # ---- Pictures ----
 
-KEPT, REMOVED = "#2a6f97", "#e07a5f"
-
 
 def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 0, most: int = 1000) -> None:
     """
@@ -258,7 +252,7 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
 
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    for chosen, colour, text in ((kept, KEPT, "kept"), (~kept, REMOVED, "removed")):
+    for chosen, colour, text in ((kept, KEPT, "kept"), (~kept, DROPPED, "removed")):
         axes.scatter(
             *points[chosen].T, s=12, alpha=0.6, color=colour, linewidths=0, label=f"{text} ({chosen.sum():,})"
         )

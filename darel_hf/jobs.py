@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -57,6 +58,11 @@ def require_hub(name: str, kind: str, option: str) -> None:
             f"{option}: the {kind} {name!r} cannot be had from the hub ({type(error).__name__}). Give folders on this "
             "machine with --data_dir and --model_name_or_path, or try everything without a network: darel demo"
         ) from None
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Return the fraction of samples whose most likely class is the right one, for `compute_metrics`."""
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
 
 
 def claim_folder(training: TrainingArguments, resume: bool) -> Path:

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
 TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
-LOOP = 0.15  # what a training loop may add to steps that were measured alone
 EARLY_TOLERANCE = 0.25  # likewise, at the first looks, when a few steps say little
+LOOP = 0.15  # what a training loop may add to steps that were measured alone
 
 
 class Progress:

@@ -15,6 +15,8 @@ from .ledger import LossLedger
 from .planning import Plan
 from .selection import RULES, Samples, length_corrected
 
+KEPT, DROPPED = "#2a6f97", "#e07a5f"  # colours, in every picture
+
 
 def scoring_seconds(seconds: dict[str, float]) -> float:
     """Return what went into scores and into measuring what they cost, of the seconds of a run."""
@@ -69,9 +71,14 @@ class Report:
         return round(float((self.times_trained * self.ledger.n_tokens).sum()))
 
     @property
+    def _ranked_losses(self) -> np.ndarray:
+        """What the offline stage went by, or the latest losses where there was none."""
+        return self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
+
+    @property
     def percentiles(self) -> np.ndarray:
         """Loss percentile of each sample among those of similar length, in (0, 1): what the rules look at."""
-        losses = self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
+        losses = self._ranked_losses
         known = ~np.isnan(losses)
         values = np.full(len(self.ledger), np.nan)
         samples = Samples(self.ledger.ids[known], losses[known], self.ledger.n_tokens[known])
@@ -97,7 +104,7 @@ class Report:
             for dropped ones, `why`.
         """
         percentiles = self.percentiles
-        losses = self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
+        losses = self._ranked_losses
         rows = np.flatnonzero(self.kept == kept)
         extremeness = np.nan_to_num(np.abs(percentiles[rows] - 0.5))  # a rule that reads no losses knows none
         rows = rows[np.argsort(-extremeness, kind="stable")][:limit]
@@ -185,7 +192,7 @@ class Report:
         shown = np.clip(losses, None, bins[-1])
         parts = [shown[known & self.kept], shown[known & ~self.kept]]
         labels = [f"kept ({len(parts[0]):,})", f"dropped ({len(parts[1]):,})"]
-        axes.hist(parts, bins=bins, stacked=True, color=["#2a6f97", "#e07a5f"], label=labels)
+        axes.hist(parts, bins=bins, stacked=True, color=[KEPT, DROPPED], label=labels)
         axes.set_xlabel("loss before training (nats per token)")
         axes.set_ylabel("samples")
         axes.set_title(f"offline selection: {self.config.offline_rule}, keep {self.plan.offline_keep:.2f}")

@@ -74,7 +74,8 @@ class Run:
         self._decisions: list[list[float]] | None = None
         self.scorer = trainer.scorer  # a model, once it has been made
         self.scorer_seconds = 0.0
-        self.environment = describe(trainer.args)
+        self.stores = self.args.should_save and trainer.hp_search_backend is None  # report and the like, here
+        self.environment = describe(trainer.args) if self.stores else {}
         self.full_dataset = trainer.train_dataset
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
@@ -124,7 +125,7 @@ class Run:
         if not self.streams:
             self._warn_about_steps()
         self._keep_budget()
-        if self.args.should_save and self.trainer.hp_search_backend is None:
+        if self.stores:
             run = {"plan": self.plan.to_dict(), "config": self.config.to_dict(), "environment": self.environment}
             write_json(self.folder / f"run{self._suffix('run')}.json", run)
         if self.args.auto_find_batch_size and self.in_loop:
@@ -355,6 +356,11 @@ class Run:
             decide=self.trainer._on_main,
             decisions=self._decisions,
         )
+
+    @property
+    def _decided(self) -> list[list[float]] | None:
+        """What keeping the budget has decided, the plan itself first; `None` where nothing is watched."""
+        return self.pace.progress.decisions if self.pace and self.pace.progress else None
 
     @property
     def full_seconds(self) -> float:
@@ -645,7 +651,7 @@ class Run:
                 "batch_size": self.args.train_batch_size,
                 "merged_epoch": self._merged_epoch,
                 "scores_reused": self.scores_reused,
-                "decisions": self.pace.progress.decisions if self.pace and self.pace.progress else None,
+                "decisions": self._decided,
             }
             checkpoints.save(folder, state, arrays)
         self.trainer.accelerator.wait_for_everyone()
@@ -678,9 +684,9 @@ class Run:
             kept=kept,
             offline_losses=np.full(len(ledger), np.nan) if self.offline_losses is None else self.offline_losses,
             scores_reused=self.scores_reused,
-            decisions=self.pace.progress.decisions[1:] if self.pace and self.pace.progress else [],
+            decisions=(self._decided or [])[1:],
         )
-        if self.args.should_save and self.trainer.hp_search_backend is None:
+        if self.stores:
             suffix = self._suffix("report")
             report.write_samples(self.folder / f"samples{suffix}.parquet")
             write_json(self.folder / f"report{suffix}.json", {**report.to_dict(), "environment": self.environment})

@@ -35,11 +35,10 @@ def test_progress_never_goes_back_and_ends_at_the_end(planned, changes):
     )
 
 
-@pytest.mark.parametrize(("seconds_a_step", "end"), [(1.0, 100), (2.0, 50), (4.0, 25), (20.0, 5)])
-def test_ends_where_the_budget_ends(seconds_a_step, end):
-    """By a clock of our own: 100 steps planned, 100 seconds allowed, steps that take what they take."""
+def keep(seconds, step_cost, step_seconds, seconds_of):
+    """Go through 100 planned steps by a clock of our own, on which a step takes `seconds_of(step)`; return the end."""
     now = 0.0
-    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, seconds_a_step, lambda function: function())
+    keeper = KeepBudget(seconds, lambda: now, step_cost, step_seconds, lambda function: function())
     keeper.progress = Progress(100)
 
     class State:
@@ -47,51 +46,36 @@ def test_ends_where_the_budget_ends(seconds_a_step, end):
 
     keeper.on_train_begin(None, State, None)
     while State.global_step < State.max_steps:
-        now += seconds_a_step
+        now += seconds_of(State.global_step)
         State.global_step += 1
         keeper.on_step_end(None, State, None)
-    assert State.global_step == pytest.approx(end, abs=1)
-    assert keeper.progress.position(State.global_step) == 100
+    return State.global_step, keeper.progress
+
+
+@pytest.mark.parametrize(("seconds_a_step", "end"), [(1.0, 100), (2.0, 50), (4.0, 25), (20.0, 5)])
+def test_ends_where_the_budget_ends(seconds_a_step, end):
+    """100 steps planned, 100 seconds allowed, steps that take what they take."""
+    step, progress = keep(100.0, lambda step: 1.0, seconds_a_step, lambda step: seconds_a_step)
+    assert step == pytest.approx(end, abs=1)
+    assert progress.position(step) == 100
 
 
 @pytest.mark.parametrize(("loop", "end"), [(1.1, 100), (1.5, 77), (0.9, 100)])
 def test_what_the_loop_adds_is_plain_trainings_too(loop, end):
     """Steps of 1 s were measured alone; in the loop they take more, of which up to 15 per cent are granted."""
-    now = 0.0
-    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, 1.0, lambda function: function())
-    keeper.progress = Progress(100)
-
-    class State:
-        global_step, max_steps = 0, 100
-
-    keeper.on_train_begin(None, State, None)
-    while State.global_step < State.max_steps:
-        now += loop
-        State.global_step += 1
-        keeper.on_step_end(None, State, None)
-    assert State.global_step == pytest.approx(end, abs=1)
+    step, _ = keep(100.0, lambda step: 1.0, 1.0, lambda step: loop)
+    assert step == pytest.approx(end, abs=1)
 
 
 def test_dear_epochs_are_not_taken_for_all():
     """The first epoch scores and costs three times as much: as planned, so nothing is to be shortened."""
-    now = 0.0
 
     def cost(step):
         return 3.0 if step < 50 else 1.0
 
-    keeper = KeepBudget(200.0, lambda: now, cost, 1.0, lambda function: function())
-    keeper.progress = Progress(100)
-
-    class State:
-        global_step, max_steps = 0, 100
-
-    keeper.on_train_begin(None, State, None)
-    while State.global_step < State.max_steps:
-        now += cost(State.global_step)
-        State.global_step += 1
-        keeper.on_step_end(None, State, None)
-    assert State.global_step == 100
-    assert len(keeper.progress.decisions) == 1
+    step, progress = keep(200.0, cost, 1.0, cost)
+    assert step == 100
+    assert len(progress.decisions) == 1
 
 
 class Slow(TrainerCallback):

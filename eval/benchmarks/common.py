@@ -128,6 +128,19 @@ def conditions(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def latest_rows(name: str, settings: dict[str, Any], **results: Any) -> dict[str, list[dict[str, Any]]]:
+    """Return the stored rows of these settings and results by arm; the latest of an arm and seed counts."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if settings.items() <= row["settings"].items() and results.items() <= row.items():
+            found[row["arm"], row["seed"]] = row
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in found.values():
+        by_arm.setdefault(row["arm"], []).append(row)
+    return by_arm
+
+
 def store(name: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Append one row to `results/<name>.jsonl` and print it."""
     RESULTS.mkdir(exist_ok=True)

@@ -14,14 +14,13 @@ a model, the generated corpus and the demo's model are taken.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, store
+from common import RESULTS, latest_rows, store
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
@@ -153,15 +152,8 @@ def main() -> None:
 
 
 def summarize(name: str, settings: dict[str, Any]) -> None:
-    """Make the table and the picture from all stored rows of these settings; the latest of an arm and seed counts."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if settings.items() <= row["settings"].items():
-            found[row["arm"], row["seed"]] = row
-    by_arm: dict[str, list[dict[str, Any]]] = {}
-    for row in found.values():
-        by_arm.setdefault(row["arm"], []).append(row)
+    """Make the table and the picture from all stored rows of these settings."""
+    by_arm = latest_rows(name, settings)
     lines = [
         "| arm | time, median | BLEU, mean (spread) | BLEU minus full, mean | no worse by more than 1 | NIST | METEOR "
         "| TER | seeds |",

@@ -13,14 +13,13 @@ made from all rows of the same settings.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, store
+from common import RESULTS, latest_rows, store
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
@@ -136,17 +135,11 @@ def main() -> None:
 
 
 def summarize(name: str, settings: dict[str, Any], plain: str) -> None:
-    """Make the table and the picture from all stored rows of these settings; the latest of an arm and seed counts."""
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["plain"] == plain and settings.items() <= row["settings"].items():
-            found[row["arm"], row["seed"]] = row
-    points: dict[str, dict[str, Any]] = {}
-    for (arm, _), row in found.items():
-        point = points.setdefault(arm, {"arm": arm, "accuracy": [], "time": []})
-        point["accuracy"].append(row["accuracy"])
-        point["time"].append(row["time"])
+    """Make the table and the picture from all stored rows of these settings and times."""
+    points = {
+        arm: {"arm": arm, **{key: [row[key] for row in rows] for key in ("accuracy", "time")}}
+        for arm, rows in latest_rows(name, settings, plain=plain).items()
+    }
     (RESULTS / f"{name}.md").write_text(markdown([*points.values()], settings), encoding="utf-8")
     if plain in points:
         plot_accuracy_time([*points.values()], RESULTS / f"{name}.png")

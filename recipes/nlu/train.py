@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
@@ -21,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.config import require
 from darel_hf.files import write_json
-from darel_hf.jobs import claim_folder, parse_settings, require_hub, train_once
+from darel_hf.jobs import accuracy, claim_folder, parse_settings, require_hub, train_once
 
 
 @dataclass
@@ -81,7 +80,7 @@ def main() -> None:
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: {"accuracy": float((np.argmax(p.predictions, -1) == p.label_ids).mean())},
+        compute_metrics=accuracy,
         darel=darel,
     )
     results = train_once(trainer, folder, task.resume)
