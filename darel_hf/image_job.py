@@ -36,7 +36,7 @@ class ImageArguments:
     Args:
         model (`str`): name of a torchvision network.
         algebra (`str`, *optional*): make it hypercomplex, see [`darel_hf.hypercomplex.to_hypercomplex`].
-        narrow (`int`): divide its channels by so much.
+        narrow (`float`): divide its channels by so much.
         small_stem (`bool`): the ResNet stem for small images.
         channels_last (`bool`): memory layout that convolutions on GPUs like.
 
@@ -63,7 +63,7 @@ class ImageArguments:
 
     model: str = field(default="resnet18", metadata={"help": "name of a torchvision network"})
     algebra: str | None = field(default=None, metadata={"help": "complex, double, dual or quaternion"})
-    narrow: int = field(default=1, metadata={"help": "divide the channels by so much"})
+    narrow: float = field(default=1.0, metadata={"help": "divide the channels by so much"})
     small_stem: bool = field(default=True, metadata={"help": "the ResNet stem for small images"})
     channels_last: bool = field(default=False, metadata={"help": "memory layout that convolutions on GPUs like"})
     data_dir: str | None = field(default=None, metadata={"help": "folder with train.parquet and test.parquet"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -146,13 +147,14 @@ def small_image_stem(network: nn.Module) -> nn.Module:
     return network
 
 
-def narrow(network: nn.Module, divisor: int) -> nn.Module:
+def narrow(network: nn.Module, divisor: float) -> nn.Module:
     """
     Return a copy of a network of convolutions with a fraction of the channels, newly initialized.
 
     Args:
         network (`nn.Module`): convolutions without groups, batch normalization and a last linear layer.
-        divisor (`int`): of the channel counts; images keep theirs, and so do the classes.
+        divisor (`float`): of the channel counts, each of which must stay a whole number (64 channels become 20 with
+            3.2); images keep theirs, and so do the classes.
 
     Raises:
         ValueError: if a channel count cannot be divided.
@@ -163,9 +165,10 @@ def narrow(network: nn.Module, divisor: int) -> nn.Module:
     inputs = next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
 
     def part(channels: int) -> int:
-        fits = channels % divisor == 0
+        width = round(channels / divisor)
+        fits = width > 0 and math.isclose(width * divisor, channels)
         require(fits, "divisor", divisor, f"{channels} channels cannot be divided by it; give a divisor of all")
-        return channels // divisor
+        return width
 
     def convolution(m: nn.Conv2d) -> nn.Conv2d:
         require(m.groups == 1, "network", f"groups={m.groups}", "only convolutions without groups can be narrowed")
@@ -202,7 +205,7 @@ def replace_modules(network: nn.Module, makers: dict[type[nn.Module], Any]) -> n
 
 
 def make_network(
-    name: str, num_classes: int, small_stem: bool = False, divisor: int = 1, weights: str | None = None
+    name: str, num_classes: int, small_stem: bool = False, divisor: float = 1, weights: str | None = None
 ) -> nn.Module:
     """
     Build a torchvision network.
@@ -211,7 +214,7 @@ def make_network(
         name (`str`): as `torchvision.models.get_model` knows it, such as `"resnet18"`.
         num_classes (`int`): outputs.
         small_stem (`bool`): see [`small_image_stem`].
-        divisor (`int`): see [`narrow`].
+        divisor (`float`): see [`narrow`].
         weights (`str`, *optional*): pre-trained weights as torchvision names them (`"DEFAULT"`); the last linear layer
             is made new if its size differs.
 

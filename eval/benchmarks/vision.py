@@ -26,7 +26,7 @@ from darel_hf import DarelConfig
 from darel_hf.image_job import ImageArguments, load_data, plot_accuracy_time, run
 
 
-def arms(rule: str, online_rule: str) -> dict[str, tuple[dict[str, Any], dict[str, Any], float]]:
+def arms(rule: str, online_rule: str, narrow: float) -> dict[str, tuple[dict[str, Any], dict[str, Any], float]]:
     """Return DAREL's settings, the task's settings, and the fraction of the epochs, of each arm."""
     grouped = {"group_column": "label"}
     budget = {"offline_rule": rule, "online_rule": online_rule, "budget_memory": 0.8, **grouped}
@@ -43,6 +43,9 @@ def arms(rule: str, online_rule: str) -> dict[str, tuple[dict[str, Any], dict[st
     for algebra in ("dual", "complex", "double", "quaternion"):
         made[algebra] = ({}, {"algebra": algebra}, 1.0)
         made[f"{algebra}_darel_0.5"] = ({**budget, "budget_time": 0.5}, {"algebra": algebra}, 1.0)
+        wide = {"algebra": algebra, "narrow": narrow / 1.25}
+        made[f"wide_{algebra}"] = ({}, wide, 1.0)
+        made[f"wide_{algebra}_darel_0.5"] = ({**budget, "budget_time": 0.5}, wide, 1.0)
     for stage in ("offline", "online"):
         for name in ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "random"):
             keep = {"offline_keep": 0.5} if stage == "offline" else {"online_keep": 0.5, "rescore_every": 5}
@@ -79,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
-    known = arms(options.offline_rule, options.online_rule)
+    known = arms(options.offline_rule, options.online_rule, options.narrow)
     names = options.arms.split(",")
     what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run} | {"data": Path(options.data_dir).name}
@@ -90,11 +93,10 @@ def main() -> None:
             darel, task, share = known[name]
             arguments = ImageArguments(
                 data_dir=options.data_dir,
-                narrow=options.narrow,
                 max_train_samples=options.max_train_samples,
                 channels_last=options.channels_last,
                 scorer_epochs=options.scorer_epochs,
-                **task,
+                **{"narrow": options.narrow, **task},
             )
             data = data or load_data(arguments, seed=0)
             training = TrainingArguments(
