@@ -121,6 +121,7 @@ def select(
     data: Annotated[Path | None, typer.Option(help="The samples; without them only ids are written.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the data with the ids that were scored.")] = None,
     group_column: Annotated[str | None, typer.Option(help="Column whose values all stay represented.")] = None,
+    reference_scores: Annotated[Path | None, typer.Option(help="Scores by a reference model, for rho_loss.")] = None,
     length_correction: Annotated[bool, typer.Option(help="Compare losses among similar lengths.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of rules that draw at random.")] = 0,
     force: Annotated[bool, typer.Option(help="Overwrite the output.")] = False,
@@ -141,8 +142,13 @@ def select(
 
         remedy = "groups are read from the data; give --data"
         require(group_column is None or data is not None, "group_column", group_column, remedy)
-        config = DarelConfig(offline_keep=keep, offline_rule=rule, length_correction=length_correction)
-        loaded, groups = load_scores(scores), None
+        config = DarelConfig(
+            offline_keep=keep,
+            offline_rule=rule,
+            reference_scores=None if reference_scores is None else str(reference_scores),
+            length_correction=length_correction,
+        )
+        loaded, groups, reference = load_scores(scores), None, None
         table = None if data is None else read_table(data)
         if table is not None:
             ids = sample_ids(table, id_column)
@@ -151,7 +157,11 @@ def select(
             loaded = match_scores(loaded, ids, loaded.origin.get("data", ""), str(scores))
             if group_column is not None:
                 groups = group_numbers(read_column(table, group_column, "group_column"))
-        selection = Selector(config, loaded.ids, seed).select_offline(loaded, groups)
+        if reference_scores is not None:
+            name, data_of = "reference_scores", loaded.origin.get("data", "")
+            reference = load_scores(reference_scores, name)
+            reference = match_scores(reference, loaded.ids, data_of, str(reference_scores), name).losses
+        selection = Selector(config, loaded.ids, seed, reference).select_offline(loaded, groups)
         kept = loaded.ids[selection.positions]
         result = (
             datasets.Dataset.from_dict({"sample_id": kept}) if table is None else table.select(selection.positions)

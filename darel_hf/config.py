@@ -33,6 +33,8 @@ class DarelConfig:
         scores (`str`, *optional*):
             Path of a parquet file with columns `sample_id`, `loss`, `n_tokens` (as `darel score` writes it). It is
             used instead of an offline pass.
+        reference_scores (`str`, *optional*):
+            Path of such a file with the losses of a reference model, for the rule `"rho_loss"` in either stage.
         group_column (`str`, *optional*):
             Column of the training set whose values are kept in proportion, at least one sample each (a label, a
             meaning representation). Offline stage only: a candidate batch is too small for groups.
@@ -47,6 +49,12 @@ class DarelConfig:
         rescore_every (`int`, defaults to 1):
             Epochs from one fresh scoring to the next (the paper's eta, as we read it: the source does not say more
             than "scheduler"). In between, the same rule picks by the losses in the ledger, without a forward pass.
+        online_backward (`str`, defaults to `"subset"`):
+            How candidates that are scored afresh are trained on. `"subset"`: a forward pass in eval mode scores them,
+            then the kept rows get a training step. `"sliced"`: one forward pass in train mode does both, the backward
+            pass is for the kept rows only (see [`darel_hf.sliced.SlicedStep`]); the model is compiled ahead of time,
+            with Inductor where `torch_compile=True`. Where a model cannot be, a warning says why, and it is
+            `"subset"`.
 
     Parameters that control the **budget**, which derives the three fractions above and the batch size:
 
@@ -88,12 +96,14 @@ class DarelConfig:
         default=1.0, metadata={"help": "fraction of each candidate batch that gets a backward pass, in (0, 1]"}
     )
     rescore_every: int = field(default=1, metadata={"help": "epochs from one fresh scoring to the next"})
+    online_backward: str = field(default="subset", metadata={"help": "'subset' or 'sliced' (one forward pass)"})
     budget_time: float | None = field(default=None, metadata={"help": "fraction of the full training time, in (0, 1]"})
     budget_memory: float | None = field(default=None, metadata={"help": "fraction of the full memory, in (0, 1]"})
     budget_method: str = field(default="measured", metadata={"help": "'measured' or 'paper'"})
     offline_rule: str = field(default="trimmed", metadata={"help": "rule of the offline stage"})
     online_rule: str = field(default="hardest", metadata={"help": "rule of the online stage"})
     scores: str | None = field(default=None, metadata={"help": "parquet file of saved scores"})
+    reference_scores: str | None = field(default=None, metadata={"help": "scores of a reference model, for rho_loss"})
     id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
@@ -120,6 +130,17 @@ class DarelConfig:
             require(value in RULES, name, value, f"unknown rule; choose one of {', '.join(sorted(RULES))}")
         methods = ("measured", "paper")
         require(self.budget_method in methods, "budget_method", self.budget_method, f"choose one of {methods}")
+        backwards = ("subset", "sliced")
+        value = self.online_backward
+        require(value in backwards, "online_backward", value, f"choose one of {backwards}")
+        remedy = f"the rule {self.online_rule!r} reads no losses, so there is no forward pass to save; leave it out"
+        require(value == "subset" or self.rule("online").reads_losses, "online_backward", value, remedy)
+        remedy = "memory is that of a forward pass over all candidates, more than of a step on the kept; give 'subset'"
+        require(value == "subset" or self.budget_memory is None, "online_backward", value, remedy)
+        for name in ("offline_rule", "online_rule"):
+            needed = "reference" in RULES[getattr(self, name)].needs
+            remedy = "it compares with a reference model: give reference_scores, a file made by `darel score` with it"
+            require(not needed or self.reference_scores is not None, name, getattr(self, name), remedy)
         weighs = self.rule("offline").weigh is not None
         remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
         require(self.group_column is None or not weighs, "group_column", self.group_column, remedy)

@@ -127,6 +127,33 @@ def per_sample_losses(
     )
 
 
+def dense_losses(
+    logits: torch.Tensor, labels: torch.Tensor, shift: bool, label_smoothing: float = 0.0, want_correct: bool = False
+) -> SampleLosses:
+    """
+    Compute what [`per_sample_losses`] does, at all positions at once: without a step whose size depends on the labels,
+    so that a compiler can trace it, but with the logits of the whole batch in float32.
+
+    Arguments, result and errors are those of [`per_sample_losses`].
+    """
+    of_tokens = logits.dim() == 3 and labels.dim() == 2
+    of_classes = logits.dim() == 2 and labels.dim() == 1 and logits.shape[1] > 1
+    if labels.is_floating_point() or not (of_tokens or of_classes):
+        return per_sample_losses(logits, labels, shift, label_smoothing, want_correct)
+    if of_classes:
+        logits, labels = logits[:, None], labels[:, None]
+    elif shift:
+        labels = shift_labels(labels)
+    logits = logits[:, logits.shape[1] - labels.shape[1] :].float()
+    flat = logits.flatten(0, 1), labels.flatten()
+    nll = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORE, label_smoothing=label_smoothing)
+    n_tokens = labels.ne(IGNORE).sum(1)
+    count = n_tokens.clamp(min=1)
+    losses = nll.view(labels.shape).sum(1) / count
+    right = logits.detach().argmax(-1).eq(labels).sum(1) / count if want_correct else torch.zeros_like(losses)
+    return SampleLosses(losses, n_tokens, right)
+
+
 def weighted_loss(
     samples: SampleLosses, weights: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:

@@ -23,7 +23,7 @@ SHARE = 0.02  # of the run's batches, at most so many are timed, but at least tw
 
 
 @contextmanager
-def _untouched(model: torch.nn.Module) -> Iterator[None]:
+def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Leave the model as it was: its mode, its gradients, and its buffers (running statistics)."""
     training = model.training
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -128,7 +128,7 @@ def measure_costs(
     loading = 0.0 if trainer.args.dataloader_num_workers else (time.perf_counter() - started) / len(batches)
     scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1)
     accumulation = trainer.args.gradient_accumulation_steps
-    with _untouched(trainer.model):
+    with untouched(trainer.model):
         optimizer_step = _optimizer_step(trainer)
 
         def train(batch: Mapping) -> None:
@@ -154,6 +154,17 @@ def measure_costs(
         data_share=loading / step,
         fastest_seconds=min(steps),
     )
+
+
+def fastest_steps(trainer: Any, dataset: Any, collator: Callable, sizes: tuple[int, ...]) -> list[float]:
+    """Return the fastest of a few training steps at each batch size, in turns: a busy moment meets all of them."""
+    batches = [_batches(trainer, dataset, collator, rows, 1)[0] for rows in sizes]
+    timed: list[list[float]] = [[] for _ in sizes]
+    with untouched(trainer.model):
+        for _ in range(5):
+            for batch, seconds in zip(batches, timed, strict=True):
+                seconds.append(_seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device))
+    return [min(seconds) for seconds in timed]
 
 
 def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, batch_size: int) -> float:
@@ -183,7 +194,7 @@ def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) ->
     longest = max(positions, key=lambda i: feature_length(dataset[i]))
     batch = trainer._prepare_inputs(collator([dataset[longest]] * rows))
     trainable = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
-    with _untouched(trainer.model):
+    with untouched(trainer.model):
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

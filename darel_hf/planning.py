@@ -31,6 +31,8 @@ class Costs:
         measured (`bool`): whether these were measured here, or are textbook values.
         data_share (`float`): loading a row, relative to a training step on it (d), where the loop waits for it: all
             candidates are loaded, also those that are not trained on.
+        one_forward (`bool`): whether the forward pass that scores is also the one that trains
+            (`online_backward="sliced"`): then only that of the dropped rows is extra.
         fastest_seconds (`float`): the fastest of the steps that were measured: what compares batch sizes on a machine
             that is busy now and then; seconds.
     """
@@ -41,6 +43,7 @@ class Costs:
     measured: bool = True
     data_share: float = 0.0
     fastest_seconds: float = math.nan
+    one_forward: bool = False
 
 
 def assumed_costs(lora: bool) -> Costs:
@@ -164,17 +167,24 @@ def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> flo
 
 
 def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
-    """Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + d + (1 - d) A, or 1 if A is 1."""
+    """
+    Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + d + (1 - d) A, or 1 if A is 1.
+
+    With one forward pass for both, scoring costs (1 - A) f in place of f.
+    """
     if online_keep == 1:
         return 1.0
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
+    if costs.one_forward:
+        scoring *= 1 - online_keep
     return scoring + costs.data_share + (1 - costs.data_share) * online_keep
 
 
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
-    return (online_time - scoring - costs.data_share) / (1 - costs.data_share)
+    reused = scoring if costs.one_forward else 0.0
+    return (online_time - scoring - costs.data_share) / (1 - costs.data_share - reused)
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
@@ -272,7 +282,8 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
             alpha = left / needed
             if online < 1 and alpha <= 1:
                 made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
-                scoring = scoring_term(eta, plan.epochs, plan.costs.forward_share)
+                free = replace(plan.costs, forward_share=0.0)
+                scoring = needed - online_term(online, eta, plan.epochs, free)
                 possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
     if possible:
         return next((made for cheap, made in possible if cheap), possible[-1][1])

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -37,8 +38,8 @@ from .data import (
 from .environment import describe
 from .files import write_json
 from .html import write_html
-from .losses import per_sample_losses
-from .measure import clock, measure_costs, measure_memory
+from .losses import SampleLosses, per_sample_losses
+from .measure import clock, fastest_steps, measure_costs, measure_memory, untouched
 from .pacing import KeepBudget
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan, online_term
 from .report import Report, scoring_seconds
@@ -57,8 +58,11 @@ from .scoring import (
 )
 from .selection import kept_count
 from .selector import Selector, group_numbers, with_fractions
+from .sliced import CannotSlice, SlicedTraining, why_not
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_SLOWDOWN = 0.9  # rows in smaller batches are not faster than this says; what was measured faster was noise
 
 
 class Run:
@@ -81,6 +85,7 @@ class Run:
         self.in_loop = False
         self.offline_weights: np.ndarray | None = None
         self.offline_losses: np.ndarray | None = None
+        self.reference: np.ndarray | None = None  # losses of a reference model
         self.scores_reused = False
         self.trained_rows = self.candidate_rows = 0  # of this process, since the start of the run
         self.total_trained = self.total_candidates = 0  # of all processes, as of the last merge
@@ -89,6 +94,9 @@ class Run:
         self._interval: list[np.ndarray] = []
         self._unlogged: list[np.ndarray] = []
         self._tracked: tuple[np.ndarray, dict[str, Any]] | None = None
+        self.sliced: SlicedTraining | None = None  # where one forward pass scores and trains
+        self.number: int | None = None  # of the micro-batch in progress, where it is one of candidates to be sliced
+        self._numbers: deque[int | None] = deque()  # likewise, of those that the loop has been handed
         self._hook: Any = None
         self._merged_epoch = 0
         self._start: dict[str, Any] | None = None  # to go back to, where Trainer tries again with smaller batches
@@ -102,18 +110,21 @@ class Run:
         self.ids = None if self.streams else sample_ids(self.full_dataset, self.config.id_column)
         self.groups = self._read_groups()
         self._ready_model()
+        self._ready_slicing()
         with preserve_rng_state():
             set_seed(self._seed())  # data that are augmented at random have the same fingerprint again
             self.data = "a stream"
             if not self.streams:
                 self.data = trainer._on_main(data_fingerprint, self.full_dataset, self.ids)
+            if self.config.reference_scores is not None:
+                self.reference = trainer._on_main(self._saved_scores, "reference_scores").losses
             if self.checkpoint is None:
                 self._decide()
             else:
                 self._restore()
         config = self._planned_config()
         if not hasattr(self, "selector"):
-            self.selector = Selector(config, self.ids, self._seed())
+            self.selector = self._new_selector(config)
         self.selector.config = config
         self.in_loop = config.online_keep < 1 or config.track or self.offline_weights is not None
         trainer._train_batch_size = self.plan.batch_size
@@ -160,8 +171,45 @@ class Run:
                     getattr(trainer.model, name)()
                     break
 
+    def _ready_slicing(self) -> None:
+        """Try out a sliced step, which compiles it; where it cannot be done, say why, and do without."""
+        trainer = self.trainer
+        if self.config.online_backward != "sliced" or not self.config.may_select("online"):
+            return
+        started, reason = time.perf_counter(), why_not(trainer)
+        if reason is None:
+            with preserve_rng_state(), untouched(trainer.model):
+                reason = self._try_slicing()
+        reasons = gather_object([reason]) if self.args.world_size > 1 else [reason]
+        reason = next((found for found in reasons if found is not None), None)
+        if reason is not None:  # of any process: they must all do the same
+            self.sliced = None
+            logger.warning("online_backward='sliced': %s; going on with 'subset'", reason)
+        self._settle(started, "probe")
+
+    def _try_slicing(self) -> str | None:
+        if self.streams:
+            return "train_dataset is a stream, of which no row can be tried before training"
+        dataset, collator = self._dataset_and_collator
+        rows = [int(i) for i in np.linspace(0, len(dataset) - 1, 4)]
+        batch = self.trainer._prepare_inputs(collator([dataset[i] for i in rows]))
+        batch = {key: value for key, value in batch.items() if key != ID_KEY}
+        scorer = self._batch_scorer(self.trainer.model, "online")
+        try:
+            scorer(batch)
+            if scorer.matches_own_loss is False:
+                return "the model's loss is more than cross-entropy"
+            self.sliced = SlicedTraining(self.trainer, scorer.want_correct, scorer.shift)
+            self.sliced.try_out(batch)
+        except CannotSlice as error:
+            return str(error)
+        return None
+
     def _seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _new_selector(self, config: DarelConfig) -> Selector:
+        return Selector(config, self.ids, self._seed(), self.reference)
 
     def _planned_config(self) -> DarelConfig:
         plan = self.plan
@@ -186,14 +234,14 @@ class Run:
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
         self._decisions = state.get("decisions")
-        self.selector = Selector(self._planned_config(), self.ids, self._seed())
+        self.selector = self._new_selector(self._planned_config())
         self.selector.load_state_dict(arrays)
 
     def _decide(self) -> None:
         config, args = self.config, self.args
         saved = None
         if config.scores is not None:
-            saved = self.trainer._on_main(self._saved_scores)
+            saved = self.trainer._on_main(self._saved_scores, "scores")
         plan = Plan(
             offline_keep=config.offline_keep,
             online_keep=config.online_keep,
@@ -237,11 +285,12 @@ class Run:
         rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return max(1.0, self.args.max_steps * rows / len(self.ids))
 
-    def _saved_scores(self) -> Scores:
-        scores, path = load_scores(self.config.scores), self.config.scores
+    def _saved_scores(self, field: str) -> Scores:
+        path = getattr(self.config, field)
+        scores = load_scores(path, field)
         remedy = f"{len(scores.ids)} scores for {len(self.ids)} samples that are known by row number; score these data"
-        require(self.config.id_column is not None or len(scores.ids) == len(self.ids), "scores", path, remedy)
-        return match_scores(scores, self.ids, self.data, path)
+        require(self.config.id_column is not None or len(scores.ids) == len(self.ids), field, path, remedy)
+        return match_scores(scores, self.ids, self.data, path, field)
 
     def _make_scorer(self, needed: bool) -> None:
         """Call the user's function for a scoring model, if there may be an offline pass."""
@@ -279,16 +328,20 @@ class Run:
             size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
             plan = replace(plan, batch_size=size)
             if size != full_size and costs is not None:
-                full_row = costs.fastest_seconds / full_size
+                full_fastest = costs.fastest_seconds
                 total = self._micro_batches(plan)
                 costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
                 costs = self._from_main(costs)
                 if costs is not None:
-                    plan = replace(plan, slowdown=costs.fastest_seconds / size / full_row)
+                    full, small = self._from_main(fastest_steps(trainer, dataset, collator, (full_size, size)))
+                    full_row = min(full, full_fastest) / full_size
+                    slowdown = min(small, costs.fastest_seconds) / size / full_row
+                    plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
             plan = replace(plan, costs=costs)
         if not self.config.rule("online").reads_losses:
             plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
+        plan = replace(plan, costs=replace(plan.costs, one_forward=self.sliced is not None))
         self._settle(started, "probe")
         if plan.costs.measured:
             full = plan.costs.step_seconds / plan.slowdown * self._micro_batches(plan)
@@ -459,7 +512,7 @@ class Run:
         )
 
     def _select_offline(self, scores: Scores) -> None:
-        self.selector = Selector(self._planned_config(), self.ids, self._seed())
+        self.selector = self._new_selector(self._planned_config())
         selection = self.selector.select_offline(scores, self.groups)
         self.positions = selection.positions
         if scores is not None:
@@ -506,6 +559,12 @@ class Run:
         number = number * args.world_size + args.process_index
         self._micro_batch += 1
         ids = batch[ID_KEY].cpu().numpy()
+        to_slice = self.sliced is not None and self.selector.is_fresh(self.epoch)
+        to_slice = to_slice and self.selector.config.online_keep < 1
+        self._numbers.append(number if to_slice else None)
+        if to_slice:  # chosen from in `choose`, by what the forward pass finds
+            self.candidate_rows += len(ids)
+            return batch
         weights = None
         if self.selector.config.online_keep < 1:
             losses = lengths = correct = None
@@ -541,6 +600,27 @@ class Run:
             require(honoured, "model", type(self.trainer.model).__name__, remedy)
         return batch
 
+    def choose(self, inputs: Mapping[str, Any]) -> tuple[SampleLosses, np.ndarray, torch.Tensor | None]:
+        """Compute the losses of the candidates in progress with the forward pass that trains, and choose from them."""
+        samples = self.sliced(inputs)
+        ids, ledger = self._candidates, self.selector.ledger
+        losses, lengths = self.sliced.step.ranking.cpu().numpy(), samples.n_tokens.cpu().numpy()
+        correct = samples.correct.cpu().numpy() if "correct" in self.config.rule("online").needs else None
+        ledger.record_scores(ids, losses, lengths, step=self.trainer.state.global_step, correct=correct)
+        self._interval.append(losses)
+        rows, weights = self.selector.select(
+            ids, losses, self.trainer._train_batch_size, self.number, lengths=lengths, correct=correct
+        )
+        self.trained_rows += len(rows)
+        if self.config.track:
+            ledger.record_train_losses(ids[rows], losses[rows])
+        if self.offline_weights is not None:
+            offline = self.offline_weights[ledger.rows(ids[rows])]
+            weights = offline if weights is None else offline * weights
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float32, device=samples.losses.device)
+        return samples, rows, weights
+
     def _candidate_losses(self, batch: Mapping, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return losses, lengths and (where a rule needs it) correctness of the candidates, scored or remembered."""
         ledger, wanted = self.selector.ledger, self.online_scorer.want_correct
@@ -571,13 +651,16 @@ class Run:
     def begin_row(self, inputs: Mapping[str, Any]) -> None:
         """Begin the training step of a micro-batch: remember its ids and labels for the tracking hook, and weights."""
         self.weights, self.weights_honoured = inputs.get(WEIGHT_KEY), False
-        if self.config.track:
+        self.number = self._numbers.popleft() if self._numbers else None
+        if self.number is not None:
+            self._candidates = inputs[ID_KEY].cpu().numpy()
+        elif self.config.track:
             self._tracked = (inputs[ID_KEY].cpu().numpy(), dict(inputs))
 
     def end_row(self) -> bool:
         """End it; return whether there were weights that nobody honoured."""
         ignored = self.weights is not None and not self.weights_honoured
-        self.weights = None
+        self.weights = self.number = None
         return ignored
 
     def _track(self, model: nn.Module, args: tuple, kwargs: dict, outputs: Any) -> None:

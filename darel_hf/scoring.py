@@ -339,22 +339,26 @@ def save_scores(scores: Scores, path: str | os.PathLike) -> None:
         pq.write_table(table, temporary, write_page_checksum=True)
 
 
-def load_scores(path: str | os.PathLike) -> Scores:
+def load_scores(path: str | os.PathLike, field: str = "scores") -> Scores:
     """
     Read scores from parquet. Columns `sample_id` and `loss` are needed, `n_tokens` and `correct` optional.
+
+    Args:
+        path (`str` or path): the file.
+        field (`str`): the setting that names it, for errors.
 
     Raises:
         ValueError: if the file is missing, is no parquet file, or lacks a column; for NaN or infinite losses.
     """
-    require(Path(path).is_file(), "scores", str(path), "no such file; make it with `darel score`")
+    require(Path(path).is_file(), field, str(path), "no such file; make it with `darel score`")
     try:
         table = pq.read_table(path, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"scores={str(path)!r}: not a readable parquet file ({reason}); make it again") from None
+        raise ValueError(f"{field}={str(path)!r}: not a readable parquet file ({reason}); make it again") from None
     for name in ("sample_id", "loss"):
         remedy = f"column {name!r} is missing, there are only {table.column_names}"
-        require(name in table.column_names, "scores", str(path), remedy)
+        require(name in table.column_names, field, str(path), remedy)
     n = table.num_rows
 
     def column(name: str, dtype: type, default: float) -> np.ndarray:
@@ -375,7 +379,7 @@ def load_scores(path: str | os.PathLike) -> Scores:
     return Scores(ids, losses, n_tokens, correct, origin, embeddings)
 
 
-def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str) -> Scores:
+def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str, field: str = "scores") -> Scores:
     """
     Put saved scores into the order of `ids`.
 
@@ -385,11 +389,11 @@ def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str) -> Score
     """
     known = scores.origin.get("data", data)
     remedy = f"made from other data (fingerprint {known}, this training set has {data}); score this data set"
-    require(known == data, "scores", path, remedy)
-    require(len(np.unique(scores.ids)) == len(scores.ids), "scores", path, "sample ids occur more than once")
+    require(known == data, field, path, remedy)
+    require(len(np.unique(scores.ids)) == len(scores.ids), field, path, "sample ids occur more than once")
     missing = np.setdiff1d(ids, scores.ids)
     remedy = f"no score for {len(missing)} of {len(ids)} samples, ids {missing[:10].tolist()}; score this data set"
-    require(len(missing) == 0, "scores", path, remedy)
+    require(len(missing) == 0, field, path, remedy)
     order = np.argsort(scores.ids)
     rows = order[np.searchsorted(scores.ids[order], ids)]
     embeddings = None if scores.embeddings is None else scores.embeddings[rows]

@@ -13,6 +13,8 @@ from .ledger import check_finite
 
 TRIM = 0.03  # fraction of the hardest samples that `trimmed` takes for noise
 POWER = 1.0  # exponent of the loss percentile in `percentile` (beta of Selective-Backprop)
+BINS = (0.33, 0.66)  # quantiles between the three bins of `loss_bins_*`
+FOCUS = 5.0  # how much more likely a sample of the bin in focus is drawn
 STRATA = 10  # quantile strata of `stratified`
 CLUSTERS = 10  # prototypes a class of `ids`
 
@@ -29,6 +31,7 @@ class Samples:
         groups (`np.ndarray`, *optional*): int `[n]`, group number of each sample.
         correct (`np.ndarray`, *optional*): float `[n]` in [0, 1], fraction of label positions predicted right.
         embeddings (`np.ndarray`, *optional*): float `[n, D]`, what enters the classification head.
+        reference (`np.ndarray`, *optional*): float `[n]`, losses of a reference model.
     """
 
     ids: np.ndarray
@@ -37,6 +40,7 @@ class Samples:
     groups: np.ndarray | None = None
     correct: np.ndarray | None = None
     embeddings: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -228,8 +232,36 @@ def percentile(samples: Samples, keep: float, generator: np.random.Generator) ->
     The percentile to the power `POWER` is the weight of Efraimidis and Spirakis' exponential keys (2006), so that the
     count is exact where the original's varies.
     """
-    weight = ((_ranks(samples) + 1) / len(samples)) ** POWER
-    return np.log(generator.random(len(samples))) / weight
+    return _draw(((_ranks(samples) + 1) / len(samples)) ** POWER, generator)
+
+
+def _draw(weight: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return keys whose largest are a draw without replacement with probability in proportion to the weights."""
+    return np.log(generator.random(len(weight))) / weight
+
+
+def _loss_bins(focus: int) -> Priority:
+    def priority(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
+        """Draw without replacement, from one of three bins of the loss five times as likely (DataFlex's selector)."""
+        bins = np.searchsorted(np.quantile(samples.losses, BINS), samples.losses, side="left")
+        return _draw(np.where(bins == focus, FOCUS, 1.0), generator)
+
+    return priority
+
+
+for _number, _bin in enumerate(("low", "medium", "high")):
+    register_rule(f"loss_bins_{_bin}")(_loss_bins(_number))
+
+
+@register_rule("rho_loss", needs=("reference",))
+def rho_loss(samples: Samples, keep: float, generator: np.random.Generator) -> np.ndarray:
+    """
+    Keep what can be learnt and is not learnt yet: the highest loss minus the loss of a reference model.
+
+    RHO-LOSS (Mindermann et al. 2022). The reference model was trained on other data of the kind, so that its losses
+    are those that training cannot remove; they are computed once (`reference_scores`).
+    """
+    return samples.losses - samples.reference
 
 
 def _infobatch_pool(samples: Samples, keep: float) -> np.ndarray:
@@ -318,6 +350,8 @@ def length_corrected(samples: Samples) -> Samples:
     """
     if samples.lengths is None or len(samples) < 2:
         return samples
-    strata = length_strata(samples.lengths)
-    order = np.lexsort((samples.ids, samples.losses, strata))
-    return replace(samples, losses=_place_within(strata, order))
+    strata, losses, reference = length_strata(samples.lengths), samples.losses, samples.reference
+    if reference is not None:  # what is compared is the difference
+        losses, reference = losses - reference, np.zeros(len(samples))
+    order = np.lexsort((samples.ids, losses, strata))
+    return replace(samples, losses=_place_within(strata, order), reference=reference)

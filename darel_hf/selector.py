@@ -41,6 +41,8 @@ class Selector:
         ids (`Iterable[int]`, *optional*): ids of all training samples, unique; `None` for a stream, whose ids are not
             known before they are seen (no offline stage then).
         seed (`int`): of the rules that draw at random.
+        reference (`np.ndarray`, *optional*): float `[n]`, losses of a reference model in the order of `ids`, for rules
+            that need them.
 
     Attributes:
         ledger ([`LossLedger`]): what is known of every sample.
@@ -58,10 +60,17 @@ class Selector:
     ```
     """
 
-    def __init__(self, config: DarelConfig, ids: Iterable[int] | None, seed: int = 0):
+    def __init__(
+        self,
+        config: DarelConfig,
+        ids: Iterable[int] | None,
+        seed: int = 0,
+        reference: np.ndarray | None = None,
+    ):
         self.config = config
         self.seed = seed
         self.ids = None if ids is None else np.asarray(ids, dtype=np.int64)
+        self.reference = reference
         self.ledger = OpenLedger() if ids is None else LossLedger(self.ids)
 
     def candidate_rows(self, batch_size: int) -> int:
@@ -88,7 +97,15 @@ class Selector:
         else:
             correct = None if np.isnan(scores.correct).any() else scores.correct
             self.ledger.record_scores(scores.ids, scores.losses, scores.n_tokens, 0, correct=correct, share=False)
-            samples = Samples(scores.ids, scores.losses, scores.n_tokens, groups, correct, scores.embeddings)
+            samples = Samples(
+                scores.ids,
+                scores.losses,
+                scores.n_tokens,
+                groups,
+                correct,
+                scores.embeddings,
+                self._reference("offline", scores.ids),
+            )
             if self.config.length_correction:
                 samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 0])
@@ -124,6 +141,7 @@ class Selector:
         rule = self.config.rule("online")
         losses = np.zeros(len(ids)) if losses is None else np.asarray(losses, np.float64)
         self.ledger.rows(ids)  # raises for ids of other data
+        reference = self._reference("online", ids)
         check_finite(ids, losses)
         candidates = self.candidate_rows(batch_size)
         count = batch_size if len(ids) >= candidates else kept_count(batch_size / candidates, len(ids))
@@ -131,13 +149,18 @@ class Selector:
         order = np.argsort(ids, kind="stable")
         row_ids = np.empty(len(ids), np.int64)
         row_ids[order] = np.arange(len(ids))
-        samples = Samples(row_ids, losses, lengths, None, correct)
+        samples = Samples(row_ids, losses, lengths, None, correct, reference=reference)
         if self.config.length_correction and rule.reads_losses:
             samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 1, batch])
         positions, weights = rule(samples, count / len(ids), generator)
         self.ledger.record_training(ids[positions])
         return positions, weights
+
+    def _reference(self, stage: str, ids: np.ndarray) -> np.ndarray | None:
+        if self.reference is None or "reference" not in self.config.rule(stage).needs:
+            return None
+        return self.reference[self.ledger.rows(ids)]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return what a checkpoint must remember, as arrays."""

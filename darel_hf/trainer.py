@@ -161,6 +161,7 @@ class DarelMixin:
         if self._run is None or ID_KEY not in inputs:
             return super().training_step(model, inputs, *args, **kwargs)
         self._run.begin_row(inputs)
+        sliced = self._run.sliced if self._run.number is not None else None
         inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
@@ -168,10 +169,18 @@ class DarelMixin:
             ignored = self._run.end_row()
         remedy = "it never called super().compute_loss, so the rule's weights were not honoured; choose another rule"
         require(not ignored, "compute_loss", type(self).__name__, remedy)
-        return loss
+        return loss if sliced is None else sliced.settle(loss)
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the class below does; where a rule gives weights, the weighted loss."""
+        if self._run is not None and self._run.number is not None:
+            samples, rows, weights = self._run.choose(inputs)
+            chosen = {"inputs": dict(inputs), "samples": samples, "rows": rows, "weights": weights}
+            self.compute_loss_func = partial(self._sliced_loss, **chosen)
+            try:
+                return super().compute_loss(lambda **_: samples, inputs, *args, **kwargs)
+            finally:
+                self.compute_loss_func = None
         weights = None if self._run is None else self._run.weights
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
@@ -181,6 +190,9 @@ class DarelMixin:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.compute_loss_func = None
+
+    def _sliced_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None, **chosen: Any) -> torch.Tensor:
+        return self._run.sliced.loss(counted=num_items_in_batch, **chosen)
 
     def _weighted_loss(
         self,
@@ -306,7 +318,7 @@ def _check_stream(config: DarelConfig, args: Any) -> None:
     remedy = "train_dataset is a stream, of which no fraction can be kept before it is read; "
     online = remedy + "select online: online_keep, with id_column, rescore_every=1 and max_steps"
     require(config.offline_keep == 1, "offline_keep", config.offline_keep, online)
-    for name in ("budget_time", "budget_memory", "group_column", "scores"):
+    for name in ("budget_time", "budget_memory", "group_column", "scores", "reference_scores"):
         require(getattr(config, name) is None, name, getattr(config, name), online)
     require(config.rescore_every == 1, "rescore_every", config.rescore_every, "a stream has no second epoch; give 1")
     remedy = "the rows of a stream have no numbers; name a column with integer ids"

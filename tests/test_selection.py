@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from darel_hf.selection import RULES, Samples, kept_count, length_corrected, length_strata
 
+DRAWN = {"random", "percentile", "stratified", "infobatch", *(name for name in RULES if name.startswith("loss_bins"))}
+
 
 def samples(losses, **more):
     losses = np.asarray(losses, float)
@@ -28,7 +30,8 @@ def any_samples(draw):
     lengths = draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
     correct = draw(st.lists(st.floats(0, 1), min_size=n, max_size=n))
     embeddings = np.stack([np.sign(losses), lengths, correct], axis=1)
-    return Samples(np.array(ids), np.array(losses), np.array(lengths), None, np.array(correct), embeddings)
+    reference = np.array(draw(st.lists(floats, min_size=n, max_size=n)))
+    return Samples(np.array(ids), np.array(losses), np.array(lengths), None, np.array(correct), embeddings, reference)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -65,7 +68,7 @@ def test_groups_stay_represented_in_proportion(name, made, groups, keep):
     assert kept.max() - kept.min() <= 2  # the groups differ by at most one in size
 
 
-@pytest.mark.parametrize("name", sorted(set(RULES) - {"random", "percentile", "stratified", "infobatch"}))
+@pytest.mark.parametrize("name", sorted(set(RULES) - DRAWN))
 @given(made=any_samples(), keep=st.floats(0.05, 1.0))
 @settings(max_examples=40, deadline=None)
 def test_order_of_samples_does_not_matter(name, made, keep):
@@ -77,6 +80,7 @@ def test_order_of_samples_does_not_matter(name, made, keep):
         lengths=made.lengths[shuffle],
         correct=made.correct[shuffle],
         embeddings=made.embeddings[shuffle],
+        reference=made.reference[shuffle],
     )
     left, right = (set(s.ids[RULES[name](s, keep, rng())[0]]) for s in (made, other))
     assert left == right
@@ -190,3 +194,33 @@ def test_strata_are_ordered_by_length_and_equal_lengths_stay_together(lengths):
     assert np.all(np.diff(strata[order]) >= 0)
     assert all(len(set(strata[lengths == length])) == 1 for length in set(lengths.tolist()))
     assert strata.max() < 32
+
+
+def test_rho_loss_keeps_what_a_reference_model_knows_better():
+    made = samples([5.0, 4.0, 1.0, 3.0], reference=[4.9, 1.0, 0.9, 1.5])  # differences 0.1, 3, 0.1, 1.5
+    assert RULES["rho_loss"](made, 0.5, rng())[0].tolist() == [1, 3]
+    with pytest.raises(ValueError, match="reference"):
+        RULES["rho_loss"](samples([1, 2]), 0.5, rng())
+
+
+@given(made=any_samples())
+@settings(max_examples=40, deadline=None)
+def test_rho_loss_with_length_correction_ranks_differences(made):
+    corrected = length_corrected(made)
+    assert np.all(corrected.reference == 0) or len(made) < 2
+    strata = length_strata(made.lengths)
+    difference, place = made.losses - made.reference, corrected.losses
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
+        if len(made) > 1:
+            assert np.all(np.diff(difference[members][np.argsort(place[members])]) >= 0)
+
+
+@pytest.mark.parametrize(("name", "focus"), [("loss_bins_low", 0), ("loss_bins_medium", 1), ("loss_bins_high", 2)])
+def test_loss_bins_draw_one_bin_five_times_as_often(name, focus):
+    """Of a single draw from 300 samples the probabilities are known: 5 / 7 for the bin in focus, 1 / 7 for others."""
+    made = samples(rng(1).permutation(300))
+    draws = [RULES[name](made, 1 / 300, rng(seed))[0][0] for seed in range(3000)]
+    bins = np.bincount(made.losses[draws].astype(int) // 100, minlength=3) / len(draws)
+    expected = np.where(np.arange(3) == focus, 5 / 7, 1 / 7)
+    np.testing.assert_allclose(bins, expected, atol=0.03)  # three standard errors

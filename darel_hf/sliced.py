@@ -1,0 +1,461 @@
+"""`SlicedStep`: one forward pass over all candidates, and a backward pass over the kept rows of it only."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import default_partition
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import Trainer
+
+from .config import require
+from .losses import SampleLosses, dense_losses, weighted_loss
+from .scoring import PerSampleLoss, base_model, is_causal_lm, is_sharded, with_decoder_inputs
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("eager", "inductor")
+#: Largest relative difference of a gradient to that of the whole backward pass, by whether all of it is float32.
+TOLERANCE = {True: 1e-4, False: 5e-2}
+
+
+class CannotSlice(RuntimeError):
+    """The backward pass of this model cannot be done on some rows only; the message says why."""
+
+
+class SlicedStep:
+    """
+    Compute the losses of all candidates, then the gradient of some of them, with one forward pass.
+
+    The forward pass is compiled ahead of time with a symbolic batch size. Its backward graph then takes what the
+    forward pass has saved, and sizes, as inputs that depend on that symbol: between the two, the kept rows are copied
+    out of every saved tensor and the sizes are made smaller. The gradient is that of a forward and backward pass over
+    the kept rows with the same dropout masks; the time of a step falls from f + A (a forward pass to score, a training
+    step on what is kept) to f + A (1 - f) and the copies.
+
+    Memory peaks at the forward pass over all candidates. Every compiled backward graph is checked once, on its first
+    batch, against the whole backward pass.
+
+    Args:
+        model (`nn.Module`): takes a batch's keys, returns logits; PEFT models welcome, wrappers for several processes
+            not (give the module inside, and reduce the gradients).
+        label_smoothing (`float`): of the loss that trains; losses that rank are never smoothed.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, traceable by `torch.compile`.
+        shift (`bool`, *optional*): whether position t predicts label t + 1; default: what the model's class says.
+        want_correct (`bool`): also find out how many positions are predicted right.
+        backend (`str`): `"eager"` runs the operators of eager mode (a few seconds to trace), `"inductor"` compiles
+            them (a minute or more, needs a C++ compiler on the CPU).
+
+    Raises:
+        CannotSlice: at construction where rows depend on each other (batch normalization in train mode) or parameters
+            are spread over processes; at the first step where the model cannot be traced as one graph, or where the
+            gradient is not that of the whole backward pass.
+
+    Example: an own loop.
+
+    ```python
+    step = SlicedStep(model)
+    samples = step(batch)                                     # all candidates, differentiable
+    rows, _ = selector.select(ids, samples.losses.detach().numpy(), batch_size=8, batch=number)
+    step.keep(rows)
+    samples.losses[rows].mean().backward()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        label_smoothing: float = 0.0,
+        per_sample_loss: PerSampleLoss | None = None,
+        shift: bool | None = None,
+        want_correct: bool = False,
+        backend: str = "eager",
+    ):
+        require(backend in BACKENDS, "backend", backend, f"choose one of {BACKENDS}")
+        self.model = model
+        self._kept = _Kept()
+        _refuse(model)
+        shift = self.shift = is_causal_lm(model) if shift is None else shift
+
+        takes_cache = "use_cache" in inspect.signature(base_model(model).forward).parameters
+        options = {"use_cache": False} if takes_cache else {}
+
+        def losses(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+            for value in inputs.values():
+                if torch.is_tensor(value):  # one symbol for the batch, whatever else has the same size
+                    torch._check(value.shape[0] == first_of(inputs).shape[0])
+            if per_sample_loss is not None:
+                own = per_sample_loss(model(**inputs), inputs).float()
+                return own, own.detach(), torch.ones_like(own, dtype=torch.int64), torch.full_like(own, torch.nan)
+            labels = inputs["labels"]
+            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            samples = dense_losses(logits, labels, shift, label_smoothing, want_correct)
+            ranking = samples.losses.detach()
+            if label_smoothing > 0:
+                ranking = dense_losses(logits.detach(), labels, shift).losses
+            return samples.losses, ranking, samples.n_tokens, samples.correct
+
+        losses.__code__ = losses.__code__.replace()  # what has been compiled is counted per code object: for each step
+        compiler = _eager if backend == "eager" else _inductor
+        self._losses = torch.compile(
+            losses, backend=functools.partial(compiler, kept=self._kept), fullgraph=True, dynamic=True
+        )
+        self._per_sample_loss = per_sample_loss
+        self.ranking: torch.Tensor | None = None
+
+    def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
+        """
+        Compute the losses of all candidates, in the mode that the model is in.
+
+        Args:
+            inputs (`Mapping`): the c rows of a batch of candidates, on the model's device; tensors `[c, ...]`.
+
+        Returns:
+            [`SampleLosses`]: `losses` are differentiable; [`SlicedStep.ranking`] are the same without smoothing, and
+            without a gradient.
+        """
+        inputs = dict(inputs)
+        if self._per_sample_loss is None:
+            inputs = with_decoder_inputs(self.model, inputs)
+        for value in inputs.values():
+            if torch.is_tensor(value) and value.shape[0] > 1:
+                torch._dynamo.mark_dynamic(value, 0)
+        self._kept.rows, self._kept.of = None, len(first_of(inputs))
+        try:
+            losses, self.ranking, n_tokens, correct = self._losses(inputs)
+        except Exception as error:
+            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise CannotSlice(f"the model cannot be traced as one graph ({_first_line(error)})") from error
+            raise
+        return SampleLosses(losses, n_tokens, correct)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """
+        Say which rows of the last batch the next backward pass is for; without it, it is for all of them.
+
+        Args:
+            rows (`Sequence[int]`): int `[b]`, unique. What is differentiated must depend on these rows' losses only.
+        """
+        chosen = sorted(int(row) for row in rows)
+        if len(chosen) == 1 and self._kept.of > 1:  # a batch of one is a special case to the compiler
+            chosen = sorted({*chosen, 0 if chosen[0] else 1})
+        self._kept.rows = torch.tensor(chosen, dtype=torch.int64)
+
+
+def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the first tensor of a batch."""
+    return next(value for value in inputs.values() if torch.is_tensor(value))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse models whose rows depend on each other, and parameters that are not whole."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__:
+            frozen = not any(p.requires_grad for p in module.parameters()) and not module.training
+            if not frozen:
+                raise CannotSlice(
+                    f"{name} is batch normalization: its statistics are of all candidates, those of a step on the "
+                    "kept rows would be others"
+                )
+    if is_sharded(model):
+        raise CannotSlice("its parameters are spread over processes (FSDP, ZeRO 3)")
+
+
+class _Kept:
+    """The rows that the next backward pass is for, between the trainer and the compiled graphs."""
+
+    def __init__(self) -> None:
+        self.rows: torch.Tensor | None = None
+        self.of = 0
+
+
+def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
+    """Compile with the operators of eager mode; save what eager mode would save."""
+    made = aot_autograd(
+        fw_compiler=lambda part, _: _boxed(part.forward),
+        bw_compiler=lambda part, _: _sliced_backward(_boxed(part.forward), _saved_values(part), kept),
+        partition_fn=default_partition,
+    )
+    return made(graph, example_inputs)
+
+
+def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
+    """Compile with Inductor. Dropout masks are saved, not drawn again: they would be of other rows."""
+
+    def inner(part: torch.fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
+        if not options.get("is_backward"):
+            return compile_fx_inner(part, inputs, **options)
+        values = _saved_values(part)
+        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, kept)
+
+    with (
+        functorch_config.patch(enable_autograd_cache=False, donated_buffer=False),
+        inductor_config.patch(fallback_random=True),
+    ):
+        return compile_fx(graph, example_inputs, inner_compile=inner)
+
+
+def _boxed(function: Callable) -> Callable:
+    def call(arguments: list) -> Any:
+        return function(*arguments)
+
+    call._boxed_call = True
+    return call
+
+
+def _saved_values(graph: torch.fx.GraphModule) -> list[Any]:
+    """Return what a backward graph takes: symbolic sizes, fake tensors, and the gradient of the losses last."""
+    return [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept) -> Callable:
+    """Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs."""
+    batch = values[-1].shape[0]  # of the gradient of the losses
+    cuts = [_cut_of(value, batch) for value in values]
+    checked = False
+
+    def call(arguments: list) -> Any:
+        nonlocal checked
+        rows, c = kept.rows, arguments[-1].shape[0]
+        kept.rows = None
+        if rows is None or len(rows) == c:
+            return backward(arguments)
+        if not isinstance(batch, torch.SymInt):
+            raise CannotSlice(f"the compiled graph is for batches of {c} rows only")
+        rows = rows.to(arguments[-1].device)
+        copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
+        sliced = [cut(argument, rows, c, copies) for cut, argument in zip(cuts, arguments, strict=True)]
+        if checked:
+            arguments.clear()
+            return backward(sliced)
+        exact = not any(_is_reduced(argument) for argument in arguments)
+        whole = backward([_copy(argument) for argument in arguments])
+        arguments.clear()
+        gradients = backward(sliced)
+        _compare(gradients, whole, TOLERANCE[exact])
+        checked = True
+        return gradients
+
+    call._boxed_call = True
+    return call
+
+
+def _copy(argument: Any) -> Any:
+    return argument.clone() if torch.is_tensor(argument) else argument
+
+
+def _is_reduced(argument: Any) -> bool:
+    return torch.is_tensor(argument) and argument.dtype in (torch.bfloat16, torch.float16)
+
+
+def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> None:
+    """Raise `CannotSlice` where a gradient of the kept rows is not that of the whole backward pass."""
+    pairs = [(a, b) for a, b in zip(gradients, whole, strict=True) if torch.is_tensor(b)]
+    total = max((b.float().norm().item() for _, b in pairs), default=0.0)
+    for a, b in pairs:
+        scale = max(b.float().norm().item(), 1e-2 * total)
+        error = (a.float() - b.float()).norm().item() if a.shape == b.shape else float("inf")
+        if not error <= tolerance * scale:
+            raise CannotSlice(
+                f"the gradient of the kept rows differs from that of the whole backward pass by {error / scale:.1e} "
+                "(rows that depend on each other, or random numbers that are drawn again in the backward pass)"
+            )
+
+
+def _cut_of(value: Any, batch: Any) -> Callable:
+    """Return `(argument, rows, c, copies) -> argument of the kept rows` for one input of a backward graph."""
+    if not isinstance(batch, torch.SymInt):
+        return lambda argument, rows, c, copies: argument
+    symbol = batch.node.expr
+    if isinstance(value, torch.SymInt):
+        if not _grows(value.node.expr, symbol):
+            return lambda argument, rows, c, copies: argument
+        return lambda argument, rows, c, copies: argument // c * len(rows)
+    if not torch.is_tensor(value):
+        return lambda argument, rows, c, copies: argument
+    dims = [
+        dim
+        for dim, size in enumerate(value.shape)
+        if isinstance(size, torch.SymInt) and _grows(size.node.expr, symbol)
+    ]
+    if not dims:
+        return lambda argument, rows, c, copies: argument
+    if len(dims) > 1:
+        raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
+    return functools.partial(_take, dims[0])
+
+
+def _grows(expression: sympy.Expr, symbol: sympy.Symbol) -> bool:
+    """Whether a size is a multiple of the batch size; raise if it depends on it in another way."""
+    if symbol not in expression.free_symbols:
+        return False
+    if symbol in sympy.simplify(expression / symbol).free_symbols:
+        raise CannotSlice(f"a saved size, {expression}, is no multiple of the batch size {symbol}")
+    return True
+
+
+def _take(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int, copies: dict) -> torch.Tensor:
+    """Return rows of a tensor whose dimension `dim` has c rows (times others), laid out as the tensor is."""
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    if key not in copies:
+        copies[key] = _take_rows(dim, tensor, rows, c)
+    return copies[key]
+
+
+def _take_rows(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int) -> torch.Tensor:
+    shape, b = list(tensor.shape), len(rows)
+    shape[dim] = shape[dim] // c * b
+    if tensor.stride(dim) == 0:  # the same for all rows
+        return tensor.narrow(dim, 0, shape[dim])
+    # Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
+    outer = tensor.stride(dim) * (tensor.shape[dim] // c)
+    strides = [stride if stride <= outer else stride // c * b for stride in tensor.stride()]
+    thin = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    source = tensor.as_strided(thin, tensor.stride(), tensor.storage_offset())
+    grouped = source.unflatten(dim, (c, -1))
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    dense = _is_dense([tensor.shape[d] for d in order], [tensor.stride(d) for d in order])
+    if dense:  # selected in the order of memory, a copy comes out laid out like the source
+        place = order.index(dim)
+        physical = source.permute(order).unflatten(place, (c, -1)).index_select(place, rows).flatten(place, place + 1)
+        return physical.permute([order.index(d) for d in range(tensor.dim())])
+    size = [1 if stride == 0 else extent for extent, stride in zip(shape, strides, strict=True)]
+    made = torch.empty_strided(size, strides, dtype=tensor.dtype, device=tensor.device)
+    made.unflatten(dim, (b, -1)).copy_(grouped.index_select(dim, rows))
+    return made.expand(shape)
+
+
+def _is_dense(sizes: list[int], strides: list[int]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def why_not(trainer: Any) -> str | None:
+    """Return why a trainer's loss cannot be computed sample by sample in the forward pass that trains, or `None`."""
+    own = [
+        cls.__name__
+        for cls in type(trainer).__mro__
+        if "compute_loss" in vars(cls) and cls is not Trainer and cls.__module__.partition(".")[0] != __package__
+    ]
+    if own:
+        return f"{own[0]} computes a loss of its own"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func is a loss of your own"
+    if trainer.per_sample_loss is not None:
+        return "per_sample_loss ranks, the loss that trains is the model's own"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "FSDP and DeepSpeed spread parameters or gradients over processes"
+    return None
+
+
+class SlicedTraining:
+    """
+    What a Trainer needs to train with sliced steps: token counts and gradients of what is kept, over all processes.
+
+    Args:
+        trainer (`Trainer`): one for which [`why_not`] knows no reason.
+        want_correct (`bool`): whether the rule needs to know which predictions are right.
+        shift (`bool`): whether position t predicts label t + 1.
+    """
+
+    def __init__(self, trainer: Any, want_correct: bool, shift: bool):
+        self.trainer = trainer
+        compiled = trainer.args.torch_compile and trainer.args.torch_compile_backend in (None, "inductor")
+        self.step = SlicedStep(
+            trainer.model,
+            label_smoothing=0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon,
+            shift=shift,
+            want_correct=want_correct,
+            backend="inductor" if compiled else "eager",
+        )
+        self._labels: list[dict[str, torch.Tensor]] = []  # of what is kept, of the optimizer step in progress
+        self._returned = 0.0  # the losses of its micro-batches so far
+        self._ratio: torch.Tensor | None = None
+
+    def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
+        """Compute the losses of all candidates, in the precision that the trainer trains in."""
+        with self.trainer.accelerator.autocast():
+            return self.step(inputs)
+
+    def try_out(self, batch: Mapping[str, Any]) -> None:
+        """Do a step on a batch that is not trained on; the caller keeps gradients, mode and random state."""
+        self.trainer.model.train()
+        half = len(first_of(batch)) // 2
+        samples = self(batch)
+        self.step.keep(range(half))
+        samples.losses[:half].sum().backward()
+
+    def loss(
+        self,
+        inputs: Mapping[str, Any],
+        samples: SampleLosses,
+        rows: Sequence[int],
+        weights: torch.Tensor | None,
+        counted: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """
+        Reduce the losses of the kept rows to what a step on them alone would have as its loss.
+
+        Trainer counts label positions before it is known what is kept. In the last micro-batch of an optimizer step
+        the gradients so far, and this loss, are multiplied by what was counted over what was kept.
+
+        Args:
+            inputs (`Mapping`): the candidates.
+            samples ([`SampleLosses`]): of the candidates.
+            rows (`Sequence[int]`): int `[b]`, which of them are kept.
+            weights (`torch.Tensor`, *optional*): float `[b]`.
+            counted (`torch.Tensor` or `int`, *optional*): Trainer's `num_items_in_batch`, of all candidates.
+        """
+        self.step.keep(rows)
+        index = torch.as_tensor(rows, device=samples.losses.device)
+        kept = SampleLosses(*(values[index] for values in samples[:3]))
+        loss = weighted_loss(kept, torch.ones_like(kept.losses) if weights is None else weights, counted)
+        if counted is None:  # a mean over the micro-batch, which Trainer divides by their number
+            return loss
+        self._labels.append({"labels": inputs["labels"][index]})
+        if not self.trainer.accelerator.sync_gradients:
+            return loss
+        kept_items = self.trainer._get_num_items_in_batch(self._labels, loss.device)
+        self._ratio = (counted / kept_items.clamp(min=1)).to(loss)
+        if len(self._labels) > 1:
+            for parameter in self.trainer.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(self._ratio.to(parameter.grad))
+        self._labels = []
+        return loss * self._ratio
+
+    def settle(self, loss: torch.Tensor) -> torch.Tensor:
+        """End a micro-batch; in the last one bring gradients together over processes. Return the loss to log."""
+        if self._ratio is None:
+            self._returned = self._returned + loss
+        else:  # what the earlier micro-batches have returned was divided by too many label positions
+            loss, self._returned, self._ratio = loss + (self._ratio - 1) * self._returned, 0.0, None
+        accelerator = self.trainer.accelerator
+        if accelerator.sync_gradients:
+            self._returned = 0.0
+            if accelerator.num_processes > 1:  # the model inside was called, of which its wrapper knows nothing
+                for parameter in self.trainer.model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
+        return loss

@@ -1,0 +1,97 @@
+"""
+Cheaper scores: what an offline pass costs, and whether it still ranks samples the same.
+
+    python eval/benchmarks/scores.py [--data_dir FOLDER --model_name_or_path FOLDER] [--samples 2000]
+
+Each way scores the same samples; the exact one is what `DarelTrainer` does by default (eval mode, float32, batches
+sorted by length, labelled positions only through the head, adapters that are the identity switched off). Cost is
+seconds a sample relative to a plain training step a sample, interleaved, median of three. Spearman's correlation is to
+the exact losses. A row goes to results/scores.jsonl, the table to scores.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import RESULTS, Task, parser, seconds_of, store
+from scipy.stats import spearmanr
+from torch import nn
+
+from darel_hf.data import CarryIds, add_ids
+from darel_hf.scoring import BatchScorer, base_model, score_dataset
+
+
+def with_layers(model: nn.Module, fraction: float) -> nn.Module:
+    """Return a copy of a GPT-2 with the first layers only: early exit, through the last norm and the head."""
+    made = copy.deepcopy(base_model(model))
+    layers = made.transformer.h
+    made.transformer.h = layers[: max(1, round(fraction * len(layers)))]
+    made.config.n_layer = len(made.transformer.h)
+    return made
+
+
+def main() -> None:
+    made = parser(__doc__)
+    task = Task(made.parse_args())
+    trainer = task.trainer()
+    dataset = add_ids(trainer.train_dataset, list(range(len(trainer.train_dataset))))
+    collator = CarryIds(trainer.data_collator)
+    model = base_model(trainer.model)
+    bf16 = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+
+    def way(
+        scored: nn.Module, autocast: Callable = contextlib.nullcontext, whole_head: bool = False, **options: Any
+    ) -> Callable[[], Any]:
+        scorer = BatchScorer(scored, autocast=autocast)
+        if whole_head:
+            scorer._head = None
+
+        def score() -> Any:
+            return score_dataset(scorer, dataset, collator, trainer._prepare_inputs, progress_bar=False, **options)
+
+        return score
+
+    batch = task.options.batch_size
+    ways = {
+        "exact": way(model),
+        "with adapters": way(trainer.model),
+        "whole logits": way(model, whole_head=True),
+        f"batches of {batch}": way(model, max_rows=batch),
+        "half of the positions a batch": way(model, max_tokens=512),
+        "twice the positions a batch": way(model, max_tokens=2048),
+        "bfloat16": way(model, bf16),
+        "two thirds of the layers": way(with_layers(model, 2 / 3)),
+        "half of the layers": way(with_layers(model, 1 / 2)),
+        "a third of the layers": way(with_layers(model, 1 / 3)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found, epochs = {}, []
+    for _ in range(3):
+        epochs.append(seconds_of(task.trainer(num_train_epochs=1)))
+        for name, score in ways.items():
+            started = time.perf_counter()
+            found[name] = score()
+            seconds[name].append(time.perf_counter() - started)
+    epoch = statistics.median(epochs)
+    rows = {
+        name: {
+            "epochs": statistics.median(seconds[name]) / epoch,
+            "spearman": float(spearmanr(found["exact"].losses, found[name].losses).statistic),
+        }
+        for name in ways
+    }
+    store("scores", task.settings, {"epoch_seconds": epochs, "ways": rows})
+    lines = ["| way | cost, training epochs | Spearman to exact |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {row['epochs']:.3f} | {row['spearman']:.4f} |" for name, row in rows.items()]
+    conditions = ", ".join(f"{key} {value}" for key, value in task.settings.items())
+    (RESULTS / "scores.md").write_text("\n".join(lines) + f"\n\nSettings: {conditions}.\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
