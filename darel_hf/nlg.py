@@ -384,10 +384,7 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
         for note in metrics.notes:
             logger.warning(note)
     pairs = load_pairs(args)
-    generator = random.Random(training.seed)
-    if args.max_train_samples is not None and args.max_train_samples < len(pairs["train"]):
-        chosen = sorted(generator.sample(range(len(pairs["train"])), args.max_train_samples))
-        pairs["train"] = [pairs["train"][i] for i in chosen]
+    pairs["train"] = training_pairs(pairs["train"], args, training.seed)
     model, tokenizer = load_model(args)
     data = {split: tokenize_pairs(part, tokenizer, args.max_length) for split, part in pairs.items()}
     multiple = 8 if training.bf16 or training.fp16 else None
@@ -422,6 +419,13 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
             write_json(report, held | {"scores": {name: results[name] for name in NAMES}})
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def training_pairs(train: list[dict[str, str]], args: NLGArguments, seed: int) -> list[dict[str, str]]:
+    """Return the pairs that are trained on: all, or `max_train_samples` drawn with a seed, in their order."""
+    if args.max_train_samples is None or args.max_train_samples >= len(train):
+        return train
+    return [train[i] for i in sorted(random.Random(seed).sample(range(len(train)), args.max_train_samples))]
 
 
 def _tokens_backpropagated(trainer: DarelTrainer, train: datasets.Dataset) -> int:

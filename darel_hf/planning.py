@@ -183,7 +183,7 @@ def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Co
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
-    reused = scoring if costs.one_forward else 0.0
+    reused = min(scoring, 0.9 * (1 - costs.data_share)) if costs.one_forward else 0.0
     return (online_time - scoring - costs.data_share) / (1 - costs.data_share - reused)
 
 

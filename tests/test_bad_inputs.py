@@ -234,6 +234,11 @@ def _(folder):
     trainer(folder, {**LOSSES, "scores": "nowhere.parquet"}).train()
 
 
+@case("no file of reference scores", "reference_scores='nowhere.parquet': no such file")
+def _(folder):
+    trainer(folder, {**LOSSES, "offline_rule": "rho_loss", "reference_scores": "nowhere.parquet"}).train()
+
+
 @case("scores that are no parquet", "scores='.*': not a readable parquet file")
 def _(folder):
     (folder / "scores.parquet").write_text("id,loss\n")

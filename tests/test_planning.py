@@ -20,8 +20,8 @@ from darel_hf.planning import (
 )
 
 
-def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, **more):
-    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d)
+def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, one=False, **more):
+    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d, one_forward=one)
     settings = {"batch_size": 8, "samples": 1000, "costs": costs, **more}
     return Plan(offline_keep, online_keep, rescore_every, epochs=epochs, **settings)
 
@@ -37,6 +37,8 @@ def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf
         (plan(0.8, 0.25, 5), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.25)),
         (plan(0.8, 0.25, 5, scores_free=True), 0.8 * (0.5 / 5 + 0.25)),
         (plan(0.8, 0.25, 5, d=0.2), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.2 + 0.8 * 0.25)),
+        (plan(1.0, 0.5, one=True), 0.5 + 0.5 * (1 - 0.5)),  # f + A (1 - f)
+        (plan(0.8, 0.25, 5, one=True), 0.3 / 5 + 0.8 * (0.75 * 0.5 / 5 + 0.25)),
         (plan(0.8, d=0.2), 0.3 / 5 + 0.8),
         (plan(0.8, epochs=1), 0.3 + 0.8),
         (plan(1.0, 0.5, fixed_steps=True), (0.5 + 0.5) / 0.5),
@@ -80,10 +82,11 @@ def test_paper_equations(t, new, alpha, online, eta):
     batch=st.integers(1, 64),
     free=st.booleans(),
     d=st.floats(0.0, 0.3),
+    one=st.booleans(),
 )
 @settings(max_examples=300, deadline=None)
-def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d):
-    start = plan(epochs=epochs, f=f, cf=c * f, d=d, batch_size=batch, scores_free=free, samples=100_000)
+def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d, one):
+    start = plan(epochs=epochs, f=f, cf=c * f, d=d, one=one, batch_size=batch, scores_free=free, samples=100_000)
     with_offline, online_alone = smallest_budget(start.costs, epochs, free)
     smallest = min(with_offline, online_alone)
     if budget < smallest:

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from helpers import PadCollator, arguments, tiny_gpt2, tiny_lora, token_data, weights
+from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, tiny_lora, token_data, weights
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torchvision.models import resnet18
@@ -249,6 +249,14 @@ def test_trains_as_the_subset_step_does(tmp_path, darel, settings):
         for name in ("loss", "grad_norm"):
             assert ours.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-3)
     assert sliced.report.plan.costs.one_forward
+
+
+def test_resumes_bit_for_bit(tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    whole = train(tmp_path, "sliced", tiny_lora(dropout=0.1), **saves)
+    resumed = train(tmp_path, "sliced", tiny_lora(dropout=0.1), resume=str(tmp_path / "checkpoint-4"), **saves)
+    assert_same_weights(weights(whole.model), weights(resumed.model))
+    np.testing.assert_array_equal(whole.report.times_trained, resumed.report.times_trained)
 
 
 def test_falls_back_where_the_loss_is_not_the_models(tmp_path, caplog):

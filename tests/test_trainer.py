@@ -6,6 +6,8 @@ import math
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import (
@@ -302,6 +304,27 @@ def test_groups_stay_represented(tmp_path):
     kept = np.array(data["group"])[trainer.report.kept]
     assert sorted(set(kept)) == [0, 1, 2, 3, 4]
     assert trainer.report.kept.sum() == 8
+
+
+def test_rho_loss_compares_with_a_reference_model(tmp_path):
+    ids = np.arange(37)
+    losses, reference = np.random.default_rng(0).uniform(1, 5, (2, 37)).astype(np.float32)
+    for name, values in (("scores", losses), ("reference", reference)):
+        pq.write_table(pa.table({"sample_id": ids, "loss": values}), tmp_path / f"{name}.parquet")
+    config = DarelConfig(
+        offline_keep=0.5,
+        offline_rule="rho_loss",
+        online_keep=0.5,
+        online_rule="rho_loss",
+        scores=str(tmp_path / "scores.parquet"),
+        reference_scores=str(tmp_path / "reference.parquet"),
+        length_correction=False,
+    )
+    trainer = make(DarelTrainer, tmp_path / "run", darel=config)
+    trainer.train()
+    kept = np.sort(np.argsort(-(losses - reference))[: round(0.5 * 37)])
+    np.testing.assert_array_equal(np.flatnonzero(trainer.report.kept), kept)
+    assert trainer.report.rows_backpropagated < 2 * len(kept)
 
 
 def test_saved_scores_and_cache(tmp_path):

@@ -182,6 +182,7 @@ def test_narrow():
     narrowed = [(m.in_channels, m.out_channels) for m in quarter.modules() if isinstance(m, nn.Conv2d)]
     assert narrowed == [(i if i == 3 else i // 4, o // 4) for i, o in widths]
     assert network.fc.in_features == 512  # the original is as it was
+    assert narrow(quarter, 0.8).fc.in_features == 160  # a quarter wider again
     with pytest.raises(ValueError, match="divisor=5"):
         narrow(network, 5)
 

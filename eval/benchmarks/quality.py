@@ -15,21 +15,34 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import RESULTS, latest_rows, store
-from transformers import TrainingArguments
+from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
 from darel_hf.corpus import make_corpus
+from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.demo import DemoSettings, warm_up
-from darel_hf.nlg import NLGArguments, held_out, read_pairs, run
+from darel_hf.nlg import (
+    NLGArguments,
+    held_out,
+    load_for_generation,
+    load_pairs,
+    read_pairs,
+    run,
+    tokenize_pairs,
+    training_pairs,
+)
+from darel_hf.scoring import BatchScorer, save_scores, score_dataset
 
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
-RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo", "random")
+RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
+RULES += ("loss_bins_high", "rho_loss", "random")
 
 
 def arms() -> dict[str, tuple[dict[str, Any], float]]:
@@ -45,7 +58,9 @@ def arms() -> dict[str, tuple[dict[str, Any], float]]:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = (online, 1.0)  # scored in every epoch
         made[f"online_{rule}_every3"] = ({**online, "rescore_every": 3}, 1.0)
-        for offline in ("random", "trimmed", "stratified"):
+        if rule != "random":
+            made[f"sliced_{rule}"] = ({**online, "online_backward": "sliced"}, 1.0)
+        for offline in ("random", "trimmed", "stratified", "middle"):
             both = {**online, "offline_keep": 0.8, "offline_rule": offline, "rescore_every": 3}
             made[f"both_{offline}_{rule}"] = (both, 1.0)
     return made
@@ -113,24 +128,13 @@ def main() -> None:
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         told: dict[str, list[str]] = {}
-        plain = None
+        plain = reference = None
         for name in names:
             darel, share = known[name]
-            training = TrainingArguments(
-                output_dir=str(folder / f"{name}-{seed}"),
-                num_train_epochs=share * options.epochs,
-                per_device_train_batch_size=options.batch_size,
-                learning_rate=options.learning_rate,
-                lr_scheduler_type="linear",
-                warmup_steps=0.06,
-                weight_decay=0.01,
-                seed=seed,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                logging_steps=1000,
-                dataloader_pin_memory=False,
-            )
+            if "rho_loss" in (darel.get("offline_rule"), darel.get("online_rule")):
+                reference = reference or score_by_reference(arguments, options, seed, folder)
+                darel = {**darel, "reference_scores": reference}
+            training = training_arguments(folder / f"{name}-{seed}", share * options.epochs, seed, options)
             result = run(arguments, DarelConfig(**darel), training)
             told[name] = (folder / f"{name}-{seed}" / "predictions.txt").read_text(encoding="utf-8").splitlines()
             plain = result["seconds"] if name == "full" else plain
@@ -147,8 +151,45 @@ def main() -> None:
                     compared = compare(told[name], references, baseline=told[other])
                     row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
                     row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
-            store(options.name, {**settings, "darel": darel, "share_of_epochs": share}, row)
+            store(options.name, {**settings, "darel": known[name][0], "share_of_epochs": share}, row)
         summarize(options.name, settings)
+
+
+def training_arguments(folder: Path, epochs: float, seed: int, options: argparse.Namespace) -> TrainingArguments:
+    """Return what all runs share."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1000,
+        dataloader_pin_memory=False,
+    )
+
+
+def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, seed: int, folder: Path) -> str:
+    """
+    Train a reference model for RHO-LOSS on other pairs, score the training pairs of this seed; return the file.
+
+    Its time is in no arm: the rule's idea is that a reference model is made once and used often.
+    """
+    task = replace(arguments, generate=False)
+    run(task, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed + 1000, options))
+    model, tokenizer = load_for_generation(str(folder / f"reference-{seed}"), arguments.model_name_or_path)
+    pairs = training_pairs(load_pairs(arguments, ("train",))["train"], arguments, seed)
+    data = add_ids(tokenize_pairs(pairs, tokenizer, arguments.max_length), np.arange(len(pairs)))
+    collator = CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
+    columns = data.select_columns(["input_ids", "attention_mask", "labels", ID_KEY])
+    scores = score_dataset(BatchScorer(model), columns, collator, dict, progress_bar=False)
+    save_scores(scores, path := folder / f"reference-{seed}.parquet")
+    return str(path)
 
 
 def summarize(name: str, settings: dict[str, Any]) -> None:

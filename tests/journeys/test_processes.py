@@ -70,11 +70,12 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "rescore_every": 2, "track": Tr
         (2, 1, {}),
         (2, 1, BOTH),
         (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}),
+        (2, 1, {**BOTH, "online_backward": "sliced"}),
         (2, 1, {"online_keep": 0.5, "id_column": "number"}),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
-    ids=["off", "both-stages", "random-rule", "stream", "three-processes", "two-hosts"],
+    ids=["off", "both-stages", "random-rule", "sliced", "stream", "three-processes", "two-hosts"],
 )
 def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     # Kept samples make whole batches of candidates for all processes, so that no loader repeats samples.
