@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .batching import token_batches
 from .data import ID_KEY
 from .planning import Costs
-from .scoring import BatchScorer, default_max_tokens, feature_length, rows_without_tokens, token_batches
+from .scoring import BatchScorer, default_max_tokens, feature_length, rows_without_tokens
 
 logger = logging.getLogger(__name__)
 
 BATCHES = 6  # batches that are timed at most; one more warms up
+PAIRS = 9  # pairs of steps that compare two batch sizes
 SHARE = 0.02  # of the run's batches, at most so many are timed, but at least two
 
 
@@ -152,19 +154,25 @@ def measure_costs(
         forward_share=typical(forwards) / candidates * rows / step,
         offline_share=(pass_seconds * rows + loading) / step,
         data_share=loading / step,
-        fastest_seconds=min(steps),
     )
 
 
-def fastest_steps(trainer: Any, dataset: Any, collator: Callable, sizes: tuple[int, ...]) -> list[float]:
-    """Return the fastest of a few training steps at each batch size, in turns: a busy moment meets all of them."""
-    batches = [_batches(trainer, dataset, collator, rows, 1)[0] for rows in sizes]
-    timed: list[list[float]] = [[] for _ in sizes]
+def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int) -> float:
+    """
+    Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
+
+    The median over pairs of steps, one right after the other: a busy machine slows down both.
+    """
+    batches = [_batches(trainer, dataset, collator, size, 1)[0] for size in (full, rows)]
+    ratios = []
     with untouched(trainer.model):
-        for _ in range(5):
-            for batch, seconds in zip(batches, timed, strict=True):
-                seconds.append(_seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device))
-    return [min(seconds) for seconds in timed]
+        for _ in range(PAIRS + 1):
+            whole, small = (
+                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device)
+                for batch in batches
+            )
+            ratios.append(small / rows / (whole / full))
+    return statistics.median(ratios[1:])
 
 
 def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, batch_size: int) -> float:

@@ -33,8 +33,6 @@ class Costs:
             candidates are loaded, also those that are not trained on.
         one_forward (`bool`): whether the forward pass that scores is also the one that trains
             (`online_backward="sliced"`): then only that of the dropped rows is extra.
-        fastest_seconds (`float`): the fastest of the steps that were measured: what compares batch sizes on a machine
-            that is busy now and then; seconds.
     """
 
     step_seconds: float
@@ -42,7 +40,6 @@ class Costs:
     offline_share: float
     measured: bool = True
     data_share: float = 0.0
-    fastest_seconds: float = math.nan
     one_forward: bool = False
 
 
@@ -118,9 +115,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
         values = asdict(self)
-        for name in ("step_seconds", "fastest_seconds"):
-            if math.isnan(values["costs"][name]):
-                values["costs"][name] = None
+        if math.isnan(values["costs"]["step_seconds"]):
+            values["costs"]["step_seconds"] = None
         return values
 
     @classmethod

@@ -39,7 +39,7 @@ from .environment import describe
 from .files import write_json
 from .html import write_html
 from .losses import SampleLosses, per_sample_losses
-from .measure import clock, fastest_steps, measure_costs, measure_memory, untouched
+from .measure import clock, measure_costs, measure_memory, measure_slowdown, untouched
 from .pacing import KeepBudget
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan, online_term
 from .report import Report, scoring_seconds
@@ -313,30 +313,16 @@ class Run:
         trainer, full_size = self.trainer, plan.batch_size
         dataset, collator = self._dataset_and_collator
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
-        costs = measure_costs(
-            trainer,
-            dataset,
-            collator,
-            full_size,
-            round(candidates * full_size),
-            self._micro_batches(plan),
-            self.scorer,
-        )
-        costs = self._from_main(costs)  # it may fail on some processes only
         if self.config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
             size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
             plan = replace(plan, batch_size=size)
-            if size != full_size and costs is not None:
-                full_fastest = costs.fastest_seconds
-                total = self._micro_batches(plan)
-                costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
-                costs = self._from_main(costs)
-                if costs is not None:
-                    full, small = self._from_main(fastest_steps(trainer, dataset, collator, (full_size, size)))
-                    full_row = min(full, full_fastest) / full_size
-                    slowdown = min(small, costs.fastest_seconds) / size / full_row
-                    plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
+        size, total = plan.batch_size, self._micro_batches(plan)
+        costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
+        costs = self._from_main(costs)  # it may fail on some processes only
+        if costs is not None and size != full_size:
+            slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size))
+            plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
             plan = replace(plan, costs=costs)
         if not self.config.rule("online").reads_losses:

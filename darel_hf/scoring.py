@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .batching import share_prompts, token_batches
 from .config import require
 from .data import ID_KEY, WEIGHT_KEY, take_rows
 from .files import atomic_path
@@ -132,6 +133,10 @@ class BatchScorer:
     that does more after its head), the plain way is taken from then on; and where the plain losses are not the model's
     own, a warning says so.
 
+    Attributes:
+        shift (`bool`): whether position t predicts label t + 1.
+        head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
+
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
         per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot
@@ -157,7 +162,7 @@ class BatchScorer:
         self.sharded = is_sharded(model)
         # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
         whole = self.sharded or not hasattr(base, "get_output_embeddings")
-        self._head = None if whole else base.get_output_embeddings()
+        self.head = None if whole else base.get_output_embeddings()
         self.checked = False
         self.matches_own_loss: bool | None = None  # None: the model gives no loss to compare with
 
@@ -173,15 +178,21 @@ class BatchScorer:
                 model has no classification head to take embeddings from.
         """
         inputs = {k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)}
+        with self.scoring():
+            if not self.want_embeddings:
+                return self._score(inputs)
+            with _CatchEmbeddings(self.model) as embeddings:
+                samples = self._score(inputs)
+            return samples._replace(embeddings=embeddings.of(len(samples.losses)))
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Bring the model into the state in which it scores, and back into the one that it was in."""
         training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad(), self.autocast():
-                if not self.want_embeddings:
-                    return self._score(inputs)
-                with _CatchEmbeddings(self.model) as embeddings:
-                    samples = self._score(inputs)
-                return samples._replace(embeddings=embeddings.of(len(samples.losses)))
+                yield
         finally:
             self.model.train(training)
             if isinstance(self.model, FSDPModule):
@@ -202,7 +213,7 @@ class BatchScorer:
             n = len(inputs["labels"])
             self._check(take_rows(inputs, np.arange(min(n, 4)), n))
             self.checked = True
-        return self._through_head(inputs) if self._head is not None else self._plain(inputs)[0]
+        return self._through_head(inputs) if self.head is not None else self._plain(inputs)[0]
 
     def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, torch.Tensor | None]:
         """Return the losses read off full logits, and the model's own mean loss if it gives one."""
@@ -230,24 +241,35 @@ class BatchScorer:
     def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
         labels = inputs["labels"]
         rest = {k: v for k, v in with_decoder_inputs(self.model, inputs).items() if k != "labels"}
-        with _StopAtHead(self._head) as stop:
-            self.model(**rest)
         aligned = shift_labels(labels) if self.shift else labels
-        return token_losses(stop.hidden, aligned, project=self._head, want_correct=self.want_correct)
+        return token_losses(self.hidden(**rest), aligned, project=self.head, want_correct=self.want_correct)
+
+    @property
+    def tolerance(self) -> float:
+        """Differences of losses, relative and absolute, that are rounding in the model's precision."""
+        parameter = next(self.model.parameters())
+        with self.autocast():
+            reduced = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
+        return 2e-2 if reduced or parameter.device.type != "cpu" else 1e-3
+
+    def hidden(self, **inputs: Any) -> torch.Tensor:
+        """Return what enters the head, `[B, T, D]`, without calling it."""
+        with _StopAtHead(self.head) as stop:
+            self.model(**inputs)
+        return stop.hidden
 
     def _check(self, inputs: dict[str, Any]) -> None:
         plain, own = self._plain(inputs)
-        reduced = plain.losses.device.type != "cpu" or next(self.model.parameters()).dtype != torch.float32
-        tolerance = 2e-2 if reduced or torch.is_autocast_enabled(plain.losses.device.type) else 1e-3
-        if self._head is not None and inputs["labels"].dim() == 2:
+        tolerance = self.tolerance
+        if self.head is not None and inputs["labels"].dim() == 2:
             try:
                 same = torch.allclose(self._through_head(inputs).losses, plain.losses, rtol=tolerance, atol=tolerance)
             except Exception as error:  # any failure of the shortcut only means that this model cannot take it
                 logger.info("scoring with full logits: %s", error)
                 same = False
-            self._head = self._head if same else None
+            self.head = self.head if same else None
         else:
-            self._head = None
+            self.head = None
         if torch.is_tensor(own) and own.numel() == 1 and plain.n_tokens.sum() > 0 and torch.isfinite(own):
             mean = _mean(plain)
             self.matches_own_loss = math.isclose(mean, own.item(), rel_tol=tolerance, abs_tol=tolerance)
@@ -439,26 +461,6 @@ def feature_length(feature: Mapping[str, Any]) -> int:
     return len(tokens) + target
 
 
-def token_batches(lengths: np.ndarray, max_tokens: int, max_rows: int) -> Iterator[np.ndarray]:
-    """
-    Cut samples into batches of similar length, longest first (a batch that does not fit fails at once, not late).
-
-    Args:
-        lengths (`np.ndarray`): int `[n]`.
-        max_tokens (`int`): at most so many positions a batch, padding included; a longer sample is a batch of its own.
-        max_rows (`int`): at most so many samples a batch.
-
-    Yields:
-        int64 positions; each position once.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        rows = int(np.clip(max_tokens // max(lengths[order[start]], 1), 1, max_rows))
-        yield order[start : start + rows]
-        start += rows
-
-
 def default_max_tokens(device: torch.device) -> int:
     """Return how many positions a batch of the offline pass has on this device."""
     return MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
@@ -570,17 +572,24 @@ def _score_window(
     """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
     positions = window.tolist()
     items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
-    lengths = np.array([feature_length(item) for item in items])
-    batches = list(token_batches(lengths, max_tokens, max_rows))
-    if together:
-        batches += [batches[-1][:1]] * (max(gather_object([len(batches)])) - len(batches))
+
+    def plain(rows: Sequence[int]) -> SampleLosses:
+        return scorer(prepare(collator([items[i] for i in rows])))
+
+    shared = None if together else share_prompts(scorer, items, plain)
+    if shared is not None:
+        scored = shared.batches(max_tokens, max_rows)
+    else:
+        lengths = np.array([feature_length(item) for item in items])
+        batches = list(token_batches(lengths, max_tokens, max_rows))
+        if together:
+            batches += [batches[-1][:1]] * (max(gather_object([len(batches)])) - len(batches))
+        scored = ((batch_rows, plain(batch_rows)) for batch_rows in batches)
     collected = []
-    for batch_rows in batches:
-        batch = collator([items[i] for i in batch_rows])
-        samples = scorer(prepare(batch))
+    for batch_rows, samples in scored:
         embeddings = samples.embeddings
         rows = np.empty(len(batch_rows), _row_type(0 if embeddings is None else embeddings.shape[1]))
-        rows["id"] = batch[ID_KEY].cpu().numpy()
+        rows["id"] = [items[i][ID_KEY] for i in batch_rows]
         rows["loss"], rows["n_tokens"], rows["correct"] = (values.cpu().numpy() for values in samples[:3])
         if embeddings is not None:
             rows["embedding"] = embeddings.cpu().numpy()

@@ -1,5 +1,6 @@
 """Fast scoring equals slow scoring, for many models; a killed pass goes on; saved scores are checked."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,13 +14,15 @@ from transformers import (
     DataCollatorForSeq2Seq,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from darel_hf.data import CarryIds, add_ids
+from darel_hf.batching import token_batches
+from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.scoring import (
     BatchScorer,
     Scores,
@@ -29,7 +32,6 @@ from darel_hf.scoring import (
     save_scores,
     score_dataset,
     skip_identity_adapters,
-    token_batches,
 )
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
@@ -76,9 +78,9 @@ def test_scores_equal_the_models_own_loss_one_by_one(make):
             own = model(**{k: v[i : i + 1] for k, v in batch.items()}).loss
         assert ours.losses[i].item() == pytest.approx(own.item(), rel=1e-4)
     if make is gemma:
-        assert scorer._head is None  # found out by itself that the shortcut is wrong here
+        assert scorer.head is None  # found out by itself that the shortcut is wrong here
     if make in (tiny_gpt2, tiny_lora, llama, t5):
-        assert scorer._head is not None
+        assert scorer.head is not None
 
 
 def test_classification():
@@ -234,3 +236,84 @@ def test_model_fingerprints():
                 parameter.add_(1)
     assert model_fingerprint(left) != model_fingerprint(right)
     assert model_fingerprint(left, without_adapters=True) == model_fingerprint(right, without_adapters=True)
+
+
+# ---- Prompts that are the same ----
+
+
+def references(n=120, prompts=6, seed=0):
+    """Samples with few distinct prompts of different lengths, one of them a single token."""
+    draw = np.random.default_rng(seed)
+    known = [draw.integers(2, 64, length).tolist() for length in (1, *draw.integers(8, 16, prompts - 1))]
+    rows = []
+    for i in range(n):
+        prompt, target = known[draw.integers(prompts)], draw.integers(2, 64, draw.integers(1, 7)).tolist()
+        labels = [-100] * len(prompt) + target
+        rows.append({"input_ids": prompt + target, "attention_mask": [1] * len(labels), "labels": labels, ID_KEY: i})
+    return datasets.Dataset.from_list(rows)
+
+
+def score_counting(model, data, want_correct=True):
+    """Score a data set; also return how many positions went through the model."""
+    positions = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: positions.append(args[0].numel()))
+    scorer = BatchScorer(model, want_correct=want_correct)
+    scores = score_dataset(scorer, data, CarryIds(PadCollator()), dict, max_tokens=100, progress_bar=False)
+    hook.remove()
+    return scores, sum(positions)
+
+
+@pytest.mark.parametrize("make_model", [tiny_gpt2, tiny_lora, llama])
+def test_shared_prompts_give_the_same_scores(make_model):
+    torch.manual_seed(0)
+    model, data = make_model(), references()
+    scores, computed = score_counting(model, data)
+    assert computed < 0.6 * sum(len(ids) for ids in data["input_ids"])
+    one_by_one = BatchScorer(model, want_correct=True)
+    np.testing.assert_array_equal(scores.ids, np.arange(120))
+    for i, item in enumerate(data):
+        batch = PadCollator()([item])
+        alone = one_by_one(batch)
+        with torch.no_grad():
+            own = model.eval()(**batch).loss
+        assert scores.losses[i] == pytest.approx(own.item(), rel=1e-4)
+        assert scores.correct[i] == pytest.approx(alone.correct.item())
+        assert scores.n_tokens[i] == alone.n_tokens.item()
+
+
+class WithoutCache(GPT2LMHeadModel):
+    """Forgets what came before."""
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class AfterTheCollator(PadCollator):
+    """Labels only the last token, whatever the data say."""
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        for row, feature in enumerate(features):
+            batch["labels"][row, : len(feature["labels"]) - 1] = -100
+        return batch
+
+
+def test_prompts_are_not_shared_where_scores_would_differ():
+    data, model = references(), WithoutCache(tiny_gpt2().config)
+    scores, computed = score_counting(model, data)
+    assert computed > sum(len(ids) for ids in data["input_ids"])
+    expected = [BatchScorer(model)(PadCollator()([item])).losses.item() for item in data]
+    np.testing.assert_allclose(scores.losses, expected, rtol=1e-4)
+
+    model, collator = tiny_gpt2(), AfterTheCollator()
+    scores = score_dataset(BatchScorer(model), data, CarryIds(collator), dict, progress_bar=False)
+    np.testing.assert_array_equal(scores.n_tokens, 1)
+    expected = [BatchScorer(model)(collator([item])).losses.item() for item in data]
+    np.testing.assert_allclose(scores.losses, expected, rtol=1e-4)
+
+
+def test_distinct_prompts_are_scored_the_simple_way():
+    data = add_ids(token_data(), np.arange(37))
+    _, computed = score_counting(tiny_gpt2(), data.remove_columns("group"))
+    assert computed >= sum(len(ids) for ids in data["input_ids"])

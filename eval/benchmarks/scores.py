@@ -50,7 +50,7 @@ def main() -> None:
     ) -> Callable[[], Any]:
         scorer = BatchScorer(scored, autocast=autocast)
         if whole_head:
-            scorer._head = None
+            scorer.head = None
 
         def score() -> Any:
             return score_dataset(scorer, dataset, collator, trainer._prepare_inputs, progress_bar=False, **options)
