@@ -32,10 +32,13 @@ lint: $(STAMP)  ## check style
 format: $(STAMP)  ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(STAMP)  ## run the benchmarks; results go to eval/benchmarks/results as JSON
-	$(BIN)/python eval/benchmarks/overhead.py
-	$(BIN)/python eval/benchmarks/budget.py
-	$(BIN)/python eval/benchmarks/metrics.py --wordnet none
+# QUICK=--quick shows that all of them run; TEXTS, MODEL and IMAGES are folders of your own (E2E files, base model, parquet).
+ON_TEXTS := $(QUICK) $(if $(TEXTS),--data_dir $(TEXTS)) $(if $(MODEL),--model_name_or_path $(MODEL))
+bench: $(STAMP)  ## run the benchmarks (hours); QUICK=--quick: minutes, no claim rests on it
+	for name in overhead budget planner scores quality; do \
+		$(BIN)/python eval/benchmarks/$$name.py $(ON_TEXTS) || exit 1; done
+	for name in steps scale metrics faults; do $(BIN)/python eval/benchmarks/$$name.py $(QUICK) || exit 1; done
+	$(if $(QUICK)$(IMAGES),$(BIN)/python eval/benchmarks/vision.py $(QUICK) $(if $(IMAGES),--data_dir $(IMAGES)))
 
 clean:  ## remove build products (the environment stays)
 	rm -rf build dist *.egg-info demo_output

@@ -173,7 +173,8 @@ def share_prompts(
     except Exception as error:  # whatever it is, such a model has no cache that works like this
         logger.info("prompts are not shared: %s", error)
         return None
-    if not torch.allclose(found, wanted, rtol=scorer.tolerance, atol=scorer.tolerance):
+    tolerance = scorer.tolerance / 10  # the same layers on the same tokens: closer than two ways through the head
+    if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
         logger.info("prompts are not shared: losses would be %s in place of %s", found.tolist(), wanted.tolist())
         return None
     return shared

@@ -51,7 +51,7 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
     for name, value in config.to_dict().items():
         saved = state["config"].get(name, value)
         remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
-        require(saved == value or name == "scores", name, value, remedy)
+        require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 
 
 def problem(checkpoint: str | os.PathLike) -> str | None:

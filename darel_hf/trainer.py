@@ -24,6 +24,7 @@ from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .report import Report
 from .run import Run
 from .scoring import PerSampleLoss, with_decoder_inputs
+from .sliced import CannotSlice
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +166,8 @@ class DarelMixin:
         inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
+        except CannotSlice as error:  # a graph compiled later than the one that was tried out
+            raise CannotSlice(f"online_backward='sliced': {error}; resume with 'subset'") from error
         finally:
             ignored = self._run.end_row()
         remedy = "it never called super().compute_loss, so the rule's weights were not honoured; choose another rule"

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -21,7 +22,9 @@ from darel_hf.corpus import make_corpus
 from darel_hf.demo import DemoSettings, warm_up
 from darel_hf.nlg import NLGArguments, load_model, read_pairs, tokenize_pairs
 
-RESULTS = Path(__file__).parent / "results"
+#: Quick runs show that everything runs; no claim rests on them, and they leave the rows of results alone.
+QUICK = "--quick" in sys.argv
+RESULTS = Path("outputs/benchmarks") if QUICK else Path(__file__).parent / "results"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -34,7 +37,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=8)
     made.add_argument("--pairs", type=int, default=3, help="interleaved pairs of runs")
     made.add_argument("--threads", type=int, default=os.cpu_count())
+    add_quick(made)
     return made
+
+
+def add_quick(made: argparse.ArgumentParser) -> None:
+    """Add the option that all benchmarks have."""
+    made.add_argument("--quick", action="store_true", help="show that it runs, in a minute; results to outputs/")
 
 
 class Task:
@@ -42,6 +51,8 @@ class Task:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
+        if options.quick:
+            options.samples, options.epochs, options.pairs = 80, 1, 1
         torch.set_num_threads(options.threads)
         self.folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
         data, model = options.data_dir, options.model_name_or_path
@@ -51,7 +62,8 @@ class Task:
         if model is None:
             model = str(self.folder / "model")
             texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-            warm_up(Path(model), DemoSettings(warm_up_representations=100, warm_up_epochs=1), texts)
+            sizes = DemoSettings(warm_up_representations=20 if options.quick else 100, warm_up_epochs=1)
+            warm_up(Path(model), sizes, texts)
         self.args = NLGArguments(model_name_or_path=model, data_dir=data)
         pairs = read_pairs(Path(data) / "trainset.csv")
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
@@ -61,7 +73,7 @@ class Task:
     @property
     def settings(self) -> dict[str, Any]:
         """What was run: the options, with names in place of paths."""
-        options = {k: v for k, v in vars(self.options).items() if k not in ("data_dir", "model_name_or_path")}
+        options = {k: v for k, v in vars(self.options).items() if k not in ("data_dir", "model_name_or_path", "quick")}
         data, model = self.options.data_dir, self.options.model_name_or_path
         return {
             **options,
@@ -110,7 +122,7 @@ def seconds_of(trainer: Trainer) -> float:
 def conditions(settings: dict[str, Any]) -> dict[str, Any]:
     """Return what a number needs beside it: settings, hardware, versions, commit."""
     commit, changes = (
-        subprocess.run(["git", *command], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+        subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../../darel_hf"])
     )
     packages = ("darel_hf", "torch", "transformers", "peft", "accelerate", "sacrebleu", "nltk")
@@ -143,7 +155,7 @@ def latest_rows(name: str, settings: dict[str, Any], **results: Any) -> dict[str
 
 def store(name: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Append one row to `results/<name>.jsonl` and print it."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     row = {"benchmark": name, **results, **conditions(settings)}
     with open(RESULTS / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

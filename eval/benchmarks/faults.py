@@ -198,12 +198,15 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--no_store", action="store_true", help="keep no row of results")
+    parser.add_argument("--quick", action="store_true", help="show that it runs: two rounds, no row of results")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--pause", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
         worker(options.worker, options.pause)
         return
+    if options.quick:
+        options.rounds, options.no_store = 2, True
     faults = options.faults.split(",")
     base = Path(tempfile.mkdtemp(prefix="darel-faults-"))
     if "full-disk" in faults:

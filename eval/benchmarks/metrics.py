@@ -21,7 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import store
+from common import add_quick, store
 from nltk.translate.meteor_score import meteor_score
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
@@ -69,7 +69,10 @@ def main() -> None:
     parser.add_argument("--references")
     parser.add_argument("--wordnet", help="folder; default: wherever it is found; none: exact and stems only")
     parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs of runs")
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.pairs, options.wordnet = 1, options.wordnet or "none"
     if options.references is None:
         folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
         make_corpus(folder)

@@ -38,7 +38,10 @@ def draw(generator: np.random.Generator) -> DarelConfig:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--settings", type=int, default=20)
-    task = Task(made.parse_args())
+    options = made.parse_args()
+    if options.quick:
+        options.settings = 2
+    task = Task(options)
     generator = np.random.default_rng(0)
     seconds_of(task.trainer(num_train_epochs=1))  # warms up
     full, runs = [seconds_of(task.trainer())], []

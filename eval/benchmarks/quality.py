@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, latest_rows, store
+from common import RESULTS, add_quick, latest_rows, store
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--max_train_samples", type=int, default=2000)
     parser.add_argument("--max_test_samples", type=int, default=150)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="show that it runs: one seed, few samples, three arms")
+    add_quick(parser)
     parser.add_argument("--name", default="quality", help="of the files of results")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 200, 10, 1
-        options.arms, options.name = "full,random_0.7,offline_trimmed_0.7", "quality_quick"
+        options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 120, 10, 1
+        options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
     names = options.arms.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -103,7 +103,11 @@ def main() -> None:
         make_corpus(data := str(folder / "data"))
     if model is None:
         texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-        warm_up(Path(model := str(folder / "model")), DemoSettings(), texts)
+        warm_up(
+            Path(model := str(folder / "model")),
+            DemoSettings(warm_up_representations=20 if options.quick else 1200),
+            texts,
+        )
     what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
     settings |= {

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import RESULTS, store
+from common import RESULTS, add_quick, store
 
 from darel_hf import RULES, LossLedger, Samples
 from darel_hf.selection import length_corrected
@@ -101,11 +101,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--largest", type=int, default=10**7)
     parser.add_argument("--ranks", type=int, default=8)
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.largest = 10**5
     rows, n = [], 10**4
     while n <= options.largest:
         rows.append(measure(n, options.ranks))
-        store("scale", vars(options), rows[-1])
+        store("scale", {"largest": options.largest, "ranks": options.ranks}, rows[-1])
         n *= 10
     plot(rows)
 

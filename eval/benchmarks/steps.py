@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import RESULTS, latest_rows, store
+from common import RESULTS, add_quick, latest_rows, store
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -125,19 +125,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=50257)
-    parser.add_argument("--rows", type=int, default=20, help="of a candidate batch")
+    parser.add_argument("--rows", type=int, default=16, help="of a candidate batch")
     parser.add_argument("--lengths", default="32,128", help="tokens of a row")
-    parser.add_argument("--keeps", default="0.1,0.3,0.5,0.7,1.0")
+    parser.add_argument("--keeps", default="0.125,0.25,0.5,0.75,1.0")
     parser.add_argument("--backends", default="eager,inductor")
     parser.add_argument("--tuning", default="lora,full")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="show that it runs: two small layers, eager, one length")
+    add_quick(parser)
     parser.add_argument("--name", default="steps", help="of the files of results")
     options = parser.parse_args()
     if options.quick:
         options.layers, options.width, options.vocabulary, options.lengths = 2, 64, 500, "16"
-        options.keeps, options.backends, options.rounds, options.name = "0.5,1.0", "eager", 1, "steps_quick"
+        options.keeps, options.backends, options.rounds = "0.5,1.0", "eager", 1
     torch.set_num_threads(options.threads)
     what_is_run = ("lengths", "keeps", "backends", "tuning", "name", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run}

@@ -17,9 +17,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from common import RESULTS, latest_rows, store
+from common import RESULTS, add_quick, latest_rows, store
+from PIL import Image
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
@@ -56,7 +58,7 @@ def arms(rule: str, online_rule: str, narrow: float) -> dict[str, tuple[dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--data_dir", help="default, with --quick only: made-up images")
     parser.add_argument(
         "--arms",
         default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5,"
@@ -79,13 +81,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="vision", help="of the files of results")
+    add_quick(parser)
     options = parser.parse_args()
+    if options.quick:
+        options.arms, options.seeds, options.epochs, options.max_train_samples = "full,darel_0.8,wide_dual", 1, 2, 200
+        options.narrow = 8
+    elif options.data_dir is None:
+        parser.error("--data_dir: give a folder with images")
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
     known = arms(options.offline_rule, options.online_rule, options.narrow)
     names = options.arms.split(",")
-    what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain")
+    what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run} | {"data": Path(options.data_dir).name}
+    if options.data_dir is None:
+        made_up_images(folder / "images")
+        options.data_dir = str(folder / "images")
     data = None
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         plain = None
@@ -134,6 +145,18 @@ def main() -> None:
                 },
             )
         summarize(options.name, settings, options.plain)
+
+
+def made_up_images(folder: Path) -> None:
+    """Write images of noise, brighter from class to class: enough to show that everything runs."""
+    folder.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    for split, n in (("train", 200), ("test", 50)):
+        labels = draw.integers(0, 10, n)
+        pixels = (draw.integers(0, 128, (n, 32, 32, 3)) + 12 * labels[:, None, None, None]).astype(np.uint8)
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(10)})
+        rows = {"img": [Image.fromarray(image) for image in pixels], "label": labels.tolist()}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}.parquet"))
 
 
 def summarize(name: str, settings: dict[str, Any], plain: str) -> None:
