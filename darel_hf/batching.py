@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: Cached positions of a batch, copied for each sample, relative to the positions that are computed: they take memory.
+CACHED = 2
 #: Fraction of all positions that must be saved: otherwise the simple way is as fast.
 WORTHWHILE = 0.2
 
@@ -72,7 +74,8 @@ class SharedPrompts:
                 cache, mask = self._read([self.prompts[i] for i in chosen])
             members = np.array([i for prompt in chosen for i in of_prompt[prompt]])
             place = {prompt: row for row, prompt in enumerate(chosen.tolist())}
-            for part in token_batches(rest[members], max_tokens, max_rows):
+            cached = rest[members] + mask.shape[1]
+            for part in token_batches(np.maximum(rest[members], cached // CACHED), max_tokens, max_rows):
                 rows = members[part]
                 which = torch.tensor([place[self.prompt_of[i]] for i in rows], device=mask.device)
                 with self.scorer.scoring():
@@ -164,7 +167,7 @@ def share_prompts(
     if shared.saving < WORTHWHILE:
         return None
     most = np.flatnonzero(shared.prompt_of == np.bincount(shared.prompt_of).argmax())
-    probe = [*dict.fromkeys([0, *most[:3].tolist()])]
+    probe = [*dict.fromkeys([int(shared.starts.argmin()), int(shared.starts.argmax()), *most[:3].tolist()])]
     wanted = plain(probe).losses
     found = torch.zeros_like(wanted)
     try:

@@ -20,7 +20,7 @@ from .scoring import BatchScorer, default_max_tokens, feature_length, rows_witho
 logger = logging.getLogger(__name__)
 
 BATCHES = 6  # batches that are timed at most; one more warms up
-PAIRS = 9  # pairs of steps that compare two batch sizes
+PAIRS = 7  # pairs of steps that compare two batch sizes
 SHARE = 0.02  # of the run's batches, at most so many are timed, but at least two
 
 
@@ -157,19 +157,20 @@ def measure_costs(
     )
 
 
-def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int) -> float:
+def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, total: float) -> float:
     """
     Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
 
-    The median over pairs of steps, one right after the other: a busy machine slows down both.
+    The median over pairs of steps, one right after the other: a busy machine slows down both. `total` is the number of
+    batches of the run, of which few are to be spent on this.
     """
-    batches = [_batches(trainer, dataset, collator, size, 1)[0] for size in (full, rows)]
+    count = min(max(int(SHARE * total), 2), PAIRS) + 1
+    pairs = zip(*(_batches(trainer, dataset, collator, size, count) for size in (full, rows)), strict=True)
     ratios = []
     with untouched(trainer.model):
-        for _ in range(PAIRS + 1):
+        for pair in pairs:
             whole, small = (
-                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device)
-                for batch in batches
+                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device) for batch in pair
             )
             ratios.append(small / rows / (whole / full))
     return statistics.median(ratios[1:])

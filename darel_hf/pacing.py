@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
 TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
 EARLY_TOLERANCE = 0.25  # likewise, at the first looks, when a few steps say little
-LOOP = 0.15  # what a training loop may add to steps that were measured alone
+GRANTED = 1.25  # how much slower or faster than measured a plain step may be taken to be
+GRANTING = 0.25  # part of the run in which that is found out
 
 
 class Progress:
@@ -70,11 +71,13 @@ class KeepBudget(TrainerCallback):
         seconds (`float`): that the run may take from the start of `elapsed`.
         elapsed (`Callable`): `() -> float`, seconds so far, all but evaluation counted.
         step_cost (`Callable`): `step -> float`, what the plan says a step costs, relative to one without scoring.
-        step_seconds (`float`): what the plan says a step without scoring takes. What the loop adds to it (logging,
-            clipping, caches that are not warm) plain training pays as well, so at the first look that is not early the
-            budget grows by as much, at most by `LOOP` of itself: it is a fraction of plain training's time.
+        step_seconds (`float`): what the plan says a step without scoring takes. A few steps measured alone say little
+            of a loop and of a machine whose speed varies, and plain training would meet the same; so during the first
+            part of a run the budget, a fraction of plain training's time, follows what steps take without scoring.
         decide (`Callable`): `(function) -> value`, calls a function on the main process and gives all its value.
         decisions (`list`, *optional*): of a run that goes on.
+        scoring (`Callable`, *optional*): `() -> float`, the seconds among them that went into scoring; `None` where
+            that is part of the steps (`online_backward="sliced"`).
     """
 
     def __init__(
@@ -85,9 +88,10 @@ class KeepBudget(TrainerCallback):
         step_seconds: float,
         decide: Callable[[Callable[[], int]], int],
         decisions: list[list[float]] | None = None,
+        scoring: Callable[[], float] | None = None,
     ):
         self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
-        self.step_seconds, self.calibrated = step_seconds, False
+        self.step_seconds, self.scoring, self.granted = step_seconds, scoring, 1.0
         self.saved = decisions
         self.progress: Progress | None = None
 
@@ -108,6 +112,7 @@ class KeepBudget(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; go on with earlier decisions."""
         self.begun, self.begun_step = self.elapsed(), state.global_step
+        self.scored = 0.0 if self.scoring is None else self.scoring()
         if self.progress is not None:
             state.max_steps = self.progress.end
 
@@ -128,11 +133,14 @@ class KeepBudget(TrainerCallback):
 
     def _affordable_end(self, step: int, early: bool) -> int:
         now = self.elapsed()
-        unit = (now - self.begun) / sum(self.step_cost(s) for s in range(self.begun_step, step))
-        if not early and not self.calibrated:
-            self.calibrated = True
-            self.seconds *= min(max(unit / self.step_seconds, 1.0), 1.0 + LOOP)
-        left, end = self.seconds - now, step
+        units = sum(self.step_cost(s) for s in range(self.begun_step, step))
+        unit = (now - self.begun) / units
+        if not early and step <= GRANTING * self.progress.planned:
+            training = unit
+            if self.scoring is not None:
+                training = (now - self.begun - (self.scoring() - self.scored)) / (step - self.begun_step)
+            self.granted = min(max(training / self.step_seconds, 1 / GRANTED), GRANTED)
+        left, end = self.granted * self.seconds - now, step
         while end < self.progress.planned:
             left -= unit * self.step_cost(end)
             if left < 0:

@@ -58,7 +58,7 @@ from .scoring import (
 )
 from .selection import kept_count
 from .selector import Selector, group_numbers, with_fractions
-from .sliced import CannotSlice, SlicedTraining, why_not
+from .sliced import CannotSlice, SlicedTraining, first_line, why_not
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Run:
         self._tracked: tuple[np.ndarray, dict[str, Any]] | None = None
         self.sliced: SlicedTraining | None = None  # where one forward pass scores and trains
         self.number: int | None = None  # of the micro-batch in progress, where it is one of candidates to be sliced
-        self._numbers: deque[int | None] = deque()  # likewise, of those that the loop has been handed
+        self._numbers: deque[int] = deque()  # likewise, of those of the optimizer step in progress
         self._hook: Any = None
         self._merged_epoch = 0
         self._start: dict[str, Any] | None = None  # to go back to, where Trainer tries again with smaller batches
@@ -195,14 +195,16 @@ class Run:
         batch = self.trainer._prepare_inputs(collator([dataset[i] for i in rows]))
         batch = {key: value for key, value in batch.items() if key != ID_KEY}
         scorer = self._batch_scorer(self.trainer.model, "online")
+        scorer(batch)
+        if scorer.matches_own_loss is False:
+            return "the model's loss is more than cross-entropy"
+        if batch["labels"].is_floating_point():
+            return "labels are floating-point numbers, which Trainer counts in another way than rows"
         try:
-            scorer(batch)
-            if scorer.matches_own_loss is False:
-                return "the model's loss is more than cross-entropy"
             self.sliced = SlicedTraining(self.trainer, scorer.want_correct, scorer.shift)
             self.sliced.try_out(batch)
-        except CannotSlice as error:
-            return str(error)
+        except Exception as error:  # whatever the compiler has to say, there is another way to train
+            return str(error) if isinstance(error, CannotSlice) else f"{type(error).__name__}: {first_line(error)}"
         return None
 
     def _seed(self) -> int:
@@ -321,7 +323,7 @@ class Run:
         costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
         costs = self._from_main(costs)  # it may fail on some processes only
         if costs is not None and size != full_size:
-            slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size))
+            slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, total))
             plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
             plan = replace(plan, costs=costs)
@@ -386,12 +388,15 @@ class Run:
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
         base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
         scoring = plan.costs.forward_share / base if plan.online_keep < 1 else 0.0
+        if plan.costs.one_forward:
+            scoring *= 1 - plan.effective_online_keep
         step = plan.costs.step_seconds * self.args.gradient_accumulation_steps
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: time.perf_counter() - self.started - self.seconds["evaluation"],
             step_cost=lambda step: 1 + (scoring and scoring * self.selector.is_fresh(step // self.steps_per_epoch)),
             step_seconds=step * base / plan.effective_online_keep,
+            scoring=None if plan.costs.one_forward else lambda: self.seconds["scoring"],
             decide=self.trainer._on_main,
             decisions=self._decisions,
         )
@@ -527,12 +532,17 @@ class Run:
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
         self.online_scorer = self._batch_scorer(self.trainer.model, "online")
+        if self.sliced is not None:  # anew: of a model that Trainer has made again, or of a step that failed
+            self.sliced = SlicedTraining(
+                self.trainer, self.sliced.step.want_correct, self.sliced.step.shift, self.sliced
+            )
         if self.config.track and self._hook is None:
             self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)
 
     def start_step(self) -> None:
         """Begin an optimizer step; at the first one of an epoch all ranks learn what the others have seen."""
         self._micro_batch = 0
+        self._numbers.clear()
         self.epoch = self.trainer.state.global_step // self.steps_per_epoch
         if self.epoch > self._merged_epoch:
             self._merged_epoch = self.epoch
@@ -547,8 +557,8 @@ class Run:
         ids = batch[ID_KEY].cpu().numpy()
         to_slice = self.sliced is not None and self.selector.is_fresh(self.epoch)
         to_slice = to_slice and self.selector.config.online_keep < 1
-        self._numbers.append(number if to_slice else None)
         if to_slice:  # chosen from in `choose`, by what the forward pass finds
+            self._numbers.append(number)
             self.candidate_rows += len(ids)
             return batch
         weights = None

@@ -484,6 +484,7 @@ def score_dataset(
     progress_bar: bool = True,
     parts: str | os.PathLike | None = None,
     origin: dict[str, str] | None = None,
+    prompts_once: bool = True,
 ) -> Scores:
     """
     Score every sample of a data set.
@@ -499,6 +500,7 @@ def score_dataset(
         progress_bar (`bool`): show one if the pass takes longer than two seconds.
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
+        prompts_once (`bool`): compute prompts that several samples share once, where a trial shows the same losses.
 
     Returns:
         [`Scores`], ids ascending; equal on every rank.
@@ -526,7 +528,18 @@ def score_dataset(
             progress.update(len(window))
         else:
             done.append(
-                _score_window(scorer, dataset, window, collator, prepare, max_tokens, max_rows, progress, together)
+                _score_window(
+                    scorer,
+                    dataset,
+                    window,
+                    collator,
+                    prepare,
+                    max_tokens,
+                    max_rows,
+                    progress,
+                    together,
+                    prompts_once,
+                )
             )
             if part is not None and len(mine) > WINDOW:
                 with atomic_path(part) as temporary:
@@ -568,6 +581,7 @@ def _score_window(
     max_rows: int,
     progress: Any,
     together: bool,
+    prompts_once: bool,
 ) -> np.ndarray:
     """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
     positions = window.tolist()
@@ -576,7 +590,7 @@ def _score_window(
     def plain(rows: Sequence[int]) -> SampleLosses:
         return scorer(prepare(collator([items[i] for i in rows])))
 
-    shared = None if together else share_prompts(scorer, items, plain)
+    shared = None if together or not prompts_once else share_prompts(scorer, items, plain)
     if shared is not None:
         scored = shared.batches(max_tokens, max_rows)
     else:

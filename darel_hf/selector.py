@@ -70,7 +70,9 @@ class Selector:
         self.config = config
         self.seed = seed
         self.ids = None if ids is None else np.asarray(ids, dtype=np.int64)
-        self.reference = reference
+        self.reference = None  # in the order of the ledger's rows: ids ascending
+        if reference is not None:
+            self.reference = np.asarray(reference, np.float64)[np.argsort(self.ids, kind="stable")]
         self.ledger = OpenLedger() if ids is None else LossLedger(self.ids)
 
     def candidate_rows(self, batch_size: int) -> int:

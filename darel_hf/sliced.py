@@ -11,7 +11,9 @@ from typing import Any
 import sympy
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
 from torch._inductor import config as inductor_config
@@ -83,23 +85,28 @@ class SlicedStep:
         backend: str = "eager",
     ):
         require(backend in BACKENDS, "backend", backend, f"choose one of {BACKENDS}")
-        self.model = model
+        self.model, self.want_correct = model, want_correct
         self._kept = _Kept()
         _refuse(model)
         shift = self.shift = is_causal_lm(model) if shift is None else shift
 
         takes_cache = "use_cache" in inspect.signature(base_model(model).forward).parameters
         options = {"use_cache": False} if takes_cache else {}
+        call = functools.partial(type(model).forward, model)
+        if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
+            call = model  # somebody wants to be asked; what accelerate puts there later for autocast, we do ourselves
 
         def losses(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
             for value in inputs.values():
-                if torch.is_tensor(value):  # one symbol for the batch, whatever else has the same size
+                if (
+                    torch.is_tensor(value) and value.dim() > 0
+                ):  # one symbol for the batch, whatever else has the same size
                     torch._check(value.shape[0] == first_of(inputs).shape[0])
             if per_sample_loss is not None:
-                own = per_sample_loss(model(**inputs), inputs).float()
+                own = per_sample_loss(call(**inputs), inputs).float()
                 return own, own.detach(), torch.ones_like(own, dtype=torch.int64), torch.full_like(own, torch.nan)
             labels = inputs["labels"]
-            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
+            outputs = call(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
             logits = logits[0] if isinstance(logits, tuple) else logits
             samples = dense_losses(logits, labels, shift, label_smoothing, want_correct)
@@ -131,15 +138,14 @@ class SlicedStep:
         if self._per_sample_loss is None:
             inputs = with_decoder_inputs(self.model, inputs)
         for value in inputs.values():
-            if torch.is_tensor(value) and value.shape[0] > 1:
+            if torch.is_tensor(value) and value.dim() > 0 and value.shape[0] > 1:
                 torch._dynamo.mark_dynamic(value, 0)
         self._kept.rows, self._kept.of = None, len(first_of(inputs))
         try:
-            losses, self.ranking, n_tokens, correct = self._losses(inputs)
-        except Exception as error:
-            if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                raise CannotSlice(f"the model cannot be traced as one graph ({_first_line(error)})") from error
-            raise
+            with dynamo_config.patch(skip_nnmodule_hook_guards=False):  # hooks that come later count, too
+                losses, self.ranking, n_tokens, correct = self._losses(inputs)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+            raise CannotSlice(f"the model cannot be traced as one graph ({first_line(error)})") from error
         return SampleLosses(losses, n_tokens, correct)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -157,23 +163,30 @@ class SlicedStep:
 
 def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return the first tensor of a batch."""
-    return next(value for value in inputs.values() if torch.is_tensor(value))
+    return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says first."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _refuse(model: nn.Module) -> None:
     """Refuse models whose rows depend on each other, and parameters that are not whole."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__:
-            frozen = not any(p.requires_grad for p in module.parameters()) and not module.training
-            if not frozen:
-                raise CannotSlice(
-                    f"{name} is batch normalization: its statistics are of all candidates, those of a step on the "
-                    "kept rows would be others"
-                )
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()  # some layers stay in eval mode
+    coupled = [
+        name
+        for name, module in model.named_modules()
+        if module.training and (isinstance(module, _BatchNorm) or "BatchNorm" in type(module).__name__)
+    ]
+    for module, training in modes:
+        module.training = training
+    if coupled:
+        raise CannotSlice(
+            f"{coupled[0]} is batch normalization: its statistics are of all candidates, those of a step on the kept "
+            "rows would be others"
+        )
     if is_sharded(model):
         raise CannotSlice("its parameters are spread over processes (FSDP, ZeRO 3)")
 
@@ -190,7 +203,7 @@ def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -
     """Compile with the operators of eager mode; save what eager mode would save."""
     made = aot_autograd(
         fw_compiler=lambda part, _: _boxed(part.forward),
-        bw_compiler=lambda part, _: _sliced_backward(_boxed(part.forward), _saved_values(part), kept),
+        bw_compiler=lambda part, _: _sliced_backward(_boxed(part.forward), _saved_values(part), kept, reuses=False),
         partition_fn=default_partition,
     )
     return made(graph, example_inputs)
@@ -203,7 +216,7 @@ def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept
         if not options.get("is_backward"):
             return compile_fx_inner(part, inputs, **options)
         values = _saved_values(part)
-        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, kept)
+        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, kept, reuses=True)
 
     with (
         functorch_config.patch(enable_autograd_cache=False, donated_buffer=False),
@@ -225,8 +238,12 @@ def _saved_values(graph: torch.fx.GraphModule) -> list[Any]:
     return [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept) -> Callable:
-    """Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs."""
+def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept, reuses: bool) -> Callable:
+    """
+    Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs.
+
+    `reuses` says whether it may write its results into what it takes.
+    """
     batch = values[-1].shape[0]  # of the gradient of the losses
     cuts = [_cut_of(value, batch) for value in values]
     checked = False
@@ -246,11 +263,13 @@ def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept) -> Call
             arguments.clear()
             return backward(sliced)
         exact = not any(_is_reduced(argument) for argument in arguments)
-        whole = backward([_copy(argument) for argument in arguments])
+        whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
         arguments.clear()
-        gradients = backward(sliced)
-        _compare(gradients, whole, TOLERANCE[exact])
-        checked = True
+        try:
+            gradients = backward(sliced)
+        except RuntimeError as error:
+            raise CannotSlice(f"the backward pass cannot be done on fewer rows ({first_line(error)})") from error
+        checked = _compare(gradients, whole, TOLERANCE[exact])
         return gradients
 
     call._boxed_call = True
@@ -265,9 +284,15 @@ def _is_reduced(argument: Any) -> bool:
     return torch.is_tensor(argument) and argument.dtype in (torch.bfloat16, torch.float16)
 
 
-def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> None:
-    """Raise `CannotSlice` where a gradient of the kept rows is not that of the whole backward pass."""
+def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
+    """
+    Raise `CannotSlice` where a gradient of the kept rows is not that of the whole backward pass.
+
+    Returns whether it could be told: gradients that overflow, as with scaled losses in float16, say nothing.
+    """
     pairs = [(a, b) for a, b in zip(gradients, whole, strict=True) if torch.is_tensor(b)]
+    if not all(torch.isfinite(b).all() for _, b in pairs):
+        return False
     total = max((b.float().norm().item() for _, b in pairs), default=0.0)
     for a, b in pairs:
         scale = max(b.float().norm().item(), 1e-2 * total)
@@ -277,6 +302,7 @@ def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> None:
                 f"the gradient of the kept rows differs from that of the whole backward pass by {error / scale:.1e} "
                 "(rows that depend on each other, or random numbers that are drawn again in the backward pass)"
             )
+    return True
 
 
 def _cut_of(value: Any, batch: Any) -> Callable:
@@ -364,6 +390,8 @@ def why_not(trainer: Any) -> str | None:
         return "compute_loss_func is a loss of your own"
     if trainer.per_sample_loss is not None:
         return "per_sample_loss ranks, the loss that trains is the model's own"
+    if trainer.args.neftune_noise_alpha:
+        return "neftune_noise_alpha adds its noise by a hook that comes after this is compiled"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return "FSDP and DeepSpeed spread parameters or gradients over processes"
     return None
@@ -377,10 +405,17 @@ class SlicedTraining:
         trainer (`Trainer`): one for which [`why_not`] knows no reason.
         want_correct (`bool`): whether the rule needs to know which predictions are right.
         shift (`bool`): whether position t predicts label t + 1.
+        earlier ([`SlicedTraining`], *optional*): whose compiled step is taken over, if it is of the same model.
     """
 
-    def __init__(self, trainer: Any, want_correct: bool, shift: bool):
+    def __init__(self, trainer: Any, want_correct: bool, shift: bool, earlier: SlicedTraining | None = None):
         self.trainer = trainer
+        self._labels: list[dict[str, torch.Tensor]] = []  # of what is kept, of the optimizer step in progress
+        self._returned = 0.0  # the losses of its micro-batches so far
+        self._ratio: torch.Tensor | None = None
+        if earlier is not None and earlier.step.model is trainer.model:
+            self.step = earlier.step
+            return
         compiled = trainer.args.torch_compile and trainer.args.torch_compile_backend in (None, "inductor")
         self.step = SlicedStep(
             trainer.model,
@@ -389,9 +424,6 @@ class SlicedTraining:
             want_correct=want_correct,
             backend="inductor" if compiled else "eager",
         )
-        self._labels: list[dict[str, torch.Tensor]] = []  # of what is kept, of the optimizer step in progress
-        self._returned = 0.0  # the losses of its micro-batches so far
-        self._ratio: torch.Tensor | None = None
 
     def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
         """Compute the losses of all candidates, in the precision that the trainer trains in."""

@@ -60,11 +60,22 @@ def test_ends_where_the_budget_ends(seconds_a_step, end):
     assert progress.position(step) == 100
 
 
-@pytest.mark.parametrize(("loop", "end"), [(1.1, 100), (1.5, 77), (0.9, 100)])
+@pytest.mark.parametrize(("loop", "end"), [(1.1, 100), (1.5, 83), (0.9, 100)])
 def test_what_the_loop_adds_is_plain_trainings_too(loop, end):
-    """Steps of 1 s were measured alone; in the loop they take more, of which up to 15 per cent are granted."""
+    """Steps of 1 s were measured alone; in the loop they take more, of which up to a quarter is granted."""
     step, _ = keep(100.0, lambda step: 1.0, 1.0, lambda step: loop)
     assert step == pytest.approx(end, abs=1)
+
+
+def test_a_machine_that_slows_down_later_is_not_granted_more():
+    step, _ = keep(100.0, lambda step: 1.0, 1.0, lambda step: 1.0 if step < 40 else 2.0)
+    assert step == pytest.approx(40 + 60 / 2, abs=2)
+
+
+def test_steps_that_were_measured_too_slow_leave_less():
+    """Plain training is as much faster as the steps are: 100 s were half of it, and half are 80 s, 80 steps."""
+    step, _ = keep(100.0, lambda step: 1.0, 1.25, lambda step: 1.0)
+    assert step == pytest.approx(80, abs=1)
 
 
 def test_dear_epochs_are_not_taken_for_all():

@@ -76,3 +76,12 @@ def test_an_own_loop_learns_from_half_of_the_rows():
             number += 1
     assert selector.ledger.times_trained.sum() == 5 * 128
     assert model(x).argmax(1).eq(y).float().mean() > 0.9
+
+
+def test_reference_losses_follow_their_ids():
+    config = DarelConfig(
+        online_keep=0.5, online_rule="rho_loss", reference_scores="any.parquet", length_correction=False
+    )
+    selector = Selector(config, ids=[30, 10, 20, 40], reference=np.array([3.0, 1.0, 2.0, 0.0]))
+    rows, _ = selector.select(np.array([10, 20, 30, 40]), np.array([3.0, 3.0, 3.0, 0.5]), 2, 0)
+    assert rows.tolist() == [0, 1]  # differences 2, 1, 0, 0.5

@@ -159,9 +159,12 @@ def test_autocast():
 # ---- Refused ----
 
 
-def test_batch_normalization_is_refused():
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_normalization_is_refused(training):
+    model = ImageClassifier(resnet18(num_classes=3), padding=0, flip=False).train(training)
     with pytest.raises(CannotSlice, match="batch normalization"):
-        SlicedStep(ImageClassifier(resnet18(num_classes=3), padding=0, flip=False).train())
+        SlicedStep(model)
+    assert all(module.training == training for module in model.modules())
 
 
 class Coupled(nn.Module):
@@ -233,7 +236,7 @@ def train(folder, backward, model=None, darel=None, resume=None, **settings):
         ({}, {}),
         ({"track": True, "online_rule": "kakurenbo"}, {"gradient_accumulation_steps": 3}),
         ({"online_rule": "infobatch"}, {"label_smoothing_factor": 0.1}),
-        ({"rescore_every": 2}, {"average_tokens_across_devices": False}),
+        ({"rescore_every": 2}, {"average_tokens_across_devices": False, "num_train_epochs": 3}),
     ],
     ids=["plain", "accumulation", "weights-smoothing", "ledger"],
 )
@@ -251,12 +254,58 @@ def test_trains_as_the_subset_step_does(tmp_path, darel, settings):
     assert sliced.report.plan.costs.one_forward
 
 
+def test_a_model_that_is_made_anew(tmp_path):
+    """Trainer throws the model away that was tried out."""
+    trained = {}
+    for backward in ("subset", "sliced"):
+        trainer = DarelTrainer(
+            model_init=lambda: tiny_lora(),
+            args=arguments(tmp_path / backward),
+            train_dataset=token_data(),
+            data_collator=PadCollator(),
+            darel=DarelConfig(online_keep=0.5, online_backward=backward),
+        )
+        trainer.train()
+        trained[backward] = weights(trainer.model)
+    for name, value in trained["subset"].items():
+        torch.testing.assert_close(trained["sliced"][name], value, rtol=1e-4, atol=1e-5)
+    assert any(value.abs().max() > 0 for name, value in trained["sliced"].items() if "lora_B" in name)
+
+
+def test_autocast_in_the_trainer(tmp_path):
+    """In bfloat16 losses nearly tie, so the rule is one that both ways agree on: chance that the seed decides."""
+    rule = {"online_rule": "loss_bins_high"}
+    subset = train(tmp_path / "subset", "subset", darel=rule, bf16=True, max_steps=2)
+    sliced = train(tmp_path / "sliced", "sliced", darel=rule, bf16=True, max_steps=2)
+    assert sliced.report.plan.costs.one_forward
+    for ours, theirs in zip(sliced.state.log_history[:-1], subset.state.log_history[:-1], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+
+
+def test_hooks_that_come_after_the_trial_count():
+    model = tiny_gpt2().train()
+    step, inputs = SlicedStep(model), batch(tiny_gpt2(), 4, 8)
+    before = step(inputs).losses.detach()
+    model.transformer.wte.register_forward_hook(lambda module, args, output: 2 * output)
+    with torch.no_grad():
+        wanted = per_sample_losses(model(**inputs).logits, inputs["labels"], True).losses
+    torch.testing.assert_close(step(inputs).losses.detach(), wanted)
+    assert not torch.allclose(before, wanted)
+
+
 def test_resumes_bit_for_bit(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tmp_path, "sliced", tiny_lora(dropout=0.1), **saves)
     resumed = train(tmp_path, "sliced", tiny_lora(dropout=0.1), resume=str(tmp_path / "checkpoint-4"), **saves)
     assert_same_weights(weights(whole.model), weights(resumed.model))
     np.testing.assert_array_equal(whole.report.times_trained, resumed.report.times_trained)
+
+
+def test_falls_back_for_noise_that_comes_by_a_hook(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="darel_hf"):
+        trainer = train(tmp_path, "sliced", max_steps=2, neftune_noise_alpha=5.0)
+    assert "neftune_noise_alpha" in caplog.text
+    assert not trainer.report.plan.costs.one_forward
 
 
 def test_falls_back_where_the_loss_is_not_the_models(tmp_path, caplog):

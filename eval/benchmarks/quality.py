@@ -14,6 +14,8 @@ a model, the generated corpus and the demo's model are taken.
 from __future__ import annotations
 
 import argparse
+import csv
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -184,10 +186,21 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 
     Its time is in no arm: the rule's idea is that a reference model is made once and used often.
     """
-    task = replace(arguments, generate=False)
-    run(task, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed + 1000, options))
+    every = load_pairs(arguments, ("train",))["train"]
+    pairs = training_pairs(every, arguments, seed)
+    taken = {(pair["mr"], pair["ref"]) for pair in pairs}
+    others = [pair for pair in every if (pair["mr"], pair["ref"]) not in taken]
+    if not others:
+        raise SystemExit("rho_loss: there are no other pairs to train a reference model on; take fewer for training")
+    data = folder / f"others-{seed}"
+    shutil.copytree(arguments.data_dir, data)
+    with open(data / "trainset.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["mr", "ref"])
+        writer.writeheader()
+        writer.writerows(others)
+    task = replace(arguments, generate=False, data_dir=str(data))
+    run(task, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed, options))
     model, tokenizer = load_for_generation(str(folder / f"reference-{seed}"), arguments.model_name_or_path)
-    pairs = training_pairs(load_pairs(arguments, ("train",))["train"], arguments, seed)
     data = add_ids(tokenize_pairs(pairs, tokenizer, arguments.max_length), np.arange(len(pairs)))
     collator = CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
     columns = data.select_columns(["input_ids", "attention_mask", "labels", ID_KEY])

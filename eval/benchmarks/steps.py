@@ -11,8 +11,9 @@ medians over rounds, relative to the plain training step on the whole candidate 
     ledger     a training step on the kept rows by remembered scores, two times of three: f / 3 + A at best
     sliced     one forward pass over the candidates, a backward pass over the kept rows: f + A (1 - f) at best
 
-f, the forward pass in train mode over a training step, is measured in the same rounds. Beside time: FLOPs as
-FlopCounterMode counts them (eager; `sliced` from the same counts), and what is saved for the backward pass.
+f, the forward pass in train mode over a training step, is measured in the same rounds; what scores is never compiled.
+Beside time: FLOPs as FlopCounterMode counts them (eager; `sliced` from the same counts), and what a step on the kept
+rows saves for its backward pass, relative to plain (`sliced` saves what plain saves, and copies A of it).
 A row a setting goes to results/steps.jsonl; steps.md and steps.png are made of them.
 """
 
@@ -197,7 +198,6 @@ def measured(ways: Ways, keeps: list[float], options: argparse.Namespace) -> lis
                 "flops_score": (scoring_flops + subset_flops) / plain_flops,
                 "flops_sliced": (forward_flops + backward_flops) / plain_flops,
                 "saved_score": subset_saved / saved,
-                "saved_sliced": 1.0,
             }
         )
         eager.model.zero_grad(set_to_none=True)
