@@ -30,18 +30,19 @@ class LossLedger:
     Remember the latest loss of every sample.
 
     Losses of eval mode (no dropout: `loss`, what ranks) and of train mode (`train_loss`, what training happened to
-    see) are kept apart and never compared.
+    see) are kept apart and never compared. With `online_backward="sliced"` what ranks is of train mode too: then every
+    epoch that scores does so for all samples it visits.
 
     Args:
         ids (`Iterable[int]`): all sample ids, unique; int64.
 
     Attributes:
         ids (`np.ndarray`): int64 `[n]`, ascending; every other array is aligned with it.
-        loss (`np.ndarray`): float32 `[n]`, latest eval-mode loss in nats, NaN where none was seen.
+        loss (`np.ndarray`): float32 `[n]`, latest loss that ranks, in nats, NaN where none was seen.
         n_tokens (`np.ndarray`): int32 `[n]`, label positions of the sample, 0 where unknown.
         correct (`np.ndarray`): float32 `[n]`, fraction of label positions predicted right, NaN where unknown.
-        scored_step (`np.ndarray`): int64 `[n]`, optimizer step of the latest eval-mode loss; -1 before any.
-        times_scored (`np.ndarray`): int32 `[n]`, how often an eval-mode loss was recorded.
+        scored_step (`np.ndarray`): int64 `[n]`, optimizer step of that loss; -1 before any.
+        times_scored (`np.ndarray`): int32 `[n]`, how often such a loss was recorded.
         train_loss (`np.ndarray`): float32 `[n]`, latest train-mode loss, NaN where none was seen.
         times_trained (`np.ndarray`): int32 `[n]`, how often the sample got a backward pass.
 
