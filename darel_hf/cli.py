@@ -189,6 +189,7 @@ def plan(
     forward_share: Annotated[float, typer.Option(help="Scoring a row relative to training on it (f).")] = 0.5,
     offline_share: Annotated[float, typer.Option(help="The same in the offline pass (c * f).")] = 0.3,
     saved_scores: Annotated[bool, typer.Option(help="There is no offline pass to pay for.")] = False,
+    one_forward: Annotated[bool, typer.Option(help="One forward pass scores and trains (sliced).")] = False,
 ) -> None:
     """
     Show what a setting, or a time budget, is predicted to cost, before anything runs.
@@ -218,7 +219,7 @@ def plan(
             batch_size=batch_size,
             epochs=epochs,
             samples=samples,
-            costs=Costs(float("nan"), forward_share, offline_share, measured=False),
+            costs=Costs(float("nan"), forward_share, offline_share, False, one_forward=one_forward),
             scores_free=saved_scores,
         )
         made = budget_plan(made, config) if config.has_budget else made

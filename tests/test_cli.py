@@ -126,6 +126,8 @@ def test_plan():
     assert "keep 0.800" in done.output and "scored every 2" in done.output  # A = 0.5 / 0.8 = 0.625
     done = darel("plan", "--online-keep", 0.9)
     assert "no saving is predicted" in done.output
+    done = darel("plan", "--online-keep", 0.5, "--one-forward")
+    assert "predicted 0.75 of the plain training time" in done.output  # 0.5 + 0.5 * (1 - 0.5)
     done = darel("plan", "--budget-time", 0.001)
     assert done.exit_code == 1 and "smallest possible" in done.output
 

@@ -6,6 +6,12 @@ import pytest
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.lib_ter import translation_edit_rate
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
+from torch._functorch.partitioners import default_partition
+from torch._inductor import compile_fx as compile_fx_module
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
 from transformers import Seq2SeqTrainer, Trainer
 from transformers import trainer as trainer_module
 
@@ -21,6 +27,7 @@ from transformers import trainer as trainer_module
         ("log", ["logs", "start_time"]),
         ("_set_signature_columns_if_needed", []),
         ("_prepare_inputs", ["inputs"]),
+        ("_get_num_items_in_batch", ["batch_samples", "device"]),
         ("get_optimizer_cls_and_kwargs", ["args", "model"]),
         ("create_scheduler", ["num_training_steps"]),
         ("evaluate", ["eval_dataset"]),
@@ -41,6 +48,16 @@ def test_methods_and_their_parameters(cls, name, parameters):
 )
 def test_attributes(attribute):
     assert f"self.{attribute} = " in inspect.getsource(Trainer)
+
+
+def test_what_slices_backward_passes_needs_of_the_compiler():
+    assert list(inspect.signature(compile_fx).parameters)[:3] == ["model_", "example_inputs_", "inner_compile"]
+    source = inspect.getsource(compile_fx_module)
+    assert "is_backward=True" in source  # how an inner compiler tells the two graphs apart
+    made = inspect.signature(default_partition).parameters
+    assert list(made)[:2] == ["joint_module", "_joint_inputs"]
+    assert hasattr(functorch_config, "enable_autograd_cache") and hasattr(functorch_config, "donated_buffer")
+    assert hasattr(inductor_config, "fallback_random") and hasattr(dynamo_config, "skip_nnmodule_hook_guards")
 
 
 def test_the_loop_asks_for_batches_and_saves_in_our_order():
