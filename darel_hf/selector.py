@@ -127,8 +127,8 @@ class Selector:
 
         Args:
             ids (`np.ndarray`): int64 `[n]`.
-            losses (`np.ndarray`, *optional*): float `[n]`, all of one mode, eval or train; `None` for a rule that reads
-                no losses.
+            losses (`np.ndarray`, *optional*): float `[n]`, all of one mode, eval or train; `None` for a rule that
+                reads no losses.
             batch_size (`int`): rows to keep of a full candidate batch; of a smaller one (the last) in proportion.
             batch (`int`): number of this candidate batch, counted over the run and over all processes.
             lengths (`np.ndarray`, *optional*): int `[n]`, label positions, for `length_correction`.

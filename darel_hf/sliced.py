@@ -16,8 +16,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
@@ -211,6 +209,9 @@ def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -
 
 def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
     """Compile with Inductor. Dropout masks are saved, not drawn again: they would be of other rows."""
+
+    from torch._inductor import config as inductor_config  # seconds to import, and only for those who ask for it
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(part: torch.fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
         if not options.get("is_backward"):
