@@ -109,7 +109,7 @@ class SharedPrompts:
             own[row, :length] = 1
         ids, labels, own = (tensor.to(mask.device) for tensor in (ids, labels, own))
         before = mask[which]
-        positions = before.sum(1, keepdim=True) + torch.arange(width, device=mask.device)
+        positions = before.sum(1, keepdim=True) + (own.cumsum(1) - 1)  # padding stays within the model's positions
         past = DynamicCache()
         for layer, (keys, values) in enumerate(cache):
             past.update(keys[which], values[which], layer)

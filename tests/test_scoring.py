@@ -282,6 +282,22 @@ def test_shared_prompts_give_the_same_scores(make_model):
         assert scores.n_tokens[i] == alone.n_tokens.item()
 
 
+def test_shared_prompts_at_the_longest_length():
+    """A long prompt with a short target beside a short prompt with a long one, in a model with no position to spare."""
+    draw, rows = np.random.default_rng(0), []
+    for i in range(20):
+        prompt, target = (60, 4) if i % 2 else (30, 34)
+        ids = [*range(2, 2 + prompt), *draw.integers(2, 64, target).tolist()]
+        labels = [-100] * prompt + ids[prompt:]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, ID_KEY: i})
+    data, model = datasets.Dataset.from_list(rows), tiny_gpt2()
+    assert model.config.n_positions == 64
+    scorer = BatchScorer(model)
+    scores = score_dataset(scorer, data, CarryIds(PadCollator()), dict, max_tokens=10_000, progress_bar=False)
+    alone = [scorer(PadCollator()([item])).losses.item() for item in data]
+    np.testing.assert_allclose(scores.losses, alone, rtol=1e-4)
+
+
 class WithoutCache(GPT2LMHeadModel):
     """Forgets what came before."""
 

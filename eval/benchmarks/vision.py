@@ -87,18 +87,18 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.arms, options.seeds, options.epochs, options.max_train_samples = "full,darel_0.8,wide_dual", 1, 2, 200
-        options.narrow = 8
+        options.narrow = 4
     elif options.data_dir is None:
         parser.error("--data_dir: give a folder with images")
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+    if options.data_dir is None:
+        made_up_images(folder / "images")
+        options.data_dir = str(folder / "images")
     known = arms(options.offline_rule, options.online_rule, options.narrow)
     names = options.arms.split(",")
     what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run} | {"data": Path(options.data_dir).name}
-    if options.data_dir is None:
-        made_up_images(folder / "images")
-        options.data_dir = str(folder / "images")
     data = None
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         plain = None
