@@ -283,7 +283,7 @@ def test_shared_prompts_give_the_same_scores(make_model):
 
 
 def test_shared_prompts_at_the_longest_length():
-    """A long prompt with a short target beside a short prompt with a long one, in a model with no position to spare."""
+    """A long prompt with a short target beside a short prompt with a long one, and no position to spare."""
     draw, rows = np.random.default_rng(0), []
     for i in range(20):
         prompt, target = (60, 4) if i % 2 else (30, 34)

@@ -164,12 +164,16 @@ def made_up_images(folder: Path) -> None:
 def summarize(name: str, settings: dict[str, Any], plain: str) -> None:
     """Make the table and the picture from all stored rows of these settings and times."""
     points = {
-        arm: {"arm": arm, **{key: [row[key] for row in rows] for key in ("accuracy", "time")}}
+        arm: {
+            "arm": arm,
+            "accuracy": [row["accuracy"] for row in rows],
+            "time": [row["time"] for row in rows if row["time"] is not None],
+        }
         for arm, rows in latest_rows(name, settings, plain=plain).items()
     }
     (RESULTS / f"{name}.md").write_text(markdown([*points.values()], settings), encoding="utf-8")
     if plain in points:
-        plot_accuracy_time([*points.values()], RESULTS / f"{name}.png")
+        plot_accuracy_time([point for point in points.values() if point["time"]], RESULTS / f"{name}.png")
 
 
 def markdown(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -179,7 +183,7 @@ def markdown(points: list[dict[str, Any]], settings: dict[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for point in points:
-        accuracy, times = 100 * np.array(point["accuracy"]), [time for time in point["time"] if time is not None]
+        accuracy, times = 100 * np.array(point["accuracy"]), point["time"]
         spread = f"{accuracy.std(ddof=1):.1f}" if len(accuracy) > 1 else "-"
         median, span = (f"{np.median(times):.2f}", f"{min(times):.2f} to {max(times):.2f}") if times else ("-", "-")
         lines.append(f"| {point['arm']} | {accuracy.mean():.1f} | {spread} | {median} | {span} |")
