@@ -44,8 +44,9 @@ class SlicedStep:
     the kept rows with the same dropout masks; the time of a step falls from f + A (a forward pass to score, a training
     step on what is kept) to f + A (1 - f) and the copies.
 
-    Memory peaks at the forward pass over all candidates. Every compiled backward graph is checked once, on its first
-    batch, against the whole backward pass.
+    Memory peaks when the backward pass begins: what the forward pass has saved for all candidates, and a copy of the
+    kept rows of it. Every compiled backward graph is checked once, on its first batch, against the whole backward
+    pass.
 
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits; PEFT models welcome, wrappers for several processes
@@ -95,10 +96,8 @@ class SlicedStep:
             call = model  # somebody wants to be asked; what accelerate puts there later for autocast, we do ourselves
 
         def losses(inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-            for value in inputs.values():
-                if (
-                    torch.is_tensor(value) and value.dim() > 0
-                ):  # one symbol for the batch, whatever else has the same size
+            for value in inputs.values():  # one symbol for the batch, whatever else has the same size
+                if torch.is_tensor(value) and value.dim() > 0:
                     torch._check(value.shape[0] == first_of(inputs).shape[0])
             if per_sample_loss is not None:
                 own = per_sample_loss(call(**inputs), inputs).float()
@@ -209,7 +208,6 @@ def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -
 
 def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
     """Compile with Inductor. Dropout masks are saved, not drawn again: they would be of other rows."""
-
     from torch._inductor import config as inductor_config  # seconds to import, and only for those who ask for it
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -340,7 +338,7 @@ def _grows(expression: sympy.Expr, symbol: sympy.Symbol) -> bool:
 
 def _take(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int, copies: dict) -> torch.Tensor:
     """Return rows of a tensor whose dimension `dim` has c rows (times others), laid out as the tensor is."""
-    key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+    key = (dim, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
     if key not in copies:
         copies[key] = _take_rows(dim, tensor, rows, c)
     return copies[key]
