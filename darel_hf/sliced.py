@@ -266,7 +266,7 @@ def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept, reuses:
         arguments.clear()
         try:
             gradients = backward(sliced)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise CannotSlice(f"the backward pass cannot be done on fewer rows ({first_line(error)})") from error
         checked = _compare(gradients, whole, TOLERANCE[exact])
         return gradients
@@ -276,7 +276,11 @@ def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept, reuses:
 
 
 def _copy(argument: Any) -> Any:
-    return argument.clone() if torch.is_tensor(argument) else argument
+    """Copy a tensor with its strides, which compiled code asserts (`clone` closes gaps)."""
+    if not torch.is_tensor(argument) or 0 in argument.stride():
+        return argument
+    made = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device)
+    return made.copy_(argument)
 
 
 def _is_reduced(argument: Any) -> bool:
