@@ -27,12 +27,12 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "
 
 
 def llama(lora=False):
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_key_value_heads=2, **SMALL))
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, **SMALL))
     return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])) if lora else model
 
 
 def bert():
-    return BertForSequenceClassification(BertConfig(num_hidden_layers=2, num_labels=3, **SMALL))
+    return BertForSequenceClassification(BertConfig(num_hidden_layers=1, num_labels=3, **SMALL))
 
 
 def t5():
