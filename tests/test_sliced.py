@@ -85,7 +85,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("gpt2-lora", "images")  # tracing takes ten seconds a model
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
 def test_gradient_of_the_kept_rows(name):
     """With the same dropout masks: the whole forward pass by eager autograd, of which the kept rows' losses count."""
     torch.manual_seed(0)
@@ -127,6 +130,7 @@ def test_inductor_has_the_same_gradients(name):
         assert relative_error(found, gradients(model)) < 1e-5
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_without_dropout():
     torch.manual_seed(0)
     model = tiny_gpt2().train()
@@ -254,6 +258,7 @@ def test_trains_as_the_subset_step_does(tmp_path, darel, settings):
     assert sliced.report.plan.costs.one_forward
 
 
+@pytest.mark.slow
 def test_a_model_that_is_made_anew(tmp_path):
     """Trainer throws the model away that was tried out."""
     trained = {}
@@ -282,6 +287,7 @@ def test_autocast_in_the_trainer(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_hooks_that_come_after_the_trial_count():
     model = tiny_gpt2().train()
     step, inputs = SlicedStep(model), batch(tiny_gpt2(), 4, 8)
@@ -293,6 +299,7 @@ def test_hooks_that_come_after_the_trial_count():
     assert not torch.allclose(before, wanted)
 
 
+@pytest.mark.slow
 def test_resumes_bit_for_bit(tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 4}
     whole = train(tmp_path, "sliced", tiny_lora(dropout=0.1), **saves)
