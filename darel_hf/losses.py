@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,12 +75,33 @@ def token_losses(
     return SampleLosses(sums / count, n_tokens, right / count)
 
 
+def dense_token_losses(
+    logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0, want_correct: bool = False
+) -> SampleLosses:
+    """
+    Compute what [`token_losses`] does of logits, at all positions at once.
+
+    No step's size depends on the labels, so that a compiler can trace it; the logits of the whole batch exist in
+    float32.
+    """
+    logits = logits[:, logits.shape[1] - labels.shape[1] :].float()
+    nll = F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=label_smoothing
+    )
+    n_tokens = labels.ne(IGNORE).sum(1)
+    count = n_tokens.clamp(min=1)
+    losses = nll.view(labels.shape).sum(1) / count
+    right = logits.detach().argmax(-1).eq(labels).sum(1) / count if want_correct else torch.zeros_like(losses)
+    return SampleLosses(losses, n_tokens, right)
+
+
 def per_sample_losses(
     logits: torch.Tensor,
     labels: torch.Tensor,
     shift: bool,
     label_smoothing: float = 0.0,
     want_correct: bool = False,
+    dense: bool = False,
 ) -> SampleLosses:
     """
     Compute the loss of each sample of a batch, whatever the task.
@@ -90,6 +112,7 @@ def per_sample_losses(
         shift (`bool`): whether position t predicts label t + 1, as in a causal LM.
         label_smoothing (`float`): as in `TrainingArguments.label_smoothing_factor`; not for float labels.
         want_correct (`bool`): also fill [`SampleLosses.correct`].
+        dense (`bool`): compute all positions at once, see [`dense_token_losses`].
 
     Returns:
         [`SampleLosses`], differentiable.
@@ -106,13 +129,13 @@ def per_sample_losses(
     ```
     """
     labels = labels.to(logits.device)
+    of_tokens = partial(
+        dense_token_losses if dense else token_losses, label_smoothing=label_smoothing, want_correct=want_correct
+    )
     if logits.dim() == 3 and labels.dim() == 2 and not labels.is_floating_point():
-        aligned = shift_labels(labels) if shift else labels
-        return token_losses(logits, aligned, label_smoothing=label_smoothing, want_correct=want_correct)
+        return of_tokens(logits, shift_labels(labels) if shift else labels)
     if logits.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point() and logits.shape[1] > 1:
-        return token_losses(
-            logits[:, None], labels[:, None], label_smoothing=label_smoothing, want_correct=want_correct
-        )
+        return of_tokens(logits[:, None], labels[:, None])
     ones = torch.ones(labels.shape[0], dtype=torch.int64, device=logits.device)
     if labels.is_floating_point() and logits.dim() == 2 and labels.dim() == 2 and labels.shape == logits.shape:
         losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(1)
@@ -125,33 +148,6 @@ def per_sample_losses(
         "the loss of one sample cannot be read off; pass per_sample_loss=, a callable "
         "(outputs, inputs) -> losses of shape [batch]"
     )
-
-
-def dense_losses(
-    logits: torch.Tensor, labels: torch.Tensor, shift: bool, label_smoothing: float = 0.0, want_correct: bool = False
-) -> SampleLosses:
-    """
-    Compute what [`per_sample_losses`] does, at all positions at once: without a step whose size depends on the labels,
-    so that a compiler can trace it, but with the logits of the whole batch in float32.
-
-    Arguments, result and errors are those of [`per_sample_losses`].
-    """
-    of_tokens = logits.dim() == 3 and labels.dim() == 2
-    of_classes = logits.dim() == 2 and labels.dim() == 1 and logits.shape[1] > 1
-    if labels.is_floating_point() or not (of_tokens or of_classes):
-        return per_sample_losses(logits, labels, shift, label_smoothing, want_correct)
-    if of_classes:
-        logits, labels = logits[:, None], labels[:, None]
-    elif shift:
-        labels = shift_labels(labels)
-    logits = logits[:, logits.shape[1] - labels.shape[1] :].float()
-    flat = logits.flatten(0, 1), labels.flatten()
-    nll = F.cross_entropy(*flat, reduction="none", ignore_index=IGNORE, label_smoothing=label_smoothing)
-    n_tokens = labels.ne(IGNORE).sum(1)
-    count = n_tokens.clamp(min=1)
-    losses = nll.view(labels.shape).sum(1) / count
-    right = logits.detach().argmax(-1).eq(labels).sum(1) / count if want_correct else torch.zeros_like(losses)
-    return SampleLosses(losses, n_tokens, right)
 
 
 def weighted_loss(

@@ -532,10 +532,9 @@ class Run:
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
         self.online_scorer = self._batch_scorer(self.trainer.model, "online")
-        if self.sliced is not None:  # anew: of a model that Trainer has made again, or of a step that failed
-            self.sliced = SlicedTraining(
-                self.trainer, self.sliced.step.want_correct, self.sliced.step.shift, self.sliced
-            )
+        if self.sliced is not None and self.sliced.step.model is not self.trainer.model:  # Trainer made it anew
+            step = self.sliced.step
+            self.sliced = SlicedTraining(self.trainer, step.want_correct, step.shift)
         if self.config.track and self._hook is None:
             self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)
 
@@ -543,6 +542,8 @@ class Run:
         """Begin an optimizer step; at the first one of an epoch all ranks learn what the others have seen."""
         self._micro_batch = 0
         self._numbers.clear()
+        if self.sliced is not None:
+            self.sliced.start_step()
         self.epoch = self.trainer.state.global_step // self.steps_per_epoch
         if self.epoch > self._merged_epoch:
             self._merged_epoch = self.epoch
@@ -580,11 +581,9 @@ class Run:
             rows = np.arange(len(ids))
         self.candidate_rows += len(ids)
         self.trained_rows += len(rows)
-        if self.offline_weights is not None:
-            offline = self.offline_weights[self.selector.ledger.rows(ids[rows])]
-            weights = offline if weights is None else offline * weights
+        weights = self._loss_weights(ids[rows], weights, batch[ID_KEY].device)
         if weights is not None:
-            batch[WEIGHT_KEY] = torch.as_tensor(weights, dtype=torch.float32, device=batch[ID_KEY].device)
+            batch[WEIGHT_KEY] = weights
         if weights is None and not self.config.track:
             del batch[ID_KEY]
         elif not self.online_scorer.checked and self.trainer.per_sample_loss is None:
@@ -610,12 +609,14 @@ class Run:
         self.trained_rows += len(rows)
         if self.config.track:
             ledger.record_train_losses(ids[rows], losses[rows])
+        return samples, rows, self._loss_weights(ids[rows], weights, samples.losses.device)
+
+    def _loss_weights(self, ids: np.ndarray, weights: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
+        """Return the weights of kept rows from both stages, or `None` where all are 1."""
         if self.offline_weights is not None:
-            offline = self.offline_weights[ledger.rows(ids[rows])]
+            offline = self.offline_weights[self.selector.ledger.rows(ids)]
             weights = offline if weights is None else offline * weights
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float32, device=samples.losses.device)
-        return samples, rows, weights
+        return None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=device)
 
     def _candidate_losses(self, batch: Mapping, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Return losses, lengths and (where a rule needs it) correctness of the candidates, scored or remembered."""

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from .config import require
-from .losses import SampleLosses, dense_losses, weighted_loss
+from .losses import SampleLosses, per_sample_losses, weighted_loss
 from .scoring import PerSampleLoss, base_model, is_causal_lm, is_sharded, with_decoder_inputs
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class SlicedStep:
         per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, traceable by `torch.compile`.
         shift (`bool`, *optional*): whether position t predicts label t + 1; default: what the model's class says.
         want_correct (`bool`): also find out how many positions are predicted right.
-        backend (`str`): `"eager"` runs the operators of eager mode (a few seconds to trace), `"inductor"` compiles
-            them (a minute or more, needs a C++ compiler on the CPU).
+        backend (`str`): `"eager"` runs the operators of eager mode, `"inductor"` compiles them (takes longer, and
+            needs a C++ compiler on the CPU).
 
     Raises:
         CannotSlice: at construction where rows depend on each other (batch normalization in train mode) or parameters
@@ -106,10 +106,10 @@ class SlicedStep:
             outputs = call(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
             logits = logits[0] if isinstance(logits, tuple) else logits
-            samples = dense_losses(logits, labels, shift, label_smoothing, want_correct)
+            samples = per_sample_losses(logits, labels, shift, label_smoothing, want_correct, dense=True)
             ranking = samples.losses.detach()
             if label_smoothing > 0:
-                ranking = dense_losses(logits.detach(), labels, shift).losses
+                ranking = per_sample_losses(logits.detach(), labels, shift, dense=True).losses
             return samples.losses, ranking, samples.n_tokens, samples.correct
 
         losses.__code__ = losses.__code__.replace()  # what has been compiled is counted per code object: for each step
@@ -310,29 +310,22 @@ def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
 
 def _cut_of(value: Any, batch: Any) -> Callable:
     """Return `(argument, rows, c, copies) -> argument of the kept rows` for one input of a backward graph."""
-    if not isinstance(batch, torch.SymInt):
-        return lambda argument, rows, c, copies: argument
-    symbol = batch.node.expr
-    if isinstance(value, torch.SymInt):
-        if not _grows(value.node.expr, symbol):
-            return lambda argument, rows, c, copies: argument
-        return lambda argument, rows, c, copies: argument // c * len(rows)
-    if not torch.is_tensor(value):
-        return lambda argument, rows, c, copies: argument
-    dims = [
-        dim
-        for dim, size in enumerate(value.shape)
-        if isinstance(size, torch.SymInt) and _grows(size.node.expr, symbol)
-    ]
-    if not dims:
-        return lambda argument, rows, c, copies: argument
+    sizes = value.shape if torch.is_tensor(value) else [value]
+    dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
     if len(dims) > 1:
         raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
-    return functools.partial(_take, dims[0])
+    if not dims:
+        return lambda argument, rows, c, copies: argument
+    if torch.is_tensor(value):
+        return functools.partial(_take, dims[0])
+    return lambda argument, rows, c, copies: argument // c * len(rows)
 
 
-def _grows(expression: sympy.Expr, symbol: sympy.Symbol) -> bool:
+def _grows(size: Any, batch: Any) -> bool:
     """Whether a size is a multiple of the batch size; raise if it depends on it in another way."""
+    if not isinstance(size, torch.SymInt) or not isinstance(batch, torch.SymInt):
+        return False
+    expression, symbol = size.node.expr, batch.node.expr
     if symbol not in expression.free_symbols:
         return False
     if symbol in sympy.simplify(expression / symbol).free_symbols:
@@ -353,21 +346,20 @@ def _take_rows(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int) -> to
     shape[dim] = shape[dim] // c * b
     if tensor.stride(dim) == 0:  # the same for all rows
         return tensor.narrow(dim, 0, shape[dim])
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    if _is_dense([tensor.shape[d] for d in order], [tensor.stride(d) for d in order]):
+        # Selected in the order of memory, a copy comes out laid out like the source.
+        place = order.index(dim)
+        physical = tensor.permute(order).unflatten(place, (c, -1)).index_select(place, rows).flatten(place, place + 1)
+        return physical.permute([order.index(d) for d in range(tensor.dim())])
     # Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
     outer = tensor.stride(dim) * (tensor.shape[dim] // c)
     strides = [stride if stride <= outer else stride // c * b for stride in tensor.stride()]
     thin = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     source = tensor.as_strided(thin, tensor.stride(), tensor.storage_offset())
-    grouped = source.unflatten(dim, (c, -1))
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
-    dense = _is_dense([tensor.shape[d] for d in order], [tensor.stride(d) for d in order])
-    if dense:  # selected in the order of memory, a copy comes out laid out like the source
-        place = order.index(dim)
-        physical = source.permute(order).unflatten(place, (c, -1)).index_select(place, rows).flatten(place, place + 1)
-        return physical.permute([order.index(d) for d in range(tensor.dim())])
     size = [1 if stride == 0 else extent for extent, stride in zip(shape, strides, strict=True)]
     made = torch.empty_strided(size, strides, dtype=tensor.dtype, device=tensor.device)
-    made.unflatten(dim, (b, -1)).copy_(grouped.index_select(dim, rows))
+    made.unflatten(dim, (b, -1)).copy_(source.unflatten(dim, (c, -1)).index_select(dim, rows))
     return made.expand(shape)
 
 
@@ -408,17 +400,11 @@ class SlicedTraining:
         trainer (`Trainer`): one for which [`why_not`] knows no reason.
         want_correct (`bool`): whether the rule needs to know which predictions are right.
         shift (`bool`): whether position t predicts label t + 1.
-        earlier ([`SlicedTraining`], *optional*): whose compiled step is taken over, if it is of the same model.
     """
 
-    def __init__(self, trainer: Any, want_correct: bool, shift: bool, earlier: SlicedTraining | None = None):
+    def __init__(self, trainer: Any, want_correct: bool, shift: bool):
         self.trainer = trainer
-        self._labels: list[dict[str, torch.Tensor]] = []  # of what is kept, of the optimizer step in progress
-        self._returned = 0.0  # the losses of its micro-batches so far
-        self._ratio: torch.Tensor | None = None
-        if earlier is not None and earlier.step.model is trainer.model:
-            self.step = earlier.step
-            return
+        self.start_step()
         compiled = trainer.args.torch_compile and trainer.args.torch_compile_backend in (None, "inductor")
         self.step = SlicedStep(
             trainer.model,
@@ -427,6 +413,12 @@ class SlicedTraining:
             want_correct=want_correct,
             backend="inductor" if compiled else "eager",
         )
+
+    def start_step(self) -> None:
+        """Begin an optimizer step, also where an earlier one was not ended."""
+        self._labels: list[dict[str, torch.Tensor]] = []  # of what is kept
+        self._returned = 0.0  # the losses of the micro-batches so far
+        self._ratio: torch.Tensor | None = None  # label positions counted over those kept, in the last micro-batch
 
     def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
         """Compute the losses of all candidates, in the precision that the trainer trains in."""
@@ -477,7 +469,6 @@ class SlicedTraining:
             for parameter in self.trainer.model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(self._ratio.to(parameter.grad))
-        self._labels = []
         return loss * self._ratio
 
     def settle(self, loss: torch.Tensor) -> torch.Tensor:
@@ -485,12 +476,11 @@ class SlicedTraining:
         if self._ratio is None:
             self._returned = self._returned + loss
         else:  # what the earlier micro-batches have returned was divided by too many label positions
-            loss, self._returned, self._ratio = loss + (self._ratio - 1) * self._returned, 0.0, None
+            loss = loss + (self._ratio - 1) * self._returned
         accelerator = self.trainer.accelerator
-        if accelerator.sync_gradients:
-            self._returned = 0.0
-            if accelerator.num_processes > 1:  # the model inside was called, of which its wrapper knows nothing
-                for parameter in self.trainer.model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
+        if accelerator.sync_gradients and accelerator.num_processes > 1:
+            # The model inside was called, of which its wrapper knows nothing.
+            for parameter in self.trainer.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(accelerator.reduce(parameter.grad, "mean"))
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -179,18 +180,21 @@ class DarelMixin:
         if self._run is not None and self._run.number is not None:
             samples, rows, weights = self._run.choose(inputs)
             chosen = {"inputs": dict(inputs), "samples": samples, "rows": rows, "weights": weights}
-            self.compute_loss_func = partial(self._sliced_loss, **chosen)
-            try:
+            with self._own_loss(partial(self._sliced_loss, **chosen)):
                 return super().compute_loss(lambda **_: samples, inputs, *args, **kwargs)
-            finally:
-                self.compute_loss_func = None
         weights = None if self._run is None else self._run.weights
         if weights is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         inputs = with_decoder_inputs(self.model, dict(inputs))  # the labels will not reach the model
-        self.compute_loss_func = partial(self._weighted_loss, inputs=dict(inputs), weights=weights)
-        try:
+        with self._own_loss(partial(self._weighted_loss, inputs=dict(inputs), weights=weights)):
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _own_loss(self, function: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Let the class below count, scale and log a loss of ours."""
+        self.compute_loss_func = function
+        try:
+            yield
         finally:
             self.compute_loss_func = None
 

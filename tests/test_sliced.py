@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from darel_hf import DarelConfig, DarelTrainer
-from darel_hf.losses import dense_losses, per_sample_losses
+from darel_hf.losses import per_sample_losses
 from darel_hf.sliced import CannotSlice, SlicedStep
 from darel_hf.vision import ImageClassifier
 
@@ -212,7 +212,7 @@ def test_dense_losses_are_per_sample_losses(smoothing):
         (torch.randn(4, 8, 7, generator=draw), labels, False),  # positions that prompt tuning prepends
         (torch.randn(4, 7, generator=draw), torch.tensor([0, 1, 6, 3]), False),
     ):
-        found = dense_losses(logits, wanted, shift, smoothing, want_correct=True)
+        found = per_sample_losses(logits, wanted, shift, smoothing, want_correct=True, dense=True)
         reference = per_sample_losses(logits, wanted, shift, smoothing, want_correct=True)
         for ours, theirs in zip(found[:3], reference[:3], strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -3,8 +3,8 @@ Predicted against measured: the planner's error for random settings.
 
     python eval/benchmarks/planner.py [--settings 20] [--data_dir FOLDER --model_name_or_path FOLDER]
 
-Fractions, rules and eta are drawn; a full run is repeated every four settings, and a run's time
-is taken relative to the full runs before and after it. A row goes to results/planner.jsonl, a picture to planner.png.
+Fractions, rules and eta are drawn; a full run is repeated every four settings, and a run's time is taken relative to
+the full runs before and after it. A row goes to results/planner.jsonl, a picture to planner.png.
 """
 
 from __future__ import annotations

@@ -3,18 +3,21 @@ Text: quality against time of LoRA fine-tuning on E2E-NLG, plain, its controls, 
 
     python eval/benchmarks/quality.py --data_dir FOLDER --model_name_or_path FOLDER [--arms full,random_0.7] [--quick]
 
-Every seed runs all arms one after the other, in the same loop with the same data; times are relative to the plain run
-of the same seed, everything counted (measuring and scoring). Predictions are greedy, for the representations of the
-test set that --max_test_samples draws. A row a run goes to results/quality.jsonl at once; after every seed the table,
-quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain
-run and to the random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and
-a model, the generated corpus and the demo's model are taken.
+Every seed runs all arms one after the other, in the same loop with the same data; times are relative to the plain
+run of the same seed, everything counted (measuring and scoring). The training set is all references of as many meaning
+representations, drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine
+references each. Predictions are greedy, for the representations of the test set that --max_test_samples draws. A row
+a run goes to results/quality.jsonl at once; after every seed the table, quality.md, and the picture, quality.png, are
+made from all rows of the same settings. Differences in BLEU to the plain run and to the random subset are paired over
+instances, their 95 % intervals by bootstrap. Without a folder of data and a model, the generated corpus and the
+demo's model are taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import random
 import shutil
 import tempfile
 from dataclasses import replace
@@ -32,13 +35,12 @@ from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.demo import DemoSettings, warm_up
 from darel_hf.nlg import (
     NLGArguments,
+    group_references,
     held_out,
     load_for_generation,
-    load_pairs,
     read_pairs,
     run,
     tokenize_pairs,
-    training_pairs,
 )
 from darel_hf.scoring import BatchScorer, save_scores, score_dataset
 
@@ -105,11 +107,8 @@ def main() -> None:
         make_corpus(data := str(folder / "data"))
     if model is None:
         texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-        warm_up(
-            Path(model := str(folder / "model")),
-            DemoSettings(warm_up_representations=20 if options.quick else 1200),
-            texts,
-        )
+        sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
+        warm_up(Path(model := str(folder / "model")), sizes, texts)
     what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
     settings |= {
@@ -119,7 +118,6 @@ def main() -> None:
     arguments = NLGArguments(
         model_name_or_path=model,
         data_dir=data,
-        max_train_samples=options.max_train_samples,
         max_test_samples=options.max_test_samples,
         lora_r=options.lora_r,
         lora_alpha=2 * options.lora_r,
@@ -133,6 +131,8 @@ def main() -> None:
     references = list(held_out(read_pairs(Path(data) / "testset_w_refs.csv"), arguments).values())
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
+        part = data_of(data, folder / f"data-{seed}", seed, options.max_train_samples)
+        arguments = replace(arguments, data_dir=part)
         told: dict[str, list[str]] = {}
         plain = reference = None
         for name in names:
@@ -180,27 +180,32 @@ def training_arguments(folder: Path, epochs: float, seed: int, options: argparse
     )
 
 
+def data_of(source: str, folder: Path, seed: int, samples: int) -> str:
+    """Write two parts of the training set: what is trained on, and as much for a reference model."""
+    pairs = group_references(read_pairs(Path(source) / "trainset.csv"))
+    names = random.Random(seed).sample(list(pairs), len(pairs))
+    every = [{"mr": name, "ref": text} for name in names for text in pairs[name]]
+    for part, rows in ((folder, every[:samples]), (folder / "others", every[samples : 2 * samples])):
+        part.mkdir()
+        for file in ("devset.csv", "testset_w_refs.csv"):
+            shutil.copy(Path(source) / file, part)
+        with open(part / "trainset.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["mr", "ref"])
+            writer.writeheader()
+            writer.writerows(rows)
+    return str(folder)
+
+
 def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, seed: int, folder: Path) -> str:
     """
     Train a reference model for RHO-LOSS on other pairs, score the training pairs of this seed; return the file.
 
     Its time is in no arm: the rule's idea is that a reference model is made once and used often.
     """
-    every = load_pairs(arguments, ("train",))["train"]
-    pairs = training_pairs(every, arguments, seed)
-    taken = {(pair["mr"], pair["ref"]) for pair in pairs}
-    others = [pair for pair in every if (pair["mr"], pair["ref"]) not in taken]
-    if not others:
-        raise SystemExit("rho_loss: there are no other pairs to train a reference model on; take fewer for training")
-    data = folder / f"others-{seed}"
-    shutil.copytree(arguments.data_dir, data)
-    with open(data / "trainset.csv", "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["mr", "ref"])
-        writer.writeheader()
-        writer.writerows(others)
-    task = replace(arguments, generate=False, data_dir=str(data))
-    run(task, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed, options))
+    others = replace(arguments, generate=False, data_dir=str(Path(arguments.data_dir) / "others"))
+    run(others, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed, options))
     model, tokenizer = load_for_generation(str(folder / f"reference-{seed}"), arguments.model_name_or_path)
+    pairs = read_pairs(Path(arguments.data_dir) / "trainset.csv")
     data = add_ids(tokenize_pairs(pairs, tokenizer, arguments.max_length), np.arange(len(pairs)))
     collator = CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
     columns = data.select_columns(["input_ids", "attention_mask", "labels", ID_KEY])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def main() -> None:
     dataset = add_ids(columns, np.arange(len(columns)))
     collator = CarryIds(trainer.data_collator)
     plain = copy.deepcopy(trainer.model).unload()  # the base model, as if there had never been adapters
-    bf16 = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
     def way(
         scored: nn.Module, autocast: Callable = contextlib.nullcontext, whole_head: bool = False, **options: Any

@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from darel_hf.losses import dense_losses
+from darel_hf.losses import per_sample_losses
 from darel_hf.scoring import BatchScorer
 from darel_hf.sliced import SlicedStep
 
@@ -66,7 +66,7 @@ class Ways:
         self.one = SlicedStep(model, backend=backend)
 
         def losses(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return dense_losses(model(input_ids=ids).logits, labels, True).losses
+            return per_sample_losses(model(input_ids=ids).logits, labels, shift=True, dense=True).losses
 
         self.losses = torch.compile(losses, dynamic=True) if backend == "inductor" else losses
 
@@ -180,7 +180,7 @@ def measured(ways: Ways, keeps: list[float], options: argparse.Namespace) -> lis
     for keep in keeps:
         kept = max(1, round(keep * everything))
         subset_flops = flops(lambda kept=kept: eager.train(kept))
-        share = keep if keep == 1 else kept / everything
+        share = kept / everything
         backward_flops = (plain_flops - forward_flops) * share
         subset_saved = saved_bytes(lambda kept=kept: eager.train(kept), eager.model)
         ledger = (seconds["score", keep] + (ETA - 1) * seconds["train", keep]) / ETA

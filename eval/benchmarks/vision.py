@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         default="full,fewer_0.8,fewer_0.5,random_0.8,random_0.5,ids_0.5,adonis_0.5,darel_0.8,darel_0.65,darel_0.5,"
-        "stratified_darel_0.5,dual,dual_darel_0.5",
+        "wide_double,wide_double_darel_0.5",
     )
     parser.add_argument("--plain", default="full", help="the arm that times are relative to; none: no times")
     parser.add_argument("--seeds", type=int, default=3)
@@ -87,7 +87,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.arms, options.seeds, options.epochs, options.max_train_samples = "full,darel_0.8,wide_dual", 1, 2, 200
-        options.narrow = 4
     elif options.data_dir is None:
         parser.error("--data_dir: give a folder with images")
     torch.set_num_threads(options.threads)
