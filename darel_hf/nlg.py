@@ -60,7 +60,8 @@ class NLGArguments:
             set so many meaning representations.
         max_length (`int`): tokens of prompt and reference together; longer ones are cut.
 
-    Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`; 0 for `lora_r` trains all weights.
+    Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules` (`all-linear`, or
+    names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights.
 
     Parameters that control **generation** (beam search as in the papers): `generate`, `num_beams`, `length_penalty`,
     `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
@@ -81,6 +82,9 @@ class NLGArguments:
     lora_r: int = field(default=4, metadata={"help": "rank of LoRA; 0 trains all weights"})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale times its rank"})
     lora_dropout: float = field(default=0.1, metadata={"help": "dropout before the adapters"})
+    lora_target_modules: str | None = field(
+        default=None, metadata={"help": "all-linear, or names with commas between"}
+    )
     generate: bool = field(default=True, metadata={"help": "write predictions for the test set"})
     num_beams: int = field(default=10, metadata={"help": "beams"})
     length_penalty: float = field(default=0.8, metadata={"help": "exponent of the length in the beam score"})
@@ -229,11 +233,15 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
     if args.lora_r == 0:
         return model, tokenizer
+    targets: str | list[str] | None = args.lora_target_modules
+    if targets is not None and targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
     fan_in_fan_out = model.config.model_type == "gpt2"  # its projections store their weights transposed
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
+        target_modules=targets,
         task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out,
     )

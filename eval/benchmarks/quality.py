@@ -56,17 +56,19 @@ def arms() -> dict[str, tuple[dict[str, Any], float]]:
         made[f"fewer_{keep}"] = ({}, keep)
         made[f"random_{keep}"] = ({"offline_keep": keep, "offline_rule": "random"}, 1.0)
         made[f"budget_{keep}"] = ({"budget_time": keep}, 1.0)
-        for rule in RULES[:-1]:
-            made[f"offline_{rule}_{keep}"] = ({"offline_keep": keep, "offline_rule": rule}, 1.0)
+        for rule in RULES:
+            offline = {"offline_keep": keep, "offline_rule": rule}
+            made[f"offline_{rule}_{keep}"] = (offline, 1.0)
+            made[f"grouped_{rule}_{keep}"] = ({**offline, "group_column": "mr"}, 1.0)
+            for online in RULES:
+                rules = {"offline_rule": rule, "online_rule": online}
+                made[f"budget_{keep}_{rule}_{online}"] = ({"budget_time": keep, **rules}, 1.0)
     for rule in RULES:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = (online, 1.0)  # scored in every epoch
         made[f"online_{rule}_every3"] = ({**online, "rescore_every": 3}, 1.0)
         if rule != "random":
             made[f"sliced_{rule}"] = ({**online, "online_backward": "sliced"}, 1.0)
-        for offline in ("random", "trimmed", "stratified", "middle"):
-            both = {**online, "offline_keep": 0.8, "offline_rule": offline, "rescore_every": 3}
-            made[f"both_{offline}_{rule}"] = (both, 1.0)
     return made
 
 
@@ -77,18 +79,21 @@ def main() -> None:
     parser.add_argument("--model_name_or_path")
     parser.add_argument(
         "--arms",
-        default="full,fewer_0.7,random_0.7,offline_trimmed_0.7,offline_stratified_0.7,offline_middle_0.7,"
-        "online_random,online_hardest_every3,online_percentile_every3,online_stratified_every3,online_infobatch_every3,"
-        "both_trimmed_hardest",
+        default="full,fewer_0.7,fewer_0.5,random_0.7,offline_trimmed_0.7,offline_stratified_0.7,offline_middle_0.7,"
+        "offline_easiest_0.7,offline_rho_loss_0.7,offline_loss_bins_high_0.7,grouped_middle_0.7,online_random,"
+        "online_hardest_every3,online_stratified_every3,online_percentile_every3,online_infobatch_every3,"
+        "online_kakurenbo_every3,online_rho_loss_every3,online_loss_bins_high_every3,sliced_stratified,"
+        "budget_0.5,budget_0.5_stratified_stratified,budget_0.5_random_random",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--lora_r", type=int, default=8)
-    parser.add_argument("--max_train_samples", type=int, default=2000)
-    parser.add_argument("--max_test_samples", type=int, default=150)
+    parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
+    parser.add_argument("--max_train_samples", type=int, default=800)
+    parser.add_argument("--max_test_samples", type=int, default=250)
     parser.add_argument("--threads", type=int, default=2)
     add_quick(parser)
     parser.add_argument("--name", default="quality", help="of the files of results")
@@ -120,7 +125,9 @@ def main() -> None:
         data_dir=data,
         max_test_samples=options.max_test_samples,
         lora_r=options.lora_r,
-        lora_alpha=2 * options.lora_r,
+        lora_alpha=4 * options.lora_r,
+        lora_dropout=0.0,
+        lora_target_modules="all-linear",
         num_beams=1,
         no_repeat_ngram_size=0,
         length_penalty=1.0,
@@ -172,6 +179,7 @@ def training_arguments(folder: Path, epochs: float, seed: int, options: argparse
         warmup_steps=0.06,
         weight_decay=0.01,
         seed=seed,
+        bf16=options.bf16,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
