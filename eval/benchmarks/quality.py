@@ -180,6 +180,7 @@ def training_arguments(folder: Path, epochs: float, seed: int, options: argparse
         weight_decay=0.01,
         seed=seed,
         bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
