@@ -20,11 +20,13 @@ setup: $(STAMP)  ## make .venv and install the package with its development tool
 demo: $(STAMP)  ## run the demo: four ways to fine-tune on a generated corpus, table and charts (minutes, no network, no GPU)
 	$(BIN)/darel demo --output-dir demo_output/$$(date +%Y%m%d-%H%M%S)
 
+# A process a core with one thread each: the models of tests are too small for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 test: $(STAMP)  ## run the fast tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: $(STAMP)  ## run all tests, kills and two-process launches included
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -35,7 +37,7 @@ format: $(STAMP)  ## fix style
 # QUICK=--quick shows that all of them run; TEXTS, MODEL and IMAGES are folders of your own (E2E files, base model, parquet).
 ON_TEXTS := $(QUICK) $(if $(TEXTS),--data_dir $(TEXTS)) $(if $(MODEL),--model_name_or_path $(MODEL))
 bench: $(STAMP)  ## run the benchmarks (hours); QUICK=--quick: minutes, no claim rests on it
-	for name in overhead budget planner scores quality; do \
+	for name in overhead savings planner scores quality; do \
 		$(BIN)/python eval/benchmarks/$$name.py $(ON_TEXTS) || exit 1; done
 	for name in steps scale metrics faults; do $(BIN)/python eval/benchmarks/$$name.py $(QUICK) || exit 1; done
 	$(if $(QUICK)$(IMAGES),$(BIN)/python eval/benchmarks/vision.py $(QUICK) $(if $(IMAGES),--data_dir $(IMAGES)))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from .batching import token_batches
+from .batching import SharedPrompts, share_prompts, token_batches
 from .data import ID_KEY
 from .planning import Costs
-from .scoring import BatchScorer, default_max_tokens, feature_length, rows_without_tokens
+from .scoring import WINDOW, BatchScorer, default_max_tokens, feature_length, rows_without_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -96,10 +96,11 @@ def measure_costs(
     rows: int,
     candidates: int,
     total: float,
+    offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
 ) -> Costs | None:
     """
-    Time a training step, a scoring forward of as many rows, and the offline pass.
+    Time a training step and, as far as they are wanted, a scoring forward of as many rows and the offline pass.
 
     The model, its gradients and the optimizer are left as they were; the caller keeps the random state.
 
@@ -108,8 +109,9 @@ def measure_costs(
         dataset: map-style, items with ids, unused columns removed.
         collator (`Callable`): keeps ids.
         rows (`int`): batch size b.
-        candidates (`int`): rows of a candidate batch; more rows are padded to more columns.
+        candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
         total (`float`): batches that plain training would have.
+        offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
 
     Returns:
@@ -118,17 +120,16 @@ def measure_costs(
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
     device = trainer.args.device
-    scorer = BatchScorer(trainer.model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
-    offline = scorer
-    if offline_scorer is not None:
-        offline_scorer.to(device)
-        offline = BatchScorer(offline_scorer, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
+    scorer, first = (
+        BatchScorer(model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
+        for model in (trainer.model, trainer.model if offline_scorer is None else offline_scorer.to(device))
+    )
     count = min(max(int(SHARE * total), 2), BATCHES)
     started = time.perf_counter()
     batches = _batches(trainer, dataset, collator, rows, count + 1)
     # Workers load while the loop computes; without them the loop waits.
     loading = 0.0 if trainer.args.dataloader_num_workers else (time.perf_counter() - started) / len(batches)
-    scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1)
+    scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
     accumulation = trainer.args.gradient_accumulation_steps
     with untouched(trainer.model):
         optimizer_step = _optimizer_step(trainer)
@@ -137,6 +138,7 @@ def measure_costs(
             _loss(trainer, batch).backward()
 
         # The first call of each kind warms up caches and allocators. Scoring comes first: it names what is missing.
+        pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
         forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
         try:
             steps = [_seconds(lambda batch=batch: train(batch), device) for batch in batches][1:]
@@ -148,11 +150,10 @@ def measure_costs(
         # loop adds to the fastest step is found out on the way, see `pacing`.
         typical = statistics.mean if "input_ids" in batches[0] else min
         step = loading + typical(steps) + min(updates) / accumulation
-        pass_seconds = _offline_seconds(trainer, offline, dataset, collator, rows)
     return Costs(
         step_seconds=step,
-        forward_share=typical(forwards) / candidates * rows / step,
-        offline_share=(pass_seconds * rows + loading) / step,
+        forward_share=typical(forwards) / candidates * rows / step if candidates else 0.0,
+        offline_share=(pass_seconds * rows + loading) / step if offline else 0.0,
         data_share=loading / step,
     )
 
@@ -177,17 +178,38 @@ def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, 
 
 
 def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, batch_size: int) -> float:
-    """Return the seconds per sample of the offline pass, from one batch of samples of similar length."""
+    """
+    Return the seconds per sample of the offline pass.
+
+    From one batch of samples of similar length, or, where samples share prompts, from all samples of some prompts.
+    """
     generator = np.random.default_rng(1)
     tokens = "input_ids" in dataset[0]
     rows = 8 * batch_size if tokens else rows_without_tokens(trainer.args.device, batch_size)
+    limit = default_max_tokens(trainer.args.device)
+
+    def batch_of(items: Sequence[Mapping]) -> Mapping:
+        return trainer._prepare_inputs(collator(list(items)))
+
+    if tokens and not scorer.sharded:
+        window = [dataset[i] for i in range(min(WINDOW, len(dataset)))]  # what the pass reads at a time
+        shared = share_prompts(scorer, window, lambda positions: scorer(batch_of([window[i] for i in positions])))
+        if shared is not None:
+            prompts = generator.permutation(len(shared.prompts))
+            members = np.concatenate([np.flatnonzero(shared.prompt_of == prompt) for prompt in prompts[:rows]])[:rows]
+            part = SharedPrompts(scorer, [window[i] for i in members])
+
+            def read() -> None:
+                for _, samples in part.batches(limit, rows):
+                    samples.losses.cpu()
+
+            return min(_seconds(read, trainer.args.device) for _ in range(2)) / len(members)
     size = 8 * rows if tokens else rows  # lengths differ among the former
     positions = generator.choice(len(dataset), size=min(size, len(dataset)), replace=False)
     items = [dataset[int(i)] for i in positions]
-    limit = default_max_tokens(trainer.args.device)
     batches = list(token_batches(np.array([feature_length(item) for item in items]), limit, rows))
     chosen = batches[len(batches) // 2]
-    batch = trainer._prepare_inputs(collator([items[i] for i in chosen]))
+    batch = batch_of([items[i] for i in chosen])
     timed = [_seconds(lambda: scorer(batch).losses.cpu(), trainer.args.device) for _ in range(3)]
     return min(timed[1:]) / len(chosen)
 

@@ -312,22 +312,26 @@ class Run:
     def _with_costs(self, plan: Plan) -> Plan:
         """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
         started = time.perf_counter()
-        trainer, full_size = self.trainer, plan.batch_size
+        trainer, config, full_size = self.trainer, self.config, plan.batch_size
+        offline = config.may_select("offline") and not plan.scores_free
         dataset, collator = self._dataset_and_collator
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
-        if self.config.budget_memory is not None:
+        if not config.may_select("online") or not config.rule("online").reads_losses:
+            candidates = 0
+        if config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
-            size = trainer._on_main(batch_size_within, memory, full_size, self.config.budget_memory)
+            size = trainer._on_main(batch_size_within, memory, full_size, config.budget_memory)
             plan = replace(plan, batch_size=size)
         size, total = plan.batch_size, self._micro_batches(plan)
-        costs = measure_costs(trainer, dataset, collator, size, round(candidates * size), total, self.scorer)
+        rows = round(candidates * size)
+        costs = measure_costs(trainer, dataset, collator, size, rows, total, offline, self.scorer)
         costs = self._from_main(costs)  # it may fail on some processes only
         if costs is not None and size != full_size:
             slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, total))
             plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
             plan = replace(plan, costs=costs)
-        if not self.config.rule("online").reads_losses:
+        if not config.rule("online").reads_losses:
             plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
         plan = replace(plan, costs=replace(plan.costs, one_forward=self.sliced is not None))
         self._settle(started, "probe")

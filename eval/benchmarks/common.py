@@ -20,7 +20,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.corpus import make_corpus
 from darel_hf.demo import DemoSettings, warm_up
-from darel_hf.nlg import NLGArguments, load_model, read_pairs, tokenize_pairs
+from darel_hf.nlg import NLGArguments, group_references, load_model, read_pairs, tokenize_pairs
 
 #: Quick runs show that everything runs; no claim rests on them, and they leave the rows of results alone.
 QUICK = "--quick" in sys.argv
@@ -49,7 +49,7 @@ def add_quick(made: argparse.ArgumentParser) -> None:
 class Task:
     """LoRA fine-tuning on E2E or the generated corpus, made anew for every run."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, by_representation: bool = False):
         self.options = options
         if options.quick:
             options.samples, options.epochs, options.pairs = 80, 1, 1
@@ -66,8 +66,11 @@ class Task:
             warm_up(Path(model), sizes, texts)
         self.args = NLGArguments(model_name_or_path=model, data_dir=data)
         pairs = read_pairs(Path(data) / "trainset.csv")
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-        self.pairs = [pairs[i] for i in order[: options.samples]]
+        parts = [[pair] for pair in pairs]
+        if by_representation:  # all references of a representation, or none: as in the whole training set
+            parts = [[{"mr": mr, "ref": text} for text in texts] for mr, texts in group_references(pairs).items()]
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist()
+        self.pairs = [pair for i in order for pair in parts[i]][: options.samples]
         self.runs = 0
 
     @property

@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,34 +49,45 @@ RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", 
 RULES += ("loss_bins_high", "rho_loss", "random")
 
 
-def arms() -> dict[str, tuple[dict[str, Any], float]]:
-    """Return DAREL's settings, and the fraction of the epochs, of each arm."""
-    made: dict[str, tuple[dict[str, Any], float]] = {"full": ({}, 1.0)}
+class Arm(NamedTuple):
+    """What an arm changes: DAREL's settings, the number of epochs, and settings of Trainer."""
+
+    darel: dict[str, Any] = {}
+    share_of_epochs: float = 1.0
+    training: dict[str, Any] = {}
+
+
+def arms() -> dict[str, Arm]:
+    """Return all arms that can be asked for."""
+    by_length = {"train_sampling_strategy": "group_by_length"}
+    made = {"full": Arm(), "full_by_length": Arm(training=by_length)}
     for keep in (0.9, 0.8, 0.7, 0.5):
-        made[f"fewer_{keep}"] = ({}, keep)
-        made[f"random_{keep}"] = ({"offline_keep": keep, "offline_rule": "random"}, 1.0)
-        made[f"budget_{keep}"] = ({"budget_time": keep}, 1.0)
+        made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
+        made[f"random_{keep}"] = Arm({"offline_keep": keep, "offline_rule": "random"})
+        made[f"budget_{keep}"] = Arm({"budget_time": keep})
         for rule in RULES:
             offline = {"offline_keep": keep, "offline_rule": rule}
-            made[f"offline_{rule}_{keep}"] = (offline, 1.0)
-            made[f"grouped_{rule}_{keep}"] = ({**offline, "group_column": "mr"}, 1.0)
+            made[f"offline_{rule}_{keep}"] = Arm(offline)
+            made[f"grouped_{rule}_{keep}"] = Arm({**offline, "group_column": "mr"})
             for online in RULES:
                 rules = {"offline_rule": rule, "online_rule": online}
-                made[f"budget_{keep}_{rule}_{online}"] = ({"budget_time": keep, **rules}, 1.0)
+                made[f"budget_{keep}_{rule}_{online}"] = Arm({"budget_time": keep, **rules})
+        grouped = {"offline_rule": "middle", "group_column": "mr", "online_rule": "random"}
+        share = keep**0.5  # each stage keeps as much
+        made[f"both_{keep}"] = Arm({"offline_keep": share, "online_keep": share, **grouped})
     for rule in RULES:
         online = {"online_keep": 0.5, "online_rule": rule}
-        made[f"online_{rule}"] = (online, 1.0)  # scored in every epoch
-        made[f"online_{rule}_every3"] = ({**online, "rescore_every": 3}, 1.0)
+        made[f"online_{rule}"] = Arm(online)  # scored in every epoch
+        made[f"online_{rule}_every3"] = Arm({**online, "rescore_every": 3})
+        made[f"online_{rule}_by_length"] = Arm({**online, "rescore_every": 3}, training=by_length)
         if rule != "random":
-            made[f"sliced_{rule}"] = ({**online, "online_backward": "sliced"}, 1.0)
+            made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
     return made
 
 
 def main() -> None:
     known = arms()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--model_name_or_path")
     parser.add_argument(
         "--arms",
         default="full,fewer_0.7,fewer_0.5,random_0.7,offline_trimmed_0.7,offline_stratified_0.7,offline_middle_0.7,"
@@ -85,69 +96,32 @@ def main() -> None:
         "online_kakurenbo_every3,online_rho_loss_every3,online_loss_bins_high_every3,sliced_stratified,"
         "budget_0.5,budget_0.5_stratified_stratified,budget_0.5_random_random",
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--epochs", type=float, default=5)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=5e-3)
-    parser.add_argument("--lora_r", type=int, default=8)
-    parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
-    parser.add_argument("--max_train_samples", type=int, default=800)
-    parser.add_argument("--max_test_samples", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=2)
-    add_quick(parser)
+    add_options(parser)
     parser.add_argument("--name", default="quality", help="of the files of results")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 120, 10, 1
         options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
     names = options.arms.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"unknown arms {unknown}; choose of {', '.join(known)}")
-    torch.set_num_threads(options.threads)
-    folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
-    data, model = options.data_dir, options.model_name_or_path
-    if data is None:
-        make_corpus(data := str(folder / "data"))
-    if model is None:
-        texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-        sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
-        warm_up(Path(model := str(folder / "model")), sizes, texts)
-    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
-    settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
-    settings |= {
-        "data": "generated corpus" if options.data_dir is None else Path(data).name,
-        "model": "demo model" if options.model_name_or_path is None else Path(model).name,
-    }
-    arguments = NLGArguments(
-        model_name_or_path=model,
-        data_dir=data,
-        max_test_samples=options.max_test_samples,
-        lora_r=options.lora_r,
-        lora_alpha=4 * options.lora_r,
-        lora_dropout=0.0,
-        lora_target_modules="all-linear",
-        num_beams=1,
-        no_repeat_ngram_size=0,
-        length_penalty=1.0,
-        max_new_tokens=60,
-        generation_batch_size=32,
-        wordnet="none",
-    )
-    references = list(held_out(read_pairs(Path(data) / "testset_w_refs.csv"), arguments).values())
+    task, settings, folder = prepared(options)
+    data = task.data_dir
+    references = list(held_out(read_pairs(Path(data) / "testset_w_refs.csv"), task).values())
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         part = data_of(data, folder / f"data-{seed}", seed, options.max_train_samples)
-        arguments = replace(arguments, data_dir=part)
+        arguments = replace(task, data_dir=part)
         told: dict[str, list[str]] = {}
         plain = reference = None
         for name in names:
-            darel, share = known[name]
+            arm = known[name]
+            darel = arm.darel
             if "rho_loss" in (darel.get("offline_rule"), darel.get("online_rule")):
                 reference = reference or score_by_reference(arguments, options, seed, folder)
                 darel = {**darel, "reference_scores": reference}
-            training = training_arguments(folder / f"{name}-{seed}", share * options.epochs, seed, options)
+            output, epochs = folder / f"{name}-{seed}", arm.share_of_epochs * options.epochs
+            training = training_arguments(output, epochs, seed, options, **arm.training)
             result = run(arguments, DarelConfig(**darel), training)
             told[name] = (folder / f"{name}-{seed}" / "predictions.txt").read_text(encoding="utf-8").splitlines()
             plain = result["seconds"] if name == "full" else plain
@@ -164,11 +138,67 @@ def main() -> None:
                     compared = compare(told[name], references, baseline=told[other])
                     row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
                     row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
-            store(options.name, {**settings, "darel": known[name][0], "share_of_epochs": share}, row)
+            store(options.name, {**settings, **arm._asdict()}, row)
         summarize(options.name, settings)
 
 
-def training_arguments(folder: Path, epochs: float, seed: int, options: argparse.Namespace) -> TrainingArguments:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the task."""
+    parser.add_argument("--data_dir")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--epochs", type=float, default=5)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
+    parser.add_argument("--lora_r", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
+    parser.add_argument("--max_train_samples", type=int, default=800)
+    parser.add_argument("--max_test_samples", type=int, default=250)
+    parser.add_argument("--threads", type=int, default=2)
+    add_quick(parser)
+
+
+def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any], Path]:
+    """Return the task, the settings that its results depend on, and a folder for what is made."""
+    if options.quick:
+        options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 120, 10, 1
+    torch.set_num_threads(options.threads)
+    folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+    data, model = options.data_dir, options.model_name_or_path
+    if data is None:
+        make_corpus(data := str(folder / "data"))
+    if model is None:
+        texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
+        sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
+        warm_up(Path(model := str(folder / "model")), sizes, texts)
+    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
+    settings |= {
+        "data": "generated corpus" if options.data_dir is None else Path(data).name,
+        "model": "demo model" if options.model_name_or_path is None else Path(model).name,
+    }
+    task = NLGArguments(
+        model_name_or_path=model,
+        data_dir=data,
+        max_test_samples=options.max_test_samples,
+        lora_r=options.lora_r,
+        lora_alpha=4 * options.lora_r,
+        lora_dropout=0.0,
+        lora_target_modules="all-linear",
+        num_beams=1,
+        no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        max_new_tokens=60,
+        generation_batch_size=32,
+        wordnet="none",
+    )
+    return task, settings, folder
+
+
+def training_arguments(
+    folder: Path, epochs: float, seed: int, options: argparse.Namespace, **settings: Any
+) -> TrainingArguments:
     """Return what all runs share."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -186,6 +216,7 @@ def training_arguments(folder: Path, epochs: float, seed: int, options: argparse
         disable_tqdm=True,
         logging_steps=1000,
         dataloader_pin_memory=False,
+        **settings,
     )
 
 
@@ -226,18 +257,34 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 def summarize(name: str, settings: dict[str, Any]) -> None:
     """Make the table and the picture from all stored rows of these settings."""
     by_arm = latest_rows(name, settings)
+    plain = {row["seed"]: row for row in by_arm.get("full", [])}
     lines = [
-        "| arm | time, median | BLEU, mean (spread) | BLEU minus full, mean | no worse by more than 1 | NIST | METEOR "
-        "| TER | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus random "
+        "| no worse by more than 1 | NIST | METEOR | TER | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for arm, rows in by_arm.items():
         bleu = np.array([row["bleu"] for row in rows])
-        times = [row["time"] for row in rows if row["time"] is not None]
-        differences = np.array([row["bleu_minus_full"] for row in rows if "bleu_minus_full" in row])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
-        cells = [arm, f"{np.median(times):.2f}" if times else "-", f"{bleu.mean():.1f}{spread}"]
-        cells += [f"{differences.mean():+.1f}" if len(differences) else "-", verdict(rows)]
+        cells = [arm]
+        times = [(row["time"], row) for row in rows if row["time"] is not None and row["seed"] in plain]
+        if times:
+            full = [plain[row["seed"]] for _, row in times]
+            cells.append(f"{np.median([time for time, _ in times]):.2f}")
+            shares = [row["scoring_seconds"] / whole["seconds"] for (_, row), whole in zip(times, full, strict=True)]
+            cells.append(f"{np.median(shares):.3f}")
+            samples = [
+                row["rows_backpropagated"] / whole["rows_backpropagated"]
+                for (_, row), whole in zip(times, full, strict=True)
+            ]
+            cells.append(f"{np.median(samples):.2f}")
+        else:
+            cells += ["-"] * 3
+        cells.append(f"{bleu.mean():.1f}{spread}")
+        for other in ("full", "random_0.7"):
+            differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
+            cells.append(f"{np.mean(differences):+.1f}" if differences else "-")
+        cells.append(verdict(rows))
         for key, digits in (("nist", 2), ("meteor", 3), ("ter", 1)):
             cells.append(f"{np.mean([row[key] for row in rows]):.{digits}f}")
         lines.append(f"| {' | '.join([*cells, str(len(rows))])} |")

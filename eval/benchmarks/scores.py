@@ -28,7 +28,6 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from darel_hf.data import CarryIds, add_ids
-from darel_hf.nlg import group_references, load_pairs
 from darel_hf.scoring import BatchScorer, score_dataset
 
 
@@ -41,19 +40,9 @@ def with_layers(model: nn.Module, fraction: float) -> nn.Module:
     return made
 
 
-def by_representation(task: Task) -> list[dict[str, str]]:
-    """Return all references of as many representations, in a seeded order, as there are to be samples."""
-    pairs = group_references(load_pairs(task.args, ("train",))["train"])
-    names = list(pairs)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
-    every = [{"mr": names[i], "ref": text} for i in order for text in pairs[names[i]]]
-    return every[: task.options.samples]
-
-
 def main() -> None:
     made = parser(__doc__)
-    task = Task(made.parse_args())
-    task.pairs = by_representation(task)
+    task = Task(made.parse_args(), by_representation=True)
     trainer = task.trainer()
     columns = trainer.train_dataset.select_columns(["input_ids", "attention_mask", "labels"])
     dataset = add_ids(columns, np.arange(len(columns)))
