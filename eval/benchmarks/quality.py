@@ -72,9 +72,10 @@ def arms() -> dict[str, Arm]:
             for online in RULES:
                 rules = {"offline_rule": rule, "online_rule": online}
                 made[f"budget_{keep}_{rule}_{online}"] = Arm({"budget_time": keep, **rules})
-        grouped = {"offline_rule": "middle", "group_column": "mr", "online_rule": "random"}
-        share = keep**0.5  # each stage keeps as much
-        made[f"both_{keep}"] = Arm({"offline_keep": share, "online_keep": share, **grouped})
+    # 8 of 12 candidates of two thirds of the samples: with what scoring costs, half of the time.
+    both = {"offline_keep": 0.66, "online_keep": 2 / 3, "online_rule": "random", "group_column": "mr"}
+    for rule in RULES:
+        made[f"both_{rule}_random"] = Arm({**both, "offline_rule": rule})
     for rule in RULES:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = Arm(online)  # scored in every epoch
