@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 BATCHES = 6  # batches that are timed at most; one more warms up
 PAIRS = 7  # pairs of steps that compare two batch sizes
-SHARE = 0.02  # of the run's batches, at most so many are timed, but at least two
+SHARE = 0.02  # of the run's batches, where a budget is decided by it: at most so many are timed, but at least two
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def measure_costs(
     collator: Callable,
     rows: int,
     candidates: int,
-    total: float,
+    most: float,
     offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
 ) -> Costs | None:
@@ -110,7 +110,7 @@ def measure_costs(
         collator (`Callable`): keeps ids.
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
-        total (`float`): batches that plain training would have.
+        most (`float`): at most so many batches are timed, but at least two.
         offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
 
@@ -124,7 +124,7 @@ def measure_costs(
         BatchScorer(model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast)
         for model in (trainer.model, trainer.model if offline_scorer is None else offline_scorer.to(device))
     )
-    count = min(max(int(SHARE * total), 2), BATCHES)
+    count = min(max(int(most), 2), BATCHES)
     started = time.perf_counter()
     batches = _batches(trainer, dataset, collator, rows, count + 1)
     # Workers load while the loop computes; without them the loop waits.
@@ -158,14 +158,14 @@ def measure_costs(
     )
 
 
-def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, total: float) -> float:
+def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, most: float) -> float:
     """
     Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
 
-    The median over pairs of steps, one right after the other: a busy machine slows down both. `total` is the number of
-    batches of the run, of which few are to be spent on this.
+    The median over pairs of steps, one right after the other: a busy machine slows down both. There are at most `most`
+    pairs, but at least two.
     """
-    count = min(max(int(SHARE * total), 2), PAIRS) + 1
+    count = min(max(int(most), 2), PAIRS) + 1
     pairs = zip(*(_batches(trainer, dataset, collator, size, count) for size in (full, rows)), strict=True)
     ratios = []
     with untouched(trainer.model):

@@ -39,7 +39,7 @@ from .environment import describe
 from .files import write_json
 from .html import write_html
 from .losses import SampleLosses, per_sample_losses
-from .measure import clock, measure_costs, measure_memory, measure_slowdown, untouched
+from .measure import SHARE, clock, measure_costs, measure_memory, measure_slowdown, untouched
 from .pacing import KeepBudget
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan, online_term
 from .report import Report, scoring_seconds
@@ -269,7 +269,9 @@ class Run:
                 started = time.perf_counter()
                 scores = self._score_offline()
                 self._settle(started, "offline")
-                if not self.scores_reused and plan.costs.measured and config.has_budget:
+                if self.scores_reused:
+                    plan = replace(plan, scores_free=True)
+                elif plan.costs.measured:
                     plan = self._with_offline_cost(plan)
             plan = self.trainer._on_main(budget_plan, plan, config) if config.has_budget else plan
             self._announce(plan)
@@ -313,7 +315,8 @@ class Run:
         """Choose the batch size that the memory budget allows, and measure what a step costs at that size."""
         started = time.perf_counter()
         trainer, config, full_size = self.trainer, self.config, plan.batch_size
-        offline = config.may_select("offline") and not plan.scores_free
+        # Where nothing is decided by it, what the offline pass costs is known when it is over.
+        offline = config.has_budget and not plan.scores_free
         dataset, collator = self._dataset_and_collator
         candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
         if not config.may_select("online") or not config.rule("online").reads_losses:
@@ -323,11 +326,11 @@ class Run:
             size = trainer._on_main(batch_size_within, memory, full_size, config.budget_memory)
             plan = replace(plan, batch_size=size)
         size, total = plan.batch_size, self._micro_batches(plan)
-        rows = round(candidates * size)
-        costs = measure_costs(trainer, dataset, collator, size, rows, total, offline, self.scorer)
+        rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
+        costs = measure_costs(trainer, dataset, collator, size, rows, share * total, offline, self.scorer)
         costs = self._from_main(costs)  # it may fail on some processes only
         if costs is not None and size != full_size:
-            slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, total))
+            slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total))
             plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
             plan = replace(plan, costs=costs)

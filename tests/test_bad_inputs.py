@@ -20,7 +20,7 @@ from darel_hf.jobs import parse_settings
 from darel_hf.nlg import read_pairs
 
 PACKAGE = Path(darel_hf.__file__).parent
-HALF = {"online_keep": 0.5}
+HALF = {"online_keep": 0.5, "online_rule": "hardest"}
 CASES = {}
 
 
@@ -172,15 +172,19 @@ training(
 training("losses that are no numbers", "loss is NaN or infinite for sample ids", model=broken_model, darel=LOSSES)
 training("packed batches", "input_ids has 1 rows for .* samples.*packing=False", collator=Packed())
 training(
-    "fraction finer than the batch", "online_keep=0.95: of a batch of 4 it keeps 4 of 4", darel={"online_keep": 0.95}
+    "fraction finer than the batch",
+    "online_keep=0.95: of a batch of 4 it keeps 4 of 4",
+    darel={"online_keep": 0.95, "online_rule": "hardest"},
 )
 training(
     "budget that cannot be met",
     "budget_time=0.001: cannot be met: the smallest possible here is",
-    darel={"budget_time": 0.001},
+    darel={"budget_time": 0.001, "online_rule": "hardest"},
 )
 training(
-    "memory that cannot be met", "budget_memory=0.001: cannot be met: one row needs", darel={"budget_memory": 0.001}
+    "memory that cannot be met",
+    "budget_memory=0.001: cannot be met: one row needs",
+    darel={"budget_memory": 0.001, "online_rule": "hardest"},
 )
 training("rebalanced batches", "train_sampling_strategy='batch_rebalance'", train_sampling_strategy="batch_rebalance")
 training("split batches", "split_batches=True", accelerator_config={"split_batches": True})
@@ -303,7 +307,7 @@ def _(folder):
 
 @case("checkpoint of other settings", "online_keep=0.25: the checkpoint .* was made with 0.5")
 def _(folder):
-    resumed(folder, darel={"online_keep": 0.25})
+    resumed(folder, darel={"online_keep": 0.25, "online_rule": "hardest"})
 
 
 @case("checkpoint of another batch size", "per_device_train_batch_size=2: the checkpoint was made with 4")

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.checkpoints import all_in, problem
 
-BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "rescore_every": 2}
+BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2}
 
 
 class StopAt(TrainerCallback):
@@ -44,7 +44,7 @@ def make(folder, darel=None, data=None, stop=None, **settings):
         {"offline_keep": 0.6},
         {"online_keep": 0.5, "online_rule": "percentile", "track": True},
         {"offline_keep": 0.7, "offline_rule": "infobatch"},
-        {"budget_time": 0.9},
+        {"budget_time": 0.9, "online_rule": "hardest"},
     ],
     ids=["both", "offline", "random-rule", "weights", "budget"],
 )
@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_data_set(tmp_path):
 def test_a_checkpoint_of_other_settings(tmp_path):
     make(tmp_path, stop=4).train()
     with pytest.raises(ValueError, match=r"online_keep=0.4: the checkpoint .* was made with 0.5"):
-        make(tmp_path, {**BOTH, "online_keep": 0.4}).train(resume_from_checkpoint=True)
+        make(tmp_path, {**BOTH, "online_keep": 0.4, "online_rule": "hardest"}).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_plain_trainer(tmp_path):

@@ -49,7 +49,7 @@ def train(folder, data, darel, **settings):
 def test_the_page_is_whole_and_escaped(tmp_path):
     data = token_data(40)
     data = data.add_column("ref", [f"{EVIL} number {i}" for i in range(40)])
-    darel = {"offline_keep": 0.5, "offline_rule": "hardest", "online_keep": 0.5}
+    darel = {"offline_keep": 0.5, "offline_rule": "hardest", "online_keep": 0.5, "online_rule": "hardest"}
     trainer = train(tmp_path, data, darel)
     text = (tmp_path / "darel" / "report.html").read_text()
     page = Check(text)
@@ -66,7 +66,7 @@ def test_the_page_is_whole_and_escaped(tmp_path):
 
 
 def test_the_folder_explains_the_run(tmp_path):
-    train(tmp_path, token_data(40), {"online_keep": 0.5})
+    train(tmp_path, token_data(40), {"online_keep": 0.5, "online_rule": "hardest"})
     run = json.loads((tmp_path / "darel" / "run.json").read_text())
     assert run["config"]["online_keep"] == 0.5 and run["plan"]["online_keep"] == 0.5
     assert {"torch", "transformers", "darel_hf"} <= set(run["environment"]["versions"])
@@ -100,7 +100,7 @@ def test_the_model_card_has_a_section(tmp_path):
 
 def test_what_the_loggers_get(tmp_path):
     """TensorBoard, W&B and trackio take what `Trainer.log` is given: numbers under names that begin with darel/."""
-    trainer = train(tmp_path, token_data(40), {"online_keep": 0.5})
+    trainer = train(tmp_path, token_data(40), {"online_keep": 0.5, "online_rule": "hardest"})
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for name in ("kept_fraction", "rows_backpropagated", "coverage", "scoring_share", "loss_p50"):
         assert all(isinstance(entry[f"darel/{name}"], (int, float)) for entry in logged)

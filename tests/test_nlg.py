@@ -18,6 +18,7 @@ from darel_hf.nlg import (
     generate,
     group_references,
     load_for_generation,
+    load_model,
     prompt_of,
     read_pairs,
     run,
@@ -139,6 +140,19 @@ def test_a_hub_that_cannot_be_reached(tmp_path, base):
 # ---- Generation ----
 
 
+def test_target_modules_of_the_adapters(base):
+    adapted = {}
+    for targets in (None, "c_attn, c_fc", "all-linear"):
+        model, _ = load_model(task(base, lora_target_modules=targets))
+        names = (name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name)
+        adapted[targets] = {name.rsplit(".", 1)[-1] for name in names}
+    assert adapted == {
+        None: {"c_attn"},
+        "c_attn, c_fc": {"c_attn", "c_fc"},
+        "all-linear": {"c_attn", "c_proj", "c_fc"},
+    }
+
+
 def test_predictions_do_not_depend_on_the_batch_size(base, tmp_path):
     model, tokenizer = load_for_generation(str(base / "model"))
     mrs = list(group_references(read_pairs(base / "data" / "testset_w_refs.csv"))) * 2
@@ -199,7 +213,7 @@ def test_only_the_output_must_not_repeat():
 
 def test_run(base, tmp_path):
     out = tmp_path / "out"
-    results = run(task(base), DarelConfig(offline_keep=0.8, online_keep=0.5), training(out))
+    results = run(task(base), DarelConfig(offline_keep=0.8, online_keep=0.5, online_rule="hardest"), training(out))
     for name in ("adapter_model.safetensors", "predictions.txt", "results.json", "dropped.csv", "losses.png"):
         assert (out / name).stat().st_size > 0, name
     assert len((out / "predictions.txt").read_text().splitlines()) == results["test_representations"]

@@ -50,7 +50,7 @@ def test_models_that_flatten_with_view(tmp_path, cls):
     """Trimmed batches must be contiguous."""
     torch.manual_seed(0)
     model = cls(BertConfig(**SMALL, num_labels=64))
-    report = train(tmp_path, model, token_data(24), {"online_keep": 0.5}).report
+    report = train(tmp_path, model, token_data(24), {"online_keep": 0.5, "online_rule": "hardest"}).report
     assert report.rows_backpropagated == 2 * 12
 
 
@@ -70,7 +70,13 @@ def test_class_labels_that_are_tensors(tmp_path, form):
     from transformers import default_data_collator
 
     model = BertForSequenceClassification(BertConfig(**SMALL))
-    report = train(tmp_path, model, data, {"offline_keep": 0.8, "online_keep": 0.5}, default_data_collator).report
+    report = train(
+        tmp_path,
+        model,
+        data,
+        {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest"},
+        default_data_collator,
+    ).report
     assert report.kept.sum() == 16
 
 
@@ -212,7 +218,13 @@ class OwnLossAbove(DarelTrainer):
 @pytest.mark.parametrize("cls", [DarelOwnLoss, OwnLossAbove])
 def test_own_compute_loss(tmp_path, cls):
     """It gets clean inputs, also with tracking; a rule's weights that it would ignore are an error."""
-    report = train(tmp_path / "a", tiny_lora(), token_data(), {"online_keep": 0.5, "track": True}, cls=cls).report
+    report = train(
+        tmp_path / "a",
+        tiny_lora(),
+        token_data(),
+        {"online_keep": 0.5, "online_rule": "hardest", "track": True},
+        cls=cls,
+    ).report
     assert np.isfinite(report.ledger.train_loss).sum() > 0
     with pytest.raises(ValueError, match="never called super"):
         train(tmp_path / "b", tiny_lora(), token_data(), {"online_keep": 0.6, "online_rule": "infobatch"}, cls=cls)
@@ -278,7 +290,7 @@ def test_auto_find_batch_size_starts_clean(tmp_path):
         train_dataset=token_data(40),
         data_collator=PadCollator(),
         callbacks=[OutOfMemory()],
-        darel=DarelConfig(online_keep=0.5),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest"),
     )
     trainer.train()
     assert tries and trainer.report.plan.batch_size < 8
@@ -291,9 +303,21 @@ def test_auto_find_batch_size_starts_clean(tmp_path):
 @pytest.mark.parametrize(
     ("darel", "settings", "match"),
     [
-        ({"online_keep": 0.9}, {}, "keeps 4 of 4 candidates, all of them; give at most 0.889"),
-        ({"online_keep": 0.5}, {"train_sampling_strategy": "batch_rebalance"}, "use another strategy"),
-        ({"online_keep": 0.05}, {"dataloader_drop_last": True}, "fewer samples than the 80 candidates"),
+        (
+            {"online_keep": 0.9, "online_rule": "hardest"},
+            {},
+            "keeps 4 of 4 candidates, all of them; give at most 0.889",
+        ),
+        (
+            {"online_keep": 0.5, "online_rule": "hardest"},
+            {"train_sampling_strategy": "batch_rebalance"},
+            "use another strategy",
+        ),
+        (
+            {"online_keep": 0.05, "online_rule": "hardest"},
+            {"dataloader_drop_last": True},
+            "fewer samples than the 80 candidates",
+        ),
         ({"offline_keep": 0.5, "group_column": "nope"}, {}, "no such column"),
         ({"offline_keep": 0.1, "group_column": "group"}, {}, "5 values, but offline_keep=0.1 leaves 4 places"),
         (
@@ -319,18 +343,24 @@ def test_a_loader_of_its_own_batch_size(tmp_path):
         pass
 
     with pytest.raises(ValueError, match="batches of 4"):
-        train(tmp_path, tiny_lora(), [dict(row) for row in token_data()], {"online_keep": 0.5}, cls=Mine)
+        train(
+            tmp_path,
+            tiny_lora(),
+            [dict(row) for row in token_data()],
+            {"online_keep": 0.5, "online_rule": "hardest"},
+            cls=Mine,
+        )
 
 
 def test_other_batch_size_on_resume(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
-    train(tmp_path, tiny_lora(), token_data(), {"online_keep": 0.5}, **settings)
+    train(tmp_path, tiny_lora(), token_data(), {"online_keep": 0.5, "online_rule": "hardest"}, **settings)
     trainer = DarelTrainer(
         model=tiny_lora(),
         args=arguments(tmp_path, per_device_train_batch_size=8, **settings),
         train_dataset=token_data(),
         data_collator=PadCollator(),
-        darel=DarelConfig(online_keep=0.5),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest"),
     )
     with pytest.raises(ValueError, match="per_device_train_batch_size=8: the checkpoint was made with 4"):
         trainer.train(resume_from_checkpoint=True)

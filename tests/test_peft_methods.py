@@ -49,7 +49,9 @@ def check(folder, model, tolerance=1e-4, **settings):
         args=arguments(folder, **settings),
         train_dataset=data,
         data_collator=PadCollator(),
-        darel=DarelConfig(offline_keep=0.75, offline_rule="hardest", online_keep=0.5, length_correction=False),
+        darel=DarelConfig(
+            offline_keep=0.75, offline_rule="hardest", online_keep=0.5, online_rule="hardest", length_correction=False
+        ),
     )
     trainer.train()
     report = trainer.report

@@ -13,7 +13,7 @@ from darel_hf.scoring import Scores
 @given(n=st.integers(1, 40), batch_size=st.integers(1, 8), keep=st.floats(0.1, 1.0), number=st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_counts_of_full_and_partial_batches(n, batch_size, keep, number):
-    selector = Selector(DarelConfig(online_keep=keep), range(100))
+    selector = Selector(DarelConfig(online_keep=keep, online_rule="hardest"), range(100))
     candidates = selector.candidate_rows(batch_size)
     n = min(n, candidates)
     rows, _ = selector.select(np.arange(n), np.linspace(0, 1, n), batch_size, number)
@@ -34,14 +34,14 @@ def test_random_choices_depend_on_seed_and_batch_alone():
 
 def test_a_sample_may_occur_twice_in_a_batch():
     """Loaders repeat samples to even out batches."""
-    selector = Selector(DarelConfig(online_keep=0.5, length_correction=False), range(5))
+    selector = Selector(DarelConfig(online_keep=0.5, online_rule="hardest", length_correction=False), range(5))
     rows, _ = selector.select([3, 3, 1, 0], [2.0, 2.0, 1.0, 0.0], 2, 0)
     assert rows.tolist() == [0, 1]
     assert selector.ledger.times_trained[3] == 2
 
 
 def test_fresh_epochs():
-    selector = Selector(DarelConfig(online_keep=0.5, rescore_every=3), range(5))
+    selector = Selector(DarelConfig(online_keep=0.5, online_rule="hardest", rescore_every=3), range(5))
     assert [epoch for epoch in range(8) if selector.is_fresh(epoch)] == [0, 3, 6]
 
 
@@ -61,7 +61,7 @@ def test_an_own_loop_learns_from_half_of_the_rows():
     y = (x[:, 0] > 0).long()
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    selector = Selector(DarelConfig(online_keep=0.5), ids=range(256))
+    selector = Selector(DarelConfig(online_keep=0.5, online_rule="hardest"), ids=range(256))
     number = 0
     for _ in range(5):
         for ids in torch.randperm(256).split(selector.candidate_rows(16)):

@@ -75,4 +75,4 @@ def test_both_stages_and_tracking(tmp_path, tokenizer, form, rule):
 
 def test_packing_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="packing=False"):
-        train(tmp_path, tokenizer, "text", {"online_keep": 0.5}, packing=True)
+        train(tmp_path, tokenizer, "text", {"online_keep": 0.5, "online_rule": "hardest"}, packing=True)

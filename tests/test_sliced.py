@@ -268,7 +268,7 @@ def test_a_model_that_is_made_anew(tmp_path):
             args=arguments(tmp_path / backward),
             train_dataset=token_data(),
             data_collator=PadCollator(),
-            darel=DarelConfig(online_keep=0.5, online_backward=backward),
+            darel=DarelConfig(online_keep=0.5, online_rule="hardest", online_backward=backward),
         )
         trainer.train()
         trained[backward] = weights(trainer.model)
@@ -325,7 +325,7 @@ def test_falls_back_where_the_loss_is_not_the_models(tmp_path, caplog):
         args=arguments(tmp_path, max_steps=2),
         train_dataset=token_data(),
         data_collator=PadCollator(),
-        darel=DarelConfig(online_keep=0.5, online_backward="sliced"),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest", online_backward="sliced"),
     )
     with caplog.at_level(logging.WARNING, logger="darel_hf"):
         trainer.train()

@@ -45,7 +45,7 @@ def trainer_for(folder, data, darel, **settings):
 
 @pytest.mark.parametrize("form", ["datasets", "torch"])
 def test_the_hardest_of_each_batch(tmp_path, form):
-    darel = {"online_keep": 0.5, "length_correction": False}
+    darel = {"online_keep": 0.5, "online_rule": "hardest", "length_correction": False}
     trainer = trainer_for(tmp_path, stream(form), darel, learning_rate=0.0)
     trainer.train()
     ledger, data = trainer.report.ledger, numbered()
@@ -78,7 +78,7 @@ def test_tracking_a_stream_changes_no_weight(tmp_path, form):
 
 
 def test_resume(tmp_path):
-    darel = {"online_keep": 0.5}
+    darel = {"online_keep": 0.5, "online_rule": "hardest"}
     whole = trainer_for(tmp_path / "run", stream("datasets"), darel, save_strategy="steps", save_steps=2)
     whole.train()
     again = trainer_for(tmp_path / "again", stream("datasets"), darel)
@@ -93,10 +93,19 @@ def test_resume(tmp_path):
     ("darel", "match"),
     [
         ({"offline_keep": 0.5}, "offline_keep=0.5: train_dataset is a stream"),
-        ({"budget_time": 0.5}, "budget_time=0.5: train_dataset is a stream"),
-        ({"online_keep": 0.5, "rescore_every": 2}, "rescore_every=2: a stream has no second epoch"),
-        ({"online_keep": 0.5, "id_column": None}, "id_column=None: the rows of a stream have no numbers"),
-        ({"online_keep": 0.5, "group_column": "group"}, "group_column='group': train_dataset is a stream"),
+        ({"budget_time": 0.5, "online_rule": "hardest"}, "budget_time=0.5: train_dataset is a stream"),
+        (
+            {"online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2},
+            "rescore_every=2: a stream has no second epoch",
+        ),
+        (
+            {"online_keep": 0.5, "online_rule": "hardest", "id_column": None},
+            "id_column=None: the rows of a stream have no numbers",
+        ),
+        (
+            {"online_keep": 0.5, "online_rule": "hardest", "group_column": "group"},
+            "group_column='group': train_dataset is a stream",
+        ),
     ],
 )
 def test_what_cannot_be_done_with_a_stream(tmp_path, darel, match):
@@ -107,12 +116,14 @@ def test_what_cannot_be_done_with_a_stream(tmp_path, darel, match):
 @pytest.mark.parametrize(("column", "match"), [("absent", "no such key"), ("input_ids", "ids must be integers")])
 def test_rows_without_ids(tmp_path, column, match):
     with pytest.raises((ValueError, TypeError), match=match):
-        trainer_for(tmp_path, stream("torch"), {"online_keep": 0.5, "id_column": column}).train()
+        trainer_for(
+            tmp_path, stream("torch"), {"online_keep": 0.5, "online_rule": "hardest", "id_column": column}
+        ).train()
 
 
 def test_max_steps_is_asked_for_by_trainer_itself(tmp_path):
     with pytest.raises(ValueError, match="max_steps"):
-        trainer_for(tmp_path, stream("datasets"), {"online_keep": 0.5}, max_steps=-1)
+        trainer_for(tmp_path, stream("datasets"), {"online_keep": 0.5, "online_rule": "hardest"}, max_steps=-1)
 
 
 batches = st.lists(st.lists(st.integers(0, 2**62), min_size=1, max_size=8, unique=True), max_size=12)

@@ -83,7 +83,7 @@ def test_seq2seq_trainer_and_evaluation(tmp_path):
         train_dataset=token_data(),
         eval_dataset=token_data(9, seed=1),
         data_collator=PadCollator(),
-        darel=DarelConfig(online_keep=0.5),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest"),
     )
     trainer.train()
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
@@ -109,7 +109,7 @@ class CountRows:
 def test_rows_in_backward_are_the_planned_number(tmp_path, online_keep, accumulation):
     model = tiny_lora()
     counter = CountRows(model)
-    config = DarelConfig(online_keep=online_keep)
+    config = DarelConfig(online_keep=online_keep, online_rule="hardest")
     trainer = make(DarelTrainer, tmp_path, model, darel=config, gradient_accumulation_steps=accumulation)
 
     class StartHere(TrainerCallback):
@@ -135,7 +135,9 @@ def test_training_equals_plain_trainer_on_just_the_chosen_rows(tmp_path, accumul
         "train_sampling_strategy": "sequential",
     }
     data = token_data(32)
-    ours = make(DarelTrainer, tmp_path / "a", data=data, darel=DarelConfig(online_keep=0.5), **settings)
+    ours = make(
+        DarelTrainer, tmp_path / "a", data=data, darel=DarelConfig(online_keep=0.5, online_rule="hardest"), **settings
+    )
     chosen = []
     select = ours.get_batch_samples
 
@@ -183,7 +185,11 @@ def test_fresh_and_remembered_epochs(tmp_path):
     calls = []
     model.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     trainer = make(
-        DarelTrainer, tmp_path, model, darel=DarelConfig(online_keep=0.5, rescore_every=2), num_train_epochs=4
+        DarelTrainer,
+        tmp_path,
+        model,
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest", rescore_every=2),
+        num_train_epochs=4,
     )
     epochs = []
 
@@ -210,7 +216,7 @@ def test_online_selection_is_the_hardest_of_each_batch(tmp_path):
         tmp_path,
         model,
         data=data,
-        darel=DarelConfig(online_keep=0.5, length_correction=False),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest", length_correction=False),
         learning_rate=0.0,
         num_train_epochs=1,
         train_sampling_strategy="sequential",
@@ -340,7 +346,7 @@ def test_saved_scores_and_cache(tmp_path):
     (tmp_path / "c" / "darel" / saved.name).write_bytes(saved.read_bytes())
     again = make(DarelTrainer, tmp_path / "c", darel=config)
     again.train()
-    assert again.report.scores_reused
+    assert again.report.scores_reused and again.report.plan.scores_free  # they cost nothing this time
     np.testing.assert_array_equal(again.report.kept, by_path.report.kept)
     # LoRA starts as the identity, so its random weights do not count; the model's own do, and so do the data.
     for name, changed in {
@@ -353,6 +359,9 @@ def test_saved_scores_and_cache(tmp_path):
         fresh = make(DarelTrainer, folder, darel=config, **changed)
         fresh.train()
         assert not fresh.report.scores_reused
+        plan = fresh.report.plan  # of what the pass has cost, as nothing was decided by an estimate
+        full_pass = len(fresh.report.ledger) / plan.batch_size * plan.costs.step_seconds
+        assert plan.costs.offline_share == pytest.approx(fresh.report.seconds["offline"] / full_pass)
 
 
 def test_scorer_scores_in_place_of_the_model(tmp_path):
@@ -397,7 +406,7 @@ def test_track_records_the_losses_that_train(tmp_path):
 
 
 def test_logs(tmp_path):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(offline_keep=0.8, online_keep=0.5))
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(offline_keep=0.8, online_keep=0.5, online_rule="hardest"))
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "darel/kept_fraction" in entry][-1]
     assert last["darel/rows_backpropagated"] == trainer.report.rows_backpropagated
@@ -548,7 +557,10 @@ def test_id_column(tmp_path):
 
 def test_budget_memory_lowers_the_batch_size(tmp_path):
     trainer = make(
-        DarelTrainer, tmp_path, darel=DarelConfig(budget_memory=0.7, budget_time=1.0), per_device_train_batch_size=8
+        DarelTrainer,
+        tmp_path,
+        darel=DarelConfig(budget_memory=0.7, budget_time=1.0, online_rule="hardest"),
+        per_device_train_batch_size=8,
     )
     counter = CountRows(trainer.model)
     trainer.train()
@@ -558,14 +570,16 @@ def test_budget_memory_lowers_the_batch_size(tmp_path):
 
 
 def test_paper_budget_in_the_trainer(tmp_path):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(budget_time=0.32, budget_method="paper"))
+    trainer = make(
+        DarelTrainer, tmp_path, darel=DarelConfig(budget_time=0.32, online_rule="hardest", budget_method="paper")
+    )
     trainer.train()
     plan = trainer.report.plan
     assert (plan.offline_keep, plan.online_keep, plan.rescore_every) == pytest.approx((0.8, 0.4, 3))
 
 
 def test_warns_when_no_saving_is_predicted(tmp_path, caplog):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(online_keep=0.8))
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(online_keep=0.8, online_rule="hardest"))
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "no saving is predicted" in caplog.text
@@ -597,7 +611,7 @@ def test_packed_batches_are_refused(tmp_path):
         flat = [token for feature in features for token in feature["input_ids"]]
         return {"input_ids": torch.tensor([flat]), "labels": torch.tensor([flat])}
 
-    trainer = make(DarelTrainer, tmp_path, collator=flatten, darel=DarelConfig(online_keep=0.5))
+    trainer = make(DarelTrainer, tmp_path, collator=flatten, darel=DarelConfig(online_keep=0.5, online_rule="hardest"))
     with pytest.raises(ValueError, match="Switch off packing"):
         trainer.train()
 
@@ -639,7 +653,7 @@ def test_scores_that_do_not_fit(tmp_path):
 
 
 def test_budget_that_cannot_be_met(tmp_path):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(budget_time=0.01))
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(budget_time=0.01, online_rule="hardest"))
     with pytest.raises(ValueError, match="smallest possible here is 0"):
         trainer.train()
 
@@ -680,7 +694,7 @@ def test_darel_must_be_a_config(tmp_path):
 
 def test_the_report_keeps_the_offline_losses(tmp_path):
     """Online scoring refreshes the ledger; what the offline stage went by stays in the report, also after a resume."""
-    darel = DarelConfig(offline_keep=0.5, online_keep=0.5)
+    darel = DarelConfig(offline_keep=0.5, online_keep=0.5, online_rule="hardest")
     settings = {"learning_rate": 0.05, "num_train_epochs": 2, "save_strategy": "epoch"}
     losses = []
     for resume in (False, True):

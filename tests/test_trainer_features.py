@@ -10,7 +10,13 @@ from transformers import TrainerCallback, TrainingArguments
 
 from darel_hf import DarelConfig, DarelTrainer
 
-BOTH = {"offline_keep": 0.8, "offline_rule": "hardest", "online_keep": 0.5, "rescore_every": 2}
+BOTH = {
+    "offline_keep": 0.8,
+    "offline_rule": "hardest",
+    "online_keep": 0.5,
+    "online_rule": "hardest",
+    "rescore_every": 2,
+}
 
 
 def trainer_for(folder, model=None, darel=BOTH, model_init=None, **settings):
@@ -52,7 +58,9 @@ def test_hyperparameter_search(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])
 def test_sampling_strategies(tmp_path, strategy):
-    trainer = trainer_for(tmp_path, darel={"online_keep": 0.5}, train_sampling_strategy=strategy)
+    trainer = trainer_for(
+        tmp_path, darel={"online_keep": 0.5, "online_rule": "hardest"}, train_sampling_strategy=strategy
+    )
     trainer.train()
     assert trainer.report.rows_backpropagated == 2 * 5 * 4
 
@@ -70,7 +78,7 @@ def test_a_sampler_of_the_users_own(tmp_path):
         args=arguments(tmp_path, num_train_epochs=1, learning_rate=0.0),
         train_dataset=data,
         data_collator=PadCollator(),
-        darel=DarelConfig(online_keep=0.5, length_correction=False),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest", length_correction=False),
     )
     trainer.train()
     with torch.no_grad():

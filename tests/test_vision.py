@@ -156,7 +156,7 @@ def test_augmentation_never_moves_an_id(images, tmp_path):
         model=model,
         args=training(tmp_path / "out", num_train_epochs=1, learning_rate=0.0),
         train_dataset=data,
-        darel=DarelConfig(online_keep=0.5, length_correction=False),
+        darel=DarelConfig(online_keep=0.5, online_rule="hardest", length_correction=False),
     )
     trainer.train()
     ledger = trainer.report.ledger
@@ -258,8 +258,8 @@ def test_off_it_is_trainer(images, tmp_path):
         ({"offline_keep": 0.5, "group_column": "label"}, 90),
         ({"offline_keep": 0.5, "offline_rule": "ids", "group_column": "label"}, 90),
         ({"online_keep": 0.5, "online_rule": "adonis"}, 90),
-        ({"online_keep": 0.5, "rescore_every": 2}, 90),  # by the losses of the first epoch
-        ({"budget_memory": 0.9}, None),
+        ({"online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2}, 90),  # by the losses of the first epoch
+        ({"budget_memory": 0.9, "online_rule": "hardest"}, None),
     ],
 )
 def test_selects(images, tmp_path, darel, rows):
@@ -340,7 +340,7 @@ def test_scorer_made_when_it_is_needed(images, tmp_path):
     assert len(calls) == 1
     np.testing.assert_array_equal(by_function, kept(DarelConfig(offline_keep=0.5), scorer=tiny(seed=5)))
     kept(DarelConfig(offline_keep=0.5, offline_rule="random"), scorer=make)
-    kept(DarelConfig(online_keep=0.5), scorer=make)
+    kept(DarelConfig(online_keep=0.5, online_rule="hardest"), scorer=make)
     assert len(calls) == 1
     with pytest.raises(TypeError, match="scorer='int'"):
         kept(DarelConfig(offline_keep=0.5), scorer=lambda: 3)
@@ -425,7 +425,7 @@ def test_memory_budget(images, tmp_path):
         model=tiny(),
         args=training(tmp_path, per_device_train_batch_size=full),
         train_dataset=data,
-        darel=DarelConfig(budget_memory=0.6),
+        darel=DarelConfig(budget_memory=0.6, online_rule="hardest"),
     )
     trainer.train()
     chosen = trainer.report.plan.batch_size

@@ -3,20 +3,22 @@ Text: quality against time of LoRA fine-tuning on E2E-NLG, plain, its controls, 
 
     python eval/benchmarks/quality.py --data_dir FOLDER --model_name_or_path FOLDER [--arms full,random_0.7] [--quick]
 
-Every seed runs all arms one after the other, in the same loop with the same data; times are relative to the plain
-run of the same seed, everything counted (measuring and scoring). The training set is all references of as many meaning
-representations, drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine
-references each. Predictions are greedy, for the representations of the test set that --max_test_samples draws. A row
-a run goes to results/quality.jsonl at once; after every seed the table, quality.md, and the picture, quality.png, are
-made from all rows of the same settings. Differences in BLEU to the plain run and to the random subset are paired over
-instances, their 95 % intervals by bootstrap. Without a folder of data and a model, the generated corpus and the
-demo's model are taken.
+Every seed runs all arms one after the other, in the same loop with the same data. Times count everything (measuring
+and scoring) and are relative to as many plain steps as the full run has, at the speed of short plain runs right before
+and after the arm: a machine's speed changes within the hour that a seed takes. The training set is all references of
+as many meaning representations, drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to
+nine references each. Predictions are greedy, for the representations of the test set that --max_test_samples draws.
+A row a run goes to results/quality.jsonl at once; after every seed the table, quality.md, and the picture,
+quality.png, are made from all rows of the same settings. Differences in BLEU to the plain run and to the random subset
+are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a model, the generated
+corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import random
 import shutil
 import tempfile
@@ -114,7 +116,8 @@ def main() -> None:
         part = data_of(data, folder / f"data-{seed}", seed, options.max_train_samples)
         arguments = replace(task, data_dir=part)
         told: dict[str, list[str]] = {}
-        plain = reference = None
+        reference = None
+        before = plain_step_seconds(arguments, options, seed, folder)
         for name in names:
             arm = known[name]
             darel = arm.darel
@@ -125,11 +128,14 @@ def main() -> None:
             training = training_arguments(output, epochs, seed, options, **arm.training)
             result = run(arguments, DarelConfig(**darel), training)
             told[name] = (folder / f"{name}-{seed}" / "predictions.txt").read_text(encoding="utf-8").splitlines()
-            plain = result["seconds"] if name == "full" else plain
+            after = plain_step_seconds(arguments, options, seed, folder)
+            plain = (before + after) / 2 * math.ceil(options.max_train_samples / options.batch_size) * options.epochs
             row = {
                 "arm": name,
                 "seed": seed,
-                "time": None if plain is None else result["seconds"] / plain,
+                "time": result["seconds"] / plain,
+                "plain_seconds": plain,
+                "plain_step_seconds": [before, after],
                 **{key: result[key] for key in ("bleu", "ter", "meteor", "nist", "rouge_l", "seconds")},
                 **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
                 "rows_backpropagated": result["rows_backpropagated"],
@@ -139,6 +145,7 @@ def main() -> None:
                     compared = compare(told[name], references, baseline=told[other])
                     row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
                     row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
+            before = after
             store(options.name, {**settings, **arm._asdict()}, row)
         summarize(options.name, settings)
 
@@ -221,6 +228,13 @@ def training_arguments(
     )
 
 
+def plain_step_seconds(arguments: NLGArguments, options: argparse.Namespace, seed: int, folder: Path) -> float:
+    """Return the seconds of a plain step at this moment."""
+    output = Path(tempfile.mkdtemp(dir=folder))
+    training = training_arguments(output, options.epochs, seed, options, max_steps=4 if options.quick else 20)
+    return run(replace(arguments, generate=False), DarelConfig(), training)["seconds"] / training.max_steps
+
+
 def data_of(source: str, folder: Path, seed: int, samples: int) -> str:
     """Write two parts of the training set: what is trained on, and as much for a reference model."""
     pairs = group_references(read_pairs(Path(source) / "trainset.csv"))
@@ -268,19 +282,13 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         bleu = np.array([row["bleu"] for row in rows])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
         cells = [arm]
-        times = [(row["time"], row) for row in rows if row["time"] is not None and row["seed"] in plain]
-        if times:
-            full = [plain[row["seed"]] for _, row in times]
-            cells.append(f"{np.median([time for time, _ in times]):.2f}")
-            shares = [row["scoring_seconds"] / whole["seconds"] for (_, row), whole in zip(times, full, strict=True)]
-            cells.append(f"{np.median(shares):.3f}")
-            samples = [
-                row["rows_backpropagated"] / whole["rows_backpropagated"]
-                for (_, row), whole in zip(times, full, strict=True)
-            ]
-            cells.append(f"{np.median(samples):.2f}")
-        else:
-            cells += ["-"] * 3
+        full = plain[rows[0]["seed"]]["rows_backpropagated"] if rows[0]["seed"] in plain else math.nan
+        timed = [row for row in rows if "plain_step_seconds" in row]
+        about = "" if timed else "~"  # relative to a plain run of the same seed, up to an hour before
+        cells.append(about + f"{np.median([row['time'] for row in timed or rows]):.2f}")
+        shares = [row["scoring_seconds"] / row["plain_seconds"] for row in timed or rows]
+        cells.append(about + f"{np.median(shares):.3f}")
+        cells.append(f"{rows[0]['rows_backpropagated'] / full:.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
         for other in ("full", "random_0.7"):
             differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
@@ -316,9 +324,7 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for arm, rows in by_arm.items():
-        times = [row["time"] for row in rows if row["time"] is not None]
-        if not times:
-            continue
+        times = [row["time"] for row in rows if "plain_step_seconds" in row] or [row["time"] for row in rows]
         bleu = np.array([row["bleu"] for row in rows])
         axes.errorbar(np.median(times), bleu.mean(), yerr=bleu.std(), fmt="o", capsize=3)
         axes.annotate(arm, (np.median(times), bleu.mean()), xytext=(5, 3), textcoords="offset points", fontsize=8)

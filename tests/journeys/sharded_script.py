@@ -44,7 +44,7 @@ def main():
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-5)
 
-    selector = Selector(DarelConfig(online_keep=0.5), range(len(data)))
+    selector = Selector(DarelConfig(online_keep=0.5, online_rule="hardest"), range(len(data)))
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, sharded)]
     for step in range(3):
         rows = [with_ids[(step * 16 + rank * 8 + i) % len(data)] for i in range(8)]

@@ -42,7 +42,7 @@ def step_of(folder):
 @pytest.mark.parametrize(
     "darel",
     [
-        {"offline_keep": 0.8, "online_keep": 0.4, "rescore_every": 2, "track": True},
+        {"offline_keep": 0.8, "online_keep": 0.4, "online_rule": "hardest", "rescore_every": 2, "track": True},
         {"offline_keep": 0.8, "online_keep": 0.6, "online_rule": "infobatch", "offline_rule": "infobatch"},
     ],
     ids=["hardest", "infobatch"],

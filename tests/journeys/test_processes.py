@@ -60,7 +60,7 @@ def launch(folder, processes, settings, script=SCRIPT, hosts=1):
     ]
 
 
-BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "rescore_every": 2, "track": True}
+BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2, "track": True}
 
 
 @pytest.mark.slow
@@ -71,7 +71,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "rescore_every": 2, "track": Tr
         (2, 1, BOTH),
         (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}),
         (2, 1, {**BOTH, "online_backward": "sliced"}),
-        (2, 1, {"online_keep": 0.5, "id_column": "number"}),
+        (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
