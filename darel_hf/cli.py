@@ -117,7 +117,7 @@ def select(
     scores: Annotated[Path, typer.Option(help="Parquet file made by `darel score`.")],
     output: Annotated[Path, typer.Option(help="File for what is kept: .jsonl, .parquet or .csv.")],
     keep: Annotated[float, typer.Option(help="Fraction to keep, in (0, 1].")] = 0.8,
-    rule: Annotated[str, typer.Option(help="Selection rule.")] = "trimmed",
+    rule: Annotated[str, typer.Option(help="Selection rule.")] = "middle",
     data: Annotated[Path | None, typer.Option(help="The samples; without them only ids are written.")] = None,
     id_column: Annotated[str | None, typer.Option(help="Column of the data with the ids that were scored.")] = None,
     group_column: Annotated[str | None, typer.Option(help="Column whose values all stay represented.")] = None,

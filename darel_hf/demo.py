@@ -46,13 +46,13 @@ class DemoSettings:
     seed: int = 0
 
 
-def arms(epochs: int) -> dict[str, DarelConfig]:
+def arms() -> dict[str, DarelConfig]:
     """Return the four ways to fine-tune; the random subset takes as many steps as the offline selection."""
     return {
         "full data": DarelConfig(),
         "random subset": DarelConfig(offline_keep=0.7, offline_rule="random"),
-        "DAREL offline": DarelConfig(offline_keep=0.7),
-        "DAREL offline + online": DarelConfig(offline_keep=0.8, online_keep=0.5, rescore_every=epochs),
+        "DAREL offline": DarelConfig(offline_keep=0.7, group_column="mr"),
+        "DAREL offline + online": DarelConfig(offline_keep=0.8, online_keep=0.5, group_column="mr"),
     }
 
 
@@ -87,7 +87,7 @@ def run_demo(
         seconds = warm_up(folder / "model", settings, texts=[pair["ref"] for pair in pairs["train"]])
     progress(f"model warmed up in another domain in {seconds:.0f} s")
     results = []
-    for name, darel in arms(settings.epochs).items():
+    for name, darel in arms().items():
         arm = folder / name.replace(" + ", "_").replace(" ", "_").lower()
         training = _training_arguments(
             arm,

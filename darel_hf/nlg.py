@@ -26,6 +26,7 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     TrainingArguments,
+    set_seed,
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
@@ -56,8 +57,8 @@ class NLGArguments:
         data_dir (`str`, *optional*): folder with `trainset.csv`, `devset.csv` and `testset_w_refs.csv`, columns
             `mr,ref`. Without it the data come from the hub.
         dataset_name (`str`), dataset_revision (`str`): where they are there.
-        max_train_samples, max_test_samples (`int`, *optional*): for quick runs, a part drawn with `seed`; of the test
-            set so many meaning representations.
+        max_train_samples, max_test_samples (`int`, *optional*): for quick runs, so many pairs of meaning
+            representations drawn with `seed`; of the test set so many representations.
         max_length (`int`): tokens of prompt and reference together; longer ones are cut.
 
     Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules` (`all-linear`, or
@@ -393,6 +394,7 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
             logger.warning(note)
     pairs = load_pairs(args)
     pairs["train"] = training_pairs(pairs["train"], args, training.seed)
+    set_seed(training.seed)  # adapters begin at random
     model, tokenizer = load_model(args)
     data = {split: tokenize_pairs(part, tokenizer, args.max_length) for split, part in pairs.items()}
     multiple = 8 if training.bf16 or training.fp16 else None
@@ -430,10 +432,18 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
 
 
 def training_pairs(train: list[dict[str, str]], args: NLGArguments, seed: int) -> list[dict[str, str]]:
-    """Return the pairs that are trained on: all, or `max_train_samples` drawn with a seed, in their order."""
+    """
+    Return the pairs that are trained on, in their order: all, or `max_train_samples` of them.
+
+    Meaning representations are drawn with the seed, each with all its references: the whole set in small.
+    """
     if args.max_train_samples is None or args.max_train_samples >= len(train):
         return train
-    return [train[i] for i in sorted(random.Random(seed).sample(range(len(train)), args.max_train_samples))]
+    rows: dict[str, list[int]] = {}
+    for row, pair in enumerate(train):
+        rows.setdefault(pair["mr"], []).append(row)
+    drawn = [row for mr in random.Random(seed).sample(list(rows), len(rows)) for row in rows[mr]]
+    return [train[row] for row in sorted(drawn[: args.max_train_samples])]
 
 
 def _tokens_backpropagated(trainer: DarelTrainer, train: datasets.Dataset) -> int:

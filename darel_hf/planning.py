@@ -134,9 +134,10 @@ class Plan:
 
     def __str__(self) -> str:
         kept = f": {self.kept_samples:,} of {self.samples:,} samples" if self.samples else ""
-        scoring = []
+        scoring, every = [], ""
         if self.online_keep < 1 and self.costs.forward_share:
             scoring.append(f"forward {self.costs.forward_share:.2f} of a step")
+            every = f", scored every {self.rescore_every} epoch(s)"
         if self.offline_keep < 1 and not self.scores_free:
             scoring.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
         source = "measured" if self.costs.measured else "assumed"
@@ -144,7 +145,7 @@ class Plan:
             f"DAREL plan ({self.method})",
             f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
-            + (f", scored every {self.rescore_every} epoch(s)" if self.online_keep < 1 else ""),
+            + every,
             f"  costs     {', '.join(scoring) or 'nothing is scored'} ({source})",
             f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
         ]

@@ -229,6 +229,16 @@ def test_run(base, tmp_path):
         run(task(base), DarelConfig(), training(out))
 
 
+def test_the_same_seed_gives_the_same_adapter(base, tmp_path):
+    """Whatever random numbers were drawn before: adapters begin at random."""
+    adapters = []
+    for number, seed in enumerate((7, 7, 8)):
+        torch.manual_seed(number)
+        run(task(base, generate=False), DarelConfig(), training(tmp_path / str(number), seed=seed, max_steps=2))
+        adapters.append((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1] != adapters[2]
+
+
 def test_generate_recipe_writes_what_the_run_wrote(base, tmp_path):
     """Also from the folder of an adapter: the recipe's script, started as a user starts it."""
     settings = task(base, max_test_samples=5)

@@ -272,7 +272,7 @@ def test_selects(images, tmp_path, darel, rows):
     if "group_column" in darel:
         labels = np.array(data.with_format(None)["label"])
         assert np.bincount(labels[report.kept]).tolist() == [15, 15, 15]
-        assert sorted({d["why"].split(":")[0] for d in report.dropped()}) == [darel.get("offline_rule", "trimmed")]
+        assert sorted({d["why"].split(":")[0] for d in report.dropped()}) == [darel.get("offline_rule", "middle")]
 
 
 def test_embeddings_are_what_enters_the_head(images):

@@ -15,7 +15,13 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    TrainingArguments,
+    set_seed,
+)
 
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.config import require
@@ -57,6 +63,7 @@ def main() -> None:
     unknown = sorted(set(map(str, data["validation"][task.label_column])) - set(names))
     require(not unknown, "label_column", unknown, f"in {task.validation_file} but not in {task.train_file}")
 
+    set_seed(training.seed)  # the head and the adapters begin at random
     tokenizer = AutoTokenizer.from_pretrained(task.model_name_or_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         task.model_name_or_path, num_labels=len(names), id2label=dict(enumerate(names)), label2id=number

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig
+from transformers import set_seed
 from trl import SFTConfig
 
 from darel_hf import DarelConfig, DarelSFTTrainer
@@ -39,6 +40,7 @@ def main() -> None:
     exists = task.train_file is not None and Path(task.train_file).is_file()
     require(exists, "train_file", task.train_file, "no such file; name a file of JSON lines")
     folder = claim_folder(training, task.resume)
+    set_seed(training.seed)  # adapters begin at random
     trainer = DarelSFTTrainer(
         model=task.model_name_or_path,
         args=training,

@@ -100,7 +100,8 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         for name in set(ledger.files) - {"rows"}:
             np.testing.assert_array_equal(ledger[name], other_ledger[name], err_msg=name)
     for name, weight in weights.items():
-        np.testing.assert_allclose(weight, one_weights[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        # Adam makes steps out of the rounding of gradients near zero.
+        np.testing.assert_allclose(weight, one_weights[name], rtol=1e-4, atol=5e-5, err_msg=name)
     assert sum(ledger["rows"].sum() for _, ledger in all_ranks) == one_ledger["rows"].sum()
     for name in set(ledger.files) - {"rows", "loss", "train_loss"}:
         np.testing.assert_array_equal(ledger[name], one_ledger[name], err_msg=name)
