@@ -89,6 +89,8 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     if "id_column" in darel:
         settings["stream"] = True
         settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
+    if "online_backward" in darel:  # Adam makes whole steps out of the rounding of gradients near zero
+        settings["arguments"] |= {"optim": "sgd", "learning_rate": 0.5}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)
     settings["arguments"]["gradient_accumulation_steps"] = processes
     ((one_weights, one_ledger),) = launch(tmp_path / "one", 1, settings)
@@ -100,8 +102,7 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         for name in set(ledger.files) - {"rows"}:
             np.testing.assert_array_equal(ledger[name], other_ledger[name], err_msg=name)
     for name, weight in weights.items():
-        # Adam makes steps out of the rounding of gradients near zero.
-        np.testing.assert_allclose(weight, one_weights[name], rtol=1e-4, atol=5e-5, err_msg=name)
+        np.testing.assert_allclose(weight, one_weights[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert sum(ledger["rows"].sum() for _, ledger in all_ranks) == one_ledger["rows"].sum()
     for name in set(ledger.files) - {"rows", "loss", "train_loss"}:
         np.testing.assert_array_equal(ledger[name], one_ledger[name], err_msg=name)
