@@ -318,9 +318,9 @@ class Run:
         # Where nothing is decided by it, what the offline pass costs is known when it is over.
         offline = config.has_budget and not plan.scores_free
         dataset, collator = self._dataset_and_collator
-        candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
-        if not config.may_select("online") or not config.rule("online").reads_losses:
-            candidates = 0
+        candidates = 0.0  # relative to the rows that are trained on; none are scored
+        if config.may_select("online") and config.rule("online").reads_losses:
+            candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
         if config.budget_memory is not None:
             memory = partial(measure_memory, trainer, dataset, collator)
             size = trainer._on_main(batch_size_within, memory, full_size, config.budget_memory)

@@ -122,7 +122,7 @@ def test_a_checkpoint_of_another_data_set(tmp_path):
 def test_a_checkpoint_of_other_settings(tmp_path):
     make(tmp_path, stop=4).train()
     with pytest.raises(ValueError, match=r"online_keep=0.4: the checkpoint .* was made with 0.5"):
-        make(tmp_path, {**BOTH, "online_keep": 0.4, "online_rule": "hardest"}).train(resume_from_checkpoint=True)
+        make(tmp_path, {**BOTH, "online_keep": 0.4}).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_plain_trainer(tmp_path):

@@ -46,6 +46,21 @@ def add_quick(made: argparse.ArgumentParser) -> None:
     made.add_argument("--quick", action="store_true", help="show that it runs, in a minute; results to outputs/")
 
 
+def data_and_model(options: argparse.Namespace, folder: Path, sizes: DemoSettings) -> tuple[str, str, dict[str, str]]:
+    """Return the folders of data and base model, made where none is given, and what a row calls them."""
+    data, model = options.data_dir, options.model_name_or_path
+    names = {
+        "data": "generated corpus" if data is None else Path(data).name,
+        "model": "demo model" if model is None else Path(model).name,
+    }
+    if data is None:
+        make_corpus(data := str(folder / "data"))
+    if model is None:
+        texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
+        warm_up(Path(model := str(folder / "model")), sizes, texts)
+    return data, model, names
+
+
 class Task:
     """LoRA fine-tuning on E2E or the generated corpus, made anew for every run."""
 
@@ -55,15 +70,8 @@ class Task:
             options.samples, options.epochs, options.pairs = 80, 1, 1
         torch.set_num_threads(options.threads)
         self.folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
-        data, model = options.data_dir, options.model_name_or_path
-        if data is None:
-            data = str(self.folder / "data")
-            make_corpus(data)
-        if model is None:
-            model = str(self.folder / "model")
-            texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-            sizes = DemoSettings(warm_up_representations=20 if options.quick else 100, warm_up_epochs=1)
-            warm_up(Path(model), sizes, texts)
+        sizes = DemoSettings(warm_up_representations=20 if options.quick else 100, warm_up_epochs=1)
+        data, model, self.names = data_and_model(options, self.folder, sizes)
         self.args = NLGArguments(model_name_or_path=model, data_dir=data)
         pairs = read_pairs(Path(data) / "trainset.csv")
         parts = [[pair] for pair in pairs]
@@ -77,11 +85,9 @@ class Task:
     def settings(self) -> dict[str, Any]:
         """What was run: the options, with names in place of paths."""
         options = {k: v for k, v in vars(self.options).items() if k not in ("data_dir", "model_name_or_path", "quick")}
-        data, model = self.options.data_dir, self.options.model_name_or_path
         return {
             **options,
-            "data": "generated corpus" if data is None else Path(data).name,
-            "model": "demo model" if model is None else Path(model).name,
+            **self.names,
             "lora_r": self.args.lora_r,
             "seed": 0,
         }

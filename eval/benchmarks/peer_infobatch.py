@@ -41,19 +41,17 @@ def main() -> None:
     options = parser.parse_args()
     task, settings, folder = prepared(options)
     del settings["infobatch"]
-    references = list(held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task).values())
+    held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        arguments = replace(
-            task, data_dir=data_of(task.data_dir, folder / f"data-{seed}", seed, options.max_train_samples)
-        )
+        part = data_of(task, folder / f"data-{seed}", seed, options.max_train_samples)
+        arguments = replace(task, data_dir=part)
         told, seconds = {}, {}
         for arm in ("plain loop", "infobatch"):
             model, tokenizer, result = train(arguments, options, seed, arm == "infobatch")
             seconds[arm] = result["seconds"]
-            mrs = list(held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task))
-            told[arm] = generate(model, tokenizer, mrs, arguments, folder / f"{arm}-{seed}.txt")
-            compared = compare(told[arm], references, baseline=told["plain loop"])
+            told[arm] = generate(model, tokenizer, list(held), arguments, folder / f"{arm}-{seed}.txt")
+            compared = compare(told[arm], list(held.values()), baseline=told["plain loop"])
             row = {"arm": arm, "seed": seed, "time": result["seconds"] / seconds["plain loop"], **result}
             row |= {"bleu": compared["bleu"]}
             if arm != "plain loop":

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
-import random
 import shutil
 import tempfile
 from dataclasses import replace
@@ -28,21 +26,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import RESULTS, add_quick, latest_rows, store
+from common import RESULTS, add_quick, data_and_model, latest_rows, store
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
-from darel_hf.corpus import make_corpus
 from darel_hf.data import ID_KEY, CarryIds, add_ids
-from darel_hf.demo import DemoSettings, warm_up
+from darel_hf.demo import DemoSettings
 from darel_hf.nlg import (
     NLGArguments,
-    group_references,
     held_out,
     load_for_generation,
     read_pairs,
     run,
     tokenize_pairs,
+    training_pairs,
 )
 from darel_hf.scoring import BatchScorer, Scores, save_scores, score_dataset
 
@@ -65,16 +62,13 @@ def arms() -> dict[str, Arm]:
     made = {"full": Arm(), "full_by_length": Arm(training=by_length)}
     for keep in (0.9, 0.8, 0.7, 0.5):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
-        made[f"random_{keep}"] = Arm({"offline_keep": keep, "offline_rule": "random"})
         made[f"budget_{keep}"] = Arm({"budget_time": keep})
         for rule in RULES:
             offline = {"offline_keep": keep, "offline_rule": rule}
             made[f"offline_{rule}_{keep}"] = Arm(offline)
             made[f"grouped_{rule}_{keep}"] = Arm({**offline, "group_column": "mr"})
-            for online in RULES:
-                rules = {"offline_rule": rule, "online_rule": online}
-                made[f"budget_{keep}_{rule}_{online}"] = Arm({"budget_time": keep, **rules})
-    # 8 of 12 candidates of two thirds of the samples: with what scoring costs, half of the time.
+        made[f"random_{keep}"] = made.pop(f"offline_random_{keep}")
+    # 8 of 12 candidates of two thirds of the samples: with what scoring costs, predicted to take half of the time.
     both = {"offline_keep": 0.66, "online_keep": 2 / 3, "online_rule": "random", "group_column": "mr"}
     for rule in RULES:
         made[f"both_{rule}_random"] = Arm({**both, "offline_rule": rule})
@@ -108,15 +102,17 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"unknown arms {unknown}; choose of {', '.join(known)}")
+    if names[0] != "full":
+        parser.error(f"--arms {options.arms}: times are relative to full; begin with it")
     task, settings, folder = prepared(options)
-    data = task.data_dir
-    references = list(held_out(read_pairs(Path(data) / "testset_w_refs.csv"), task).values())
+    held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
+    references = list(held.values())
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        part = data_of(data, folder / f"data-{seed}", seed, options.max_train_samples)
+        part = data_of(task, folder / f"data-{seed}", seed, options.max_train_samples)
         arguments = replace(task, data_dir=part)
         told: dict[str, list[str]] = {}
-        reference, plain = None, math.nan
+        reference = None
         for name in names:
             arm = known[name]
             darel = arm.darel
@@ -126,9 +122,9 @@ def main() -> None:
             output, epochs = folder / f"{name}-{seed}", arm.share_of_epochs * options.epochs
             training = training_arguments(output, epochs, seed, options, **arm.training)
             result = run(arguments, DarelConfig(**darel), training)
-            told[name] = (folder / f"{name}-{seed}" / "predictions.txt").read_text(encoding="utf-8").splitlines()
-            loss = test_loss(output, task)
-            plain = result["seconds"] if name == "full" else plain
+            told[name] = (output / "predictions.txt").read_text(encoding="utf-8").splitlines()
+            if name == "full":
+                plain = result["seconds"]
             row = {
                 "arm": name,
                 "seed": seed,
@@ -137,7 +133,7 @@ def main() -> None:
                 **{key: result[key] for key in ("bleu", "ter", "meteor", "nist", "rouge_l", "seconds")},
                 **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
                 "rows_backpropagated": result["rows_backpropagated"],
-                "test_loss": loss,
+                "test_loss": test_loss(output, task.model_name_or_path, held),
             }
             for other in ("full", next((n for n in names if n.startswith("random_")), "")):
                 if other in told and other != name:
@@ -171,19 +167,11 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
         options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 120, 10, 1
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
-    data, model = options.data_dir, options.model_name_or_path
-    if data is None:
-        make_corpus(data := str(folder / "data"))
-    if model is None:
-        texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
-        sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
-        warm_up(Path(model := str(folder / "model")), sizes, texts)
+    sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
+    data, model, data_and_model_names = data_and_model(options, folder, sizes)
     what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
-    settings |= {
-        "data": "generated corpus" if options.data_dir is None else Path(data).name,
-        "model": "demo model" if options.model_name_or_path is None else Path(model).name,
-    }
+    settings |= data_and_model_names
     task = NLGArguments(
         model_name_or_path=model,
         data_dir=data,
@@ -226,11 +214,10 @@ def training_arguments(
     )
 
 
-def test_loss(output: Path, task: NLGArguments) -> float:
+def test_loss(output: Path, base: str, held: dict[str, list[str]]) -> float:
     """Return the mean loss of a token, of two references of each held-out representation: less noisy than BLEU."""
-    model, tokenizer = load_for_generation(str(output), task.model_name_or_path)
-    groups = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
-    scores = scored(model, tokenizer, [{"mr": mr, "ref": text} for mr, texts in groups.items() for text in texts[:2]])
+    model, tokenizer = load_for_generation(str(output), base)
+    scores = scored(model, tokenizer, [{"mr": mr, "ref": text} for mr, texts in held.items() for text in texts[:2]])
     return float((scores.losses * scores.n_tokens).sum() / scores.n_tokens.sum())
 
 
@@ -242,19 +229,21 @@ def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
     return score_dataset(BatchScorer(model), data, collator, dict, progress_bar=False)
 
 
-def data_of(source: str, folder: Path, seed: int, samples: int) -> str:
+def data_of(task: NLGArguments, folder: Path, seed: int, samples: int) -> str:
     """Write two parts of the training set: what is trained on, and as much for a reference model."""
-    pairs = group_references(read_pairs(Path(source) / "trainset.csv"))
-    names = random.Random(seed).sample(list(pairs), len(pairs))
-    every = [{"mr": name, "ref": text} for name in names for text in pairs[name]]
-    for part, rows in ((folder, every[:samples]), (folder / "others", every[samples : 2 * samples])):
+    source, limit = Path(task.data_dir), replace(task, max_train_samples=samples)
+    rest = read_pairs(source / "trainset.csv")
+    for part in (folder, folder / "others"):
+        drawn = training_pairs(rest, limit, seed)
+        taken = set(map(id, drawn))
+        rest = [pair for pair in rest if id(pair) not in taken]
         part.mkdir()
         for file in ("devset.csv", "testset_w_refs.csv"):
-            shutil.copy(Path(source) / file, part)
+            shutil.copy(source / file, part)
         with open(part / "trainset.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["mr", "ref"])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(drawn)
     return str(folder)
 
 
@@ -275,7 +264,7 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 def summarize(name: str, settings: dict[str, Any]) -> None:
     """Make the table and the picture from all stored rows of these settings."""
     by_arm = latest_rows(name, settings)
-    plain = {row["seed"]: row for row in by_arm.get("full", [])}
+    plain = {row["seed"]: row for row in by_arm["full"]}
     lines = [
         "| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus random "
         "| no worse by more than 1 | loss minus full | NIST | METEOR | TER | seeds |",
@@ -285,7 +274,7 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         bleu = np.array([row["bleu"] for row in rows])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
         cells = [arm]
-        full = plain[rows[0]["seed"]]["rows_backpropagated"] if rows[0]["seed"] in plain else math.nan
+        full = plain[rows[0]["seed"]]["rows_backpropagated"]
         cells.append(f"{np.median([row['time'] for row in rows]):.2f}")
         cells.append(f"{np.median([row['scoring_seconds'] / row['plain_seconds'] for row in rows]):.3f}")
         cells.append(f"{rows[0]['rows_backpropagated'] / full:.2f}")
@@ -294,8 +283,7 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
             differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
             cells.append(f"{np.mean(differences):+.1f}" if differences else "-")
         cells.append(verdict(rows))
-        losses = [row["test_loss"] - plain[row["seed"]]["test_loss"] for row in rows if row["seed"] in plain]
-        cells.append(f"{np.mean(losses):+.3f}" if losses else "-")
+        cells.append(f"{np.mean([row['test_loss'] - plain[row['seed']]['test_loss'] for row in rows]):+.3f}")
         for key, digits in (("nist", 2), ("meteor", 3), ("ter", 1)):
             cells.append(f"{np.mean([row[key] for row in rows]):.{digits}f}")
         lines.append(f"| {' | '.join([*cells, str(len(rows))])} |")

@@ -33,18 +33,16 @@ def main() -> None:
             setting = {"offline": "offline_keep", "budget": "budget_time"}[kind]
             trainer = task.trainer(DarelConfig(**{setting: float(fraction)}))
             seconds = seconds_of(trainer)
-            report = trainer.report.to_dict()
-            scoring = sum(report["seconds"][part] for part in ("offline", "scoring"))
-            probe, plan = report["seconds"]["probe"], report["plan"]
+            parts, plan = trainer.report.seconds, trainer.report.plan
             runs[name].append(
                 {
                     "time": seconds / full[-1],
-                    "scoring_share": scoring / full[-1],
-                    "probe_share": probe / full[-1],
-                    "predicted": trainer.report.plan.predicted_time,
-                    "offline_keep": plan["offline_keep"],
-                    "online_keep": plan["online_keep"],
-                    "rescore_every": plan["rescore_every"],
+                    "scoring_share": (parts["offline"] + parts["scoring"]) / full[-1],
+                    "probe_share": parts["probe"] / full[-1],
+                    "predicted": plan.predicted_time,
+                    "offline_keep": plan.offline_keep,
+                    "online_keep": plan.online_keep,
+                    "rescore_every": plan.rescore_every,
                 }
             )
     settings = {key: value for key, value in task.settings.items() if key != "ways"}

@@ -3,7 +3,7 @@ Supervised fine-tuning with trl and DAREL: text, prompt-completion or conversati
 
     accelerate launch --config_file recipes/accelerate/single_gpu.yaml \
         recipes/sft/train.py --train_file data.jsonl --model_name_or_path MODEL --output_dir outputs/sft \
-        --num_train_epochs 3 --offline_keep 0.8 --online_keep 0.5 --rescore_every 3
+        --num_train_epochs 3 --offline_keep 0.8 --online_keep 0.5
 
 Every option of trl's SFTConfig and of DarelConfig is one of the command line; a YAML file may come first. Needs
 `pip install '.[trl]'`. The output folder ends with the adapter and what DAREL did (darel/report.html).
