@@ -10,8 +10,8 @@ drawn with the seed, as --max_train_samples asks for: the whole set in small, ei
 Predictions are greedy, for the representations of the test set that --max_test_samples draws; the test loss is of two
 references of each. A row a run goes to results/quality.jsonl at once; after every seed the table, quality.md, and the
 picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain run and to the
-random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a model, the
-generated corpus and the demo's model are taken.
+first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a
+model, the generated corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from darel_hf.scoring import BatchScorer, Scores, save_scores, score_dataset
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
+CONTROLS = ("random_", "grouped_random_")  # beginnings of arms that choose by chance; the first that runs is compared
 
 
 class Arm(NamedTuple):
@@ -135,7 +136,7 @@ def main() -> None:
                 "rows_backpropagated": result["rows_backpropagated"],
                 "test_loss": test_loss(output, task.model_name_or_path, held),
             }
-            for other in ("full", next((n for n in names if n.startswith("random_")), "")):
+            for other in ("full", next((n for n in names if n.startswith(CONTROLS)), "")):
                 if other in told and other != name:
                     compared = compare(told[name], references, baseline=told[other])
                     row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
@@ -265,8 +266,9 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
     """Make the table and the picture from all stored rows of these settings."""
     by_arm = latest_rows(name, settings)
     plain = {row["seed"]: row for row in by_arm["full"]}
+    control = next((arm for arm in by_arm if arm.startswith(CONTROLS)), "control")
     lines = [
-        "| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus random "
+        f"| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus {control} "
         "| no worse by more than 1 | loss minus full | NIST | METEOR | TER | seeds |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -279,7 +281,7 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         cells.append(f"{np.median([row['scoring_seconds'] / row['plain_seconds'] for row in rows]):.3f}")
         cells.append(f"{rows[0]['rows_backpropagated'] / full:.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
-        for other in ("full", "random_0.7"):
+        for other in ("full", control):
             differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
             cells.append(f"{np.mean(differences):+.1f}" if differences else "-")
         cells.append(verdict(rows))
