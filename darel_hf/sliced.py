@@ -6,16 +6,18 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as functorch_config
 from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
@@ -39,14 +41,13 @@ class SlicedStep:
     Compute the losses of all candidates, then the gradient of some of them, with one forward pass.
 
     The forward pass is compiled ahead of time with a symbolic batch size. Its backward graph then takes what the
-    forward pass has saved, and sizes, as inputs that depend on that symbol: between the two, the kept rows are copied
-    out of every saved tensor and the sizes are made smaller. The gradient is that of a forward and backward pass over
-    the kept rows with the same dropout masks; the time of a step falls from f + A (a forward pass to score, a training
-    step on what is kept) to f + A (1 - f) and the copies.
+    forward pass has saved, and sizes, as inputs that depend on that symbol: between the two, every saved tensor is cut
+    down to the kept rows, within its own memory, and the sizes are made smaller. The gradient is that of a forward and
+    backward pass over the kept rows with the same dropout masks; the time of a step falls from f + A (a forward pass
+    to score, a training step on what is kept) to f + A (1 - f) and the moving of rows.
 
-    Memory peaks when the backward pass begins: what the forward pass has saved for all candidates, and a copy of the
-    kept rows of it. Every compiled backward graph is checked once, on its first batch, against the whole backward
-    pass.
+    Memory is that of a step on all candidates. Every compiled backward graph is checked once, on its first batch,
+    against the whole backward pass.
 
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits; PEFT models welcome, wrappers for several processes
@@ -155,7 +156,7 @@ class SlicedStep:
         chosen = sorted(int(row) for row in rows)
         if len(chosen) == 1 and self._kept.of > 1:  # a batch of one is a special case to the compiler
             chosen = sorted({*chosen, 0 if chosen[0] else 1})
-        self._kept.rows = torch.tensor(chosen, dtype=torch.int64)
+        self._kept.rows = chosen
 
 
 def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -192,17 +193,18 @@ class _Kept:
     """The rows that the next backward pass is for, between the trainer and the compiled graphs."""
 
     def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None
+        self.rows: list[int] | None = None  # ascending
         self.of = 0
 
 
 def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
     """Compile with the operators of eager mode; save what eager mode would save."""
-    made = aot_autograd(
-        fw_compiler=lambda part, _: _boxed(part.forward),
-        bw_compiler=lambda part, _: _sliced_backward(_boxed(part.forward), _saved_values(part), kept, reuses=False),
-        partition_fn=default_partition,
-    )
+
+    def backward(part: torch.fx.GraphModule, inputs: Sequence) -> Callable:
+        own = _own_inputs()
+        return _sliced_backward(boxed_nop(part, inputs), _saved_values(part), own, kept, reuses=False)
+
+    made = aot_autograd(fw_compiler=boxed_nop, bw_compiler=backward, partition_fn=default_partition)
     return made(graph, example_inputs)
 
 
@@ -214,22 +216,27 @@ def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept
     def inner(part: torch.fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
         if not options.get("is_backward"):
             return compile_fx_inner(part, inputs, **options)
-        values = _saved_values(part)
-        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, kept, reuses=True)
+        own, values = _own_inputs(), _saved_values(part)
+        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, own, kept, reuses=True)
 
     with (
-        functorch_config.patch(enable_autograd_cache=False, donated_buffer=False),
+        functorch_config.patch(enable_autograd_cache=False),
         inductor_config.patch(fallback_random=True),
     ):
         return compile_fx(graph, example_inputs, inner_compile=inner)
 
 
-def _boxed(function: Callable) -> Callable:
-    def call(arguments: list) -> Any:
-        return function(*arguments)
+def _own_inputs() -> frozenset[int]:
+    """
+    Return which inputs of the backward graph in compilation nobody else sees: no input, no output, nor a view of one.
 
-    call._boxed_call = True
-    return call
+    Torch calls them donated. The compiler is told that there are none: it would write into some and not expect others,
+    that share their memory, to be cut in place.
+    """
+    metadata = TracingContext.get().fw_metadata
+    own = frozenset(metadata.bw_donated_idxs or ())
+    metadata.bw_donated_idxs = []
+    return own
 
 
 def _saved_values(graph: torch.fx.GraphModule) -> list[Any]:
@@ -237,14 +244,21 @@ def _saved_values(graph: torch.fx.GraphModule) -> list[Any]:
     return [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
 
 
-def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept, reuses: bool) -> Callable:
+def _sliced_backward(
+    backward: Callable, values: list[Any], own: frozenset[int], kept: _Kept, reuses: bool
+) -> Callable:
     """
     Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs.
 
-    `reuses` says whether it may write its results into what it takes.
+    Args:
+        backward (`Callable`): takes a list, which it empties.
+        values (`list`): what it takes, as the compiler sees it.
+        own (`frozenset[int]`): which of it nobody else sees, so that it may be cut in place.
+        kept ([`_Kept`]): the rows.
+        reuses (`bool`): whether the graph may write its results into what it takes.
     """
     batch = values[-1].shape[0]  # of the gradient of the losses
-    cuts = [_cut_of(value, batch) for value in values]
+    cuts = [_Cut.of(value, batch) for value in values]
     checked = False
 
     def call(arguments: list) -> Any:
@@ -255,17 +269,15 @@ def _sliced_backward(backward: Callable, values: list[Any], kept: _Kept, reuses:
             return backward(arguments)
         if not isinstance(batch, torch.SymInt):
             raise CannotSlice(f"the compiled graph is for batches of {c} rows only")
-        rows = rows.to(arguments[-1].device)
-        copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
-        sliced = [cut(argument, rows, c, copies) for cut, argument in zip(cuts, arguments, strict=True)]
+        if not checked:
+            exact = not any(_is_reduced(argument) for argument in arguments)
+            whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
+        _cut_all(arguments, cuts, frozenset() if again else own, rows, c)
         if checked:
-            arguments.clear()
-            return backward(sliced)
-        exact = not any(_is_reduced(argument) for argument in arguments)
-        whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
-        arguments.clear()
+            return backward(arguments)
         try:
-            gradients = backward(sliced)
+            gradients = backward(arguments)
         except (RuntimeError, AssertionError) as error:
             raise CannotSlice(f"the backward pass cannot be done on fewer rows ({first_line(error)})") from error
         checked = _compare(gradients, whole, TOLERANCE[exact])
@@ -308,17 +320,21 @@ def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
     return True
 
 
-def _cut_of(value: Any, batch: Any) -> Callable:
-    """Return `(argument, rows, c, copies) -> argument of the kept rows` for one input of a backward graph."""
-    sizes = value.shape if torch.is_tensor(value) else [value]
-    dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
-    if len(dims) > 1:
-        raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
-    if not dims:
-        return lambda argument, rows, c, copies: argument
-    if torch.is_tensor(value):
-        return functools.partial(_take, dims[0])
-    return lambda argument, rows, c, copies: argument // c * len(rows)
+class _Cut(NamedTuple):
+    """How one input of a backward graph depends on the batch size."""
+
+    dim: int | None = None  # of a tensor: the dimension that has the rows
+    size: bool = False  # a size that is a multiple of the number of rows
+
+    @classmethod
+    def of(cls, value: Any, batch: Any) -> _Cut:
+        sizes = value.shape if torch.is_tensor(value) else [value]
+        dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
+        if len(dims) > 1:
+            raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
+        if not dims:
+            return cls()
+        return cls(dim=dims[0]) if torch.is_tensor(value) else cls(size=True)
 
 
 def _grows(size: Any, batch: Any) -> bool:
@@ -333,12 +349,62 @@ def _grows(size: Any, batch: Any) -> bool:
     return True
 
 
-def _take(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int, copies: dict) -> torch.Tensor:
-    """Return rows of a tensor whose dimension `dim` has c rows (times others), laid out as the tensor is."""
-    key = (dim, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-    if key not in copies:
-        copies[key] = _take_rows(dim, tensor, rows, c)
-    return copies[key]
+def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[int], c: int) -> None:
+    """
+    Replace every argument by that of the kept rows.
+
+    Where nobody else sees its memory, and it lies row after row, kept rows from behind move into the places of dropped
+    ones in front: less is written than in a copy, and no memory is needed. What is not like that is copied, with its
+    rows in the same order.
+    """
+    b = len(rows)
+    behind = [row for row in rows if row >= b]
+    free = [place for place in range(b) if place not in rows]
+    order = list(range(b))
+    for place, row in zip(free, behind, strict=True):
+        order[place] = row
+
+    sharing: dict[int, list[int]] = {}  # which arguments share memory
+    for i, argument in enumerate(arguments):
+        if torch.is_tensor(argument):
+            sharing.setdefault(argument.untyped_storage().data_ptr(), []).append(i)
+    sources, places, in_place = [], [], set()
+    for together in sharing.values():
+        if all(i in own and _lies_row_after_row(arguments[i], cuts[i].dim, c) for i in together):
+            in_place.update(together)
+            tensor = arguments[together[0]]
+            each = tensor.untyped_storage().nbytes() // tensor.element_size() // c
+            memory = tensor.as_strided((c, each), (each, 1), 0).unbind()
+            sources += [memory[row] for row in behind]
+            places += [memory[place] for place in free]
+    if places:
+        torch._foreach_copy_(places, sources)
+
+    index = torch.tensor(order, device=arguments[-1].device)
+    copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
+    for i, (argument, cut) in enumerate(zip(arguments, cuts, strict=True)):
+        if cut.size:
+            arguments[i] = argument // c * b
+        elif cut.dim is not None and i in in_place:
+            arguments[i] = argument.narrow(cut.dim, 0, argument.shape[cut.dim] // c * b)
+        elif cut.dim is not None:
+            key = (cut.dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
+            if key not in copies:
+                copies[key] = _take_rows(cut.dim, argument, index, c)
+            arguments[i] = copies[key]
+
+
+def _lies_row_after_row(tensor: torch.Tensor, dim: int | None, c: int) -> bool:
+    """Whether the memory of a tensor is c pieces of the same size, one for each row, that have nothing else."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    if dim is None or size % c or 0 in tensor.shape or tensor.untyped_storage().nbytes() % tensor.element_size():
+        return False
+    piece, inside = size // c, tensor.shape[dim] // c
+    if tensor.stride(dim) * inside != piece:
+        return False
+    extents = [(inside if d == dim else extent) - 1 for d, extent in enumerate(tensor.shape)]
+    last = tensor.storage_offset() + sum(e * stride for e, stride in zip(extents, tensor.stride(), strict=True))
+    return last < piece
 
 
 def _take_rows(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int) -> torch.Tensor:

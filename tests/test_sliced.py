@@ -145,6 +145,33 @@ def test_activation_checkpointing_without_dropout():
     assert relative_error(gradients(model), wanted) < 1e-5
 
 
+def test_what_others_see_is_left_alone():
+    """Rows move inside of what the forward pass has saved: not in the batch, in outputs, nor if it is needed again."""
+    torch.manual_seed(0)
+    model, seen = image_network().train(), []
+    hook = model.network[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    inputs, kept = batch(model, 7, 8), [2, 5, 6]
+    before = {name: value.clone() for name, value in inputs.items()}
+    step = SlicedStep(model)
+    for _ in range(2):  # the first backward pass checks itself
+        samples = step(inputs)
+        losses = samples.losses.detach().clone()
+        step.keep(kept)
+        samples.losses[kept].sum().backward()
+        wanted = gradients(model)
+    for name, value in before.items():
+        torch.testing.assert_close(inputs[name], value, rtol=0, atol=0)
+    torch.testing.assert_close(samples.losses.detach(), losses, rtol=0, atol=0)
+    model(**inputs)
+    torch.testing.assert_close(seen[-2], seen[-1])
+    hook.remove()
+    samples = step(inputs)
+    for again in (True, False):
+        step.keep(kept)
+        samples.losses[kept].sum().backward(retain_graph=again)
+        assert relative_error(gradients(model), wanted) < 1e-5
+
+
 def test_autocast():
     torch.manual_seed(0)
     model = tiny_gpt2().train()

@@ -13,7 +13,7 @@ medians over rounds, relative to the plain training step on the whole candidate 
 
 f, the forward pass in train mode over a training step, is measured in the same rounds; what scores is never compiled.
 Beside time: FLOPs as FlopCounterMode counts them (eager; `sliced` from the same counts), and what a step on the kept
-rows saves for its backward pass, relative to plain (`sliced` saves what plain saves, and copies A of it).
+rows saves for its backward pass, relative to plain (`sliced` saves what plain saves).
 A row a setting goes to results/steps.jsonl; steps.md and steps.png are made of them.
 """
 
