@@ -72,6 +72,9 @@ class DarelConfig:
         length_correction (`bool`, defaults to `True`):
             Compare losses among samples of similar length only: the mean loss of a short text is noisier and often
             higher, so that plain ranking would mostly rank lengths.
+        batch_by_length (`bool`, defaults to `False`):
+            Make batches (of candidates, where there are any) of samples of similar length, in random order: fewer
+            padded positions, so that steps are cheaper. See [`darel_hf.batching.ShuffledByLength`].
         id_column (`str`, *optional*):
             Column with a unique integer id of each sample. Without it, a sample's id is its row number.
         track (`bool`, defaults to `False`):
@@ -107,6 +110,7 @@ class DarelConfig:
     reference_scores: str | None = field(default=None, metadata={"help": "scores of a reference model, for rho_loss"})
     id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
+    batch_by_length: bool = field(default=False, metadata={"help": "batches of similar length, in random order"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
 
@@ -170,7 +174,7 @@ class DarelConfig:
     @property
     def active(self) -> bool:
         """Whether anything differs from plain training."""
-        return self.may_select("offline") or self.may_select("online") or self.track
+        return self.may_select("offline") or self.may_select("online") or self.track or self.batch_by_length
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, for JSON."""

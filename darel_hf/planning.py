@@ -33,6 +33,8 @@ class Costs:
             candidates are loaded, also those that are not trained on.
         one_forward (`bool`): whether the forward pass that scores is also the one that trains
             (`online_backward="sliced"`): then only that of the dropped rows is extra.
+        padding (`float`): positions of a row in batches of similar length, relative to those of plain batches
+            (`batch_by_length`): what a row of training and of scoring candidates costs is taken to go with them.
     """
 
     step_seconds: float
@@ -41,6 +43,7 @@ class Costs:
     measured: bool = True
     data_share: float = 0.0
     one_forward: bool = False
+    padding: float = 1.0
 
 
 def assumed_costs(lora: bool) -> Costs:
@@ -134,19 +137,21 @@ class Plan:
 
     def __str__(self) -> str:
         kept = f": {self.kept_samples:,} of {self.samples:,} samples" if self.samples else ""
-        scoring, every = [], ""
+        costs, every = [], ""
         if self.online_keep < 1 and self.costs.forward_share:
-            scoring.append(f"forward {self.costs.forward_share:.2f} of a step")
+            costs.append(f"forward {self.costs.forward_share:.2f} of a step")
             every = f", scored every {self.rescore_every} epoch(s)"
         if self.offline_keep < 1 and not self.scores_free:
-            scoring.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
+            costs.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
+        if self.costs.padding != 1:
+            costs.append(f"{self.costs.padding:.2f} of the plain positions")
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
             f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
             + every,
-            f"  costs     {', '.join(scoring) or 'nothing is scored'} ({source})",
+            f"  costs     {', '.join(costs) or 'nothing is scored'} ({source})",
             f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
         ]
         return "\n".join(lines)
@@ -171,21 +176,21 @@ def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Co
     """
     Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + d + (1 - d) A, or 1 if A is 1.
 
-    With one forward pass for both, scoring costs (1 - A) f in place of f.
+    With one forward pass for both, scoring costs (1 - A) f in place of f. All of it goes with the padding.
     """
     if online_keep == 1:
-        return 1.0
+        return costs.padding
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
     if costs.one_forward:
         scoring *= 1 - online_keep
-    return scoring + costs.data_share + (1 - costs.data_share) * online_keep
+    return costs.padding * (scoring + costs.data_share + (1 - costs.data_share) * online_keep)
 
 
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
     reused = min(scoring, 0.9 * (1 - costs.data_share)) if costs.one_forward else 0.0
-    return (online_time - scoring - costs.data_share) / (1 - costs.data_share - reused)
+    return (online_time / costs.padding - scoring - costs.data_share) / (1 - costs.data_share - reused)
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
@@ -270,8 +275,9 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     left = (budget_time - overhead) / plan.slowdown - (
         0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
     )
-    offline_only = replace(plan, offline_keep=min(left, 1.0), online_keep=1.0, rescore_every=1)
-    if left >= USUAL_OFFLINE_KEEP:
+    alpha = left / plan.costs.padding
+    offline_only = replace(plan, offline_keep=min(alpha, 1.0), online_keep=1.0, rescore_every=1)
+    if alpha >= USUAL_OFFLINE_KEEP:
         return offline_only
     possible = []
     for eta in range(1, math.ceil(plan.epochs) + 1):
@@ -288,7 +294,7 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
                 possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
     if possible:
         return next((made for cheap, made in possible if cheap), possible[-1][1])
-    if left >= SMALLEST_KEEP:
+    if alpha >= SMALLEST_KEEP:
         return offline_only
     eta = math.ceil(plan.epochs)
     alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)

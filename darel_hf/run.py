@@ -20,6 +20,7 @@ from torch import nn
 from transformers import set_seed
 
 from . import checkpoints
+from .batching import ShuffledByLength
 from .config import DarelConfig, require
 from .data import (
     ID_KEY,
@@ -46,6 +47,7 @@ from .report import Report, scoring_seconds
 from .scoring import (
     BatchScorer,
     Scores,
+    feature_length,
     is_sharded,
     load_scores,
     match_scores,
@@ -83,6 +85,7 @@ class Run:
         self.full_dataset = trainer.train_dataset
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
+        self.visited_lengths: np.ndarray | None = None  # of the samples that are trained on, to be batched by
         self.offline_weights: np.ndarray | None = None
         self.offline_losses: np.ndarray | None = None
         self.reference: np.ndarray | None = None  # losses of a reference model
@@ -131,6 +134,8 @@ class Run:
         visited = self._with_ids if self.in_loop else self.full_dataset
         if self.positions is not None:
             visited = select_rows(visited, self.positions)
+        if config.batch_by_length:
+            self.visited_lengths = self._lengths if self.positions is None else self._lengths[self.positions]
         trainer.train_dataset = visited
         trainer._signature_columns = None  # to be made again, with or without the id
         if not self.streams:
@@ -256,6 +261,8 @@ class Run:
             fixed_steps=args.max_steps > 0,
         )
         plan.check()
+        if config.batch_by_length:
+            plan = self._with_padding(plan)
         selects = config.may_select("offline") or config.may_select("online")
         self.positions = None
         if self.streams:
@@ -279,6 +286,8 @@ class Run:
             if plan.offline_keep < 1:
                 self._select_offline(scores)
         else:
+            if config.batch_by_length:
+                self._announce(plan)
             self.plan = plan
 
     def _epochs(self) -> float:
@@ -333,7 +342,7 @@ class Run:
             slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total))
             plan = replace(plan, slowdown=max(slowdown, SMALLEST_SLOWDOWN))
         if costs is not None:
-            plan = replace(plan, costs=costs)
+            plan = replace(plan, costs=replace(costs, padding=plan.costs.padding))
         if not config.rule("online").reads_losses:
             plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
         plan = replace(plan, costs=replace(plan.costs, one_forward=self.sliced is not None))
@@ -343,6 +352,32 @@ class Run:
             spent = self.seconds["probe"] + self.scorer_seconds
             plan = replace(plan, overhead=self._from_main(spent / full))
         return plan
+
+    def _with_padding(self, plan: Plan) -> Plan:
+        """Count what batches of similar length save of the positions of plain batches."""
+        started = time.perf_counter()
+        padding = self._by_length(self._lengths, plan.candidate_rows).positions(plan.batch_size)
+        self._settle(started, "probe")
+        return replace(plan, costs=replace(plan.costs, padding=padding))
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        """The length of every training sample."""
+        dataset, column = self.full_dataset, getattr(self.args, "length_column_name", None)
+        if column in (getattr(dataset, "column_names", None) or ()):
+            return np.array(read_column(dataset, column, "length_column_name"))
+        remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
+        require("input_ids" in dataset[0], "batch_by_length", True, remedy)
+        return np.array([feature_length(dataset[i]) for i in range(len(dataset))])
+
+    def sampler(self, batch_size: int) -> ShuffledByLength | None:
+        """Return what visits the samples by length, if that is wanted."""
+        return None if self.visited_lengths is None else self._by_length(self.visited_lengths, batch_size)
+
+    def _by_length(self, lengths: np.ndarray, batch_size: int) -> ShuffledByLength:
+        # All rows of an optimizer step alike: several processes do what one does that accumulates.
+        rows = batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return ShuffledByLength(lengths, rows, self._seed())
 
     def _from_main(self, value: Any) -> Any:
         return self.trainer._on_main(lambda: value)
@@ -394,9 +429,7 @@ class Run:
             return
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
         base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
-        scoring = plan.costs.forward_share / base if plan.online_keep < 1 else 0.0
-        if plan.costs.one_forward:
-            scoring *= 1 - plan.effective_online_keep
+        scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
         step = plan.costs.step_seconds * self.args.gradient_accumulation_steps
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,

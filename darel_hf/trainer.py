@@ -142,6 +142,11 @@ class DarelMixin:
         self._run.start_loop(loader)
         return loader
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the sampler of the class below, or with `batch_by_length` ours."""
+        ours = None if self._run is None else self._run.sampler(self._train_batch_size)
+        return super()._get_train_sampler(*args, **kwargs) if ours is None else ours
+
     def plain_train_dataloader(self) -> Any:
         """Return the loader of the class below, over whatever `train_dataset` is now."""
         return super().get_train_dataloader()
@@ -288,6 +293,10 @@ def _check_arguments(trainer: Any) -> None:
         _check_stream(config, args)
     elif trainer.train_dataset is not None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
+    if config.batch_by_length:
+        strategy = getattr(args, "train_sampling_strategy", "random")
+        remedy = "batch_by_length decides the order, too; leave out one of them"
+        require(strategy == "random", "train_sampling_strategy", strategy, remedy)
     if config.may_select("online"):
         strategy = getattr(args, "train_sampling_strategy", None)
         remedy = "its loader has batches of its own size, so candidates cannot be chosen from; use another strategy"
@@ -328,6 +337,8 @@ def _check_stream(config: DarelConfig, args: Any) -> None:
     for name in ("budget_time", "budget_memory", "group_column", "scores", "reference_scores"):
         require(getattr(config, name) is None, name, getattr(config, name), online)
     require(config.rescore_every == 1, "rescore_every", config.rescore_every, "a stream has no second epoch; give 1")
+    remedy = "train_dataset is a stream, whose lengths are not known before it is read; leave it out"
+    require(not config.batch_by_length, "batch_by_length", True, remedy)
     remedy = "the rows of a stream have no numbers; name a column with integer ids"
     require(config.id_column is not None, "id_column", None, remedy)
     several = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False

@@ -45,8 +45,9 @@ def make(folder, darel=None, data=None, stop=None, **settings):
         {"online_keep": 0.5, "online_rule": "percentile", "track": True},
         {"offline_keep": 0.7, "offline_rule": "infobatch"},
         {"budget_time": 0.9, "online_rule": "hardest"},
+        {**BOTH, "batch_by_length": True},
     ],
-    ids=["both", "offline", "random-rule", "weights", "budget"],
+    ids=["both", "offline", "random-rule", "weights", "budget", "by-length"],
 )
 def test_resumed_equals_straight(tmp_path, darel):
     # A budget depends on measured times, so that two runs would plan differently: its straight run goes on too.

@@ -3,12 +3,16 @@
 import inspect
 
 import pytest
+import torch
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.lib_ter import translation_edit_rate
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta
 from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext
 from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -26,6 +30,7 @@ from transformers import trainer as trainer_module
         ("save_model", ["output_dir", "_internal_call"]),
         ("log", ["logs", "start_time"]),
         ("_set_signature_columns_if_needed", []),
+        ("_get_train_sampler", ["train_dataset"]),
         ("_prepare_inputs", ["inputs"]),
         ("_get_num_items_in_batch", ["batch_samples", "device"]),
         ("get_optimizer_cls_and_kwargs", ["args", "model"]),
@@ -57,6 +62,10 @@ def test_what_slices_backward_passes_needs_of_the_compiler():
     made = inspect.signature(default_partition).parameters
     assert list(made)[:2] == ["joint_module", "_joint_inputs"]
     assert hasattr(functorch_config, "enable_autograd_cache") and hasattr(functorch_config, "donated_buffer")
+    assert list(inspect.signature(boxed_nop).parameters)[:2] == ["fx_g", "example_inputs"]
+    assert "bw_donated_idxs" in ViewAndMutationMeta.__dataclass_fields__
+    assert "fw_metadata" in inspect.getsource(TracingContext.__init__)
+    assert hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph") and hasattr(torch, "_foreach_copy_")
     assert hasattr(inductor_config, "fallback_random") and hasattr(dynamo_config, "skip_nnmodule_hook_guards")
 
 

@@ -20,8 +20,8 @@ from darel_hf.planning import (
 )
 
 
-def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, one=False, **more):
-    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d, one_forward=one)
+def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, one=False, p=1.0, **more):
+    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d, one_forward=one, padding=p)
     settings = {"batch_size": 8, "samples": 1000, "costs": costs, **more}
     return Plan(offline_keep, online_keep, rescore_every, epochs=epochs, **settings)
 
@@ -43,6 +43,8 @@ def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf
         (plan(0.8, epochs=1), 0.3 + 0.8),
         (plan(1.0, 0.5, fixed_steps=True), (0.5 + 0.5) / 0.5),
         (plan(0.8, slowdown=1.5), 1.5 * (0.3 / 5 + 0.8)),
+        (plan(p=0.7), 0.7),  # the offline pass is sorted by length anyway
+        (plan(0.8, 0.25, 5, d=0.2, p=0.7), 0.3 / 5 + 0.7 * 0.8 * (0.5 / 5 + 0.2 + 0.8 * 0.25)),
     ],
 )
 def test_predicted_time(made, expected):
@@ -83,10 +85,11 @@ def test_paper_equations(t, new, alpha, online, eta):
     free=st.booleans(),
     d=st.floats(0.0, 0.3),
     one=st.booleans(),
+    p=st.floats(0.5, 1.0),
 )
 @settings(max_examples=300, deadline=None)
-def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d, one):
-    start = plan(epochs=epochs, f=f, cf=c * f, d=d, one=one, batch_size=batch, scores_free=free, samples=100_000)
+def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d, one, p):
+    start = plan(epochs=epochs, f=f, cf=c * f, d=d, one=one, p=p, batch_size=batch, scores_free=free, samples=100_000)
     with_offline, online_alone = smallest_budget(start.costs, epochs, free)
     smallest = min(with_offline, online_alone)
     if budget < smallest:
@@ -102,7 +105,8 @@ def test_solved_budgets_meet_the_cost_model(budget, f, c, epochs, batch, free, d
     assert 0 < solved.offline_keep <= 1 and 0 < solved.online_keep <= 1
     assert 1 <= solved.rescore_every <= epochs
     assert solved.predicted_time <= budget * 1.001
-    assert solved.predicted_time >= budget * 0.9
+    if solved.offline_keep < 1:  # less padding alone may be within the budget
+        assert solved.predicted_time >= budget * 0.9
 
 
 def test_the_cost_of_measuring_is_made_up_for():

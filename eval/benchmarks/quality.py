@@ -59,8 +59,9 @@ class Arm(NamedTuple):
 
 def arms() -> dict[str, Arm]:
     """Return all arms that can be asked for."""
-    by_length = {"train_sampling_strategy": "group_by_length"}
-    made = {"full": Arm(), "full_by_length": Arm(training=by_length)}
+    by_length = {"batch_by_length": True}
+    made = {"full": Arm(), "full_by_length": Arm(by_length)}
+    made["full_group_by_length"] = Arm(training={"train_sampling_strategy": "group_by_length"})  # Trainer's own
     for keep in (0.9, 0.8, 0.7, 0.5):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
         made[f"budget_{keep}"] = Arm({"budget_time": keep})
@@ -68,16 +69,18 @@ def arms() -> dict[str, Arm]:
             offline = {"offline_keep": keep, "offline_rule": rule}
             made[f"offline_{rule}_{keep}"] = Arm(offline)
             made[f"grouped_{rule}_{keep}"] = Arm({**offline, "group_column": "mr"})
+            made[f"grouped_{rule}_{keep}_by_length"] = Arm({**offline, "group_column": "mr", **by_length})
         made[f"random_{keep}"] = made.pop(f"offline_random_{keep}")
     # 8 of 12 candidates of two thirds of the samples: with what scoring costs, predicted to take half of the time.
     both = {"offline_keep": 0.66, "online_keep": 2 / 3, "online_rule": "random", "group_column": "mr"}
     for rule in RULES:
         made[f"both_{rule}_random"] = Arm({**both, "offline_rule": rule})
+        made[f"both_{rule}_random_by_length"] = Arm({**both, "offline_rule": rule, **by_length})
     for rule in RULES:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = Arm(online)  # scored in every epoch
         made[f"online_{rule}_every3"] = Arm({**online, "rescore_every": 3})
-        made[f"online_{rule}_by_length"] = Arm({**online, "rescore_every": 3}, training=by_length)
+        made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
     return made

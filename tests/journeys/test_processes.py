@@ -72,10 +72,11 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}),
         (2, 1, {**BOTH, "online_backward": "sliced"}),
         (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
+        (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
-    ids=["off", "both-stages", "random-rule", "sliced", "stream", "three-processes", "two-hosts"],
+    ids=["off", "both-stages", "random-rule", "sliced", "stream", "by-length", "three-processes", "two-hosts"],
 )
 def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     # Kept samples make whole batches of candidates for all processes, so that no loader repeats samples.
