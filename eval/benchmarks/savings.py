@@ -3,7 +3,8 @@ How much faster is it, everything counted? Full runs and shortened ones, interle
 
     python eval/benchmarks/savings.py [--ways offline_0.7,budget_0.5] [--data_dir FOLDER --model_name_or_path FOLDER]
 
-`offline_0.7` keeps that fraction offline, `budget_0.5` lets the planner choose for that fraction of the time. The
+`offline_0.7` keeps that fraction offline, `budget_0.5` lets the planner choose for that fraction of the time;
+`by_length_0.7` and `budget_by_length_0.5` do so with batches of similar length (`by_length_1.0`: nothing else). The
 samples are all references of a seeded part of the representations, as in the whole training set. A row a way goes to
 results/savings.jsonl, the table to savings.md: the median time relative to the plain run of the same round, and beside
 it what the offline stage should reach, 1 / (alpha + measured scoring share).
@@ -12,16 +13,32 @@ it what the offline stage should reach, 1 / (alpha + measured scoring share).
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from common import RESULTS, Task, latest_rows, parser, seconds_of, store
 
 from darel_hf import DarelConfig
 
+WAYS: dict[str, dict[str, Any]] = {
+    "offline": {},
+    "by_length": {"batch_by_length": True},
+    "budget": {},
+    "budget_by_length": {"batch_by_length": True},
+}
+
+
+def config_of(way: str) -> DarelConfig:
+    """Return the settings of a way, as `--ways` names it."""
+    kind, _, fraction = way.rpartition("_")
+    return DarelConfig(**{"budget_time" if "budget" in kind else "offline_keep": float(fraction)}, **WAYS[kind])
+
 
 def main() -> None:
     made = parser(__doc__)
     made.set_defaults(samples=400, epochs=5)
-    made.add_argument("--ways", default="offline_0.9,offline_0.8,offline_0.7,budget_0.8,budget_0.5")
+    made.add_argument(
+        "--ways", default="offline_0.9,offline_0.8,offline_0.7,by_length_1.0,by_length_0.8,budget_0.8,budget_0.5"
+    )
     task = Task(made.parse_args(), by_representation=True)
     names = task.options.ways.split(",")
     seconds_of(task.trainer(num_train_epochs=1))  # warms up
@@ -29,9 +46,7 @@ def main() -> None:
     for _ in range(task.options.pairs):
         full.append(seconds_of(task.trainer()))
         for name in names:
-            kind, _, fraction = name.partition("_")
-            setting = {"offline": "offline_keep", "budget": "budget_time"}[kind]
-            trainer = task.trainer(DarelConfig(**{setting: float(fraction)}))
+            trainer = task.trainer(config_of(name))
             seconds = seconds_of(trainer)
             parts, plan = trainer.report.seconds, trainer.report.plan
             runs[name].append(
