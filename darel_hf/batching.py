@@ -178,12 +178,19 @@ class ShuffledByLength(torch.utils.data.Sampler[int]):
             window = order[start : min(start + self.BATCHES * size, whole)]
             window[:] = window[np.argsort(self.lengths[window], kind="stable")]
         yield from draw.permutation(order[:whole].reshape(-1, size)).ravel().tolist()
-        yield from order[whole:].tolist()  # the batch that is not whole comes last
+        rest = order[whole:]  # the batch that is not whole comes last
+        yield from rest[np.argsort(self.lengths[rest], kind="stable")].tolist()
 
-    def positions(self, rows: int) -> float:
-        """Return the padded positions of an epoch, relative to those of batches of `rows` samples drawn at random."""
+    def positions(self, rows: int, plain_rows: int) -> float:
+        """
+        Return the positions of an epoch in micro-batches of `rows`, relative to those of plain ones, drawn at random.
+
+        Args:
+            rows (`int`): each `rows` samples in our order are padded to their longest.
+            plain_rows (`int`): likewise, in random order.
+        """
         ours, order = np.fromiter(self, int), np.random.default_rng(self.seed).permutation(len(self.lengths))
-        return _padded(self.lengths[ours], self.batch_size) / max(_padded(self.lengths[order], rows), 1)
+        return _padded(self.lengths[ours], rows) / max(_padded(self.lengths[order], plain_rows), 1)
 
 
 def _padded(lengths: np.ndarray, rows: int) -> int:

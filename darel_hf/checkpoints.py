@@ -48,8 +48,9 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
     """Raise `ValueError` if a checkpoint is of other data, or of other settings than these."""
     remedy = f"made from another data set (fingerprint {state['data']}, this training set has {data})"
     require(state["data"] == data, "resume_from_checkpoint", str(checkpoint), remedy)
+    before = DarelConfig().to_dict() | state["config"]  # a setting that it does not know was off
     for name, value in config.to_dict().items():
-        saved = state["config"].get(name, value)
+        saved = before[name]
         remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 

@@ -59,6 +59,47 @@ def read_column(dataset: Any, name: str, purpose: str) -> list:
     return values
 
 
+def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
+    """
+    Return the length of every sample in tokens, source and target together where the target has its own.
+
+    Args:
+        dataset: a `datasets.Dataset`, or a torch data set whose items are mappings.
+        column (`str`, *optional*): has the lengths, if the data set has such a column.
+
+    Returns:
+        int64 `[n]`.
+
+    Raises:
+        ValueError: if the samples have no `input_ids`.
+    """
+    stored = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
+    if column is not None and column in (getattr(dataset, "column_names", None) or ()):
+        return np.array(read_column(dataset, column, "length_column_name"), np.int64)
+    remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
+    require(stored or "input_ids" in dataset[0], "batch_by_length", True, remedy)
+    if not stored:
+        return np.array([feature_length(dataset[i]) for i in range(len(dataset))], np.int64)
+    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    table = dataset.with_format("arrow").select_columns(columns)[:]
+    lengths, *targets = (
+        pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+        for name in columns
+        if pa.types.is_list(table[name].type) or pa.types.is_large_list(table[name].type) or name == "input_ids"
+    )
+    return lengths + sum(np.where(target != lengths, target, 0) for target in targets)
+
+
+def feature_length(feature: Mapping[str, Any]) -> int:
+    """Return a sample's length in tokens, source and target together for seq2seq, or 1 if it has none."""
+    tokens = feature.get("input_ids")
+    if tokens is None:
+        return 1
+    labels = feature.get("labels")
+    target = len(labels) if np.ndim(labels) > 0 and len(labels) != len(tokens) else 0
+    return len(tokens) + target
+
+
 def is_stream(dataset: Any) -> bool:
     """Whether a data set can only be read from its beginning to its end."""
     return isinstance(dataset, torch.utils.data.IterableDataset)

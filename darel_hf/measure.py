@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from .batching import SharedPrompts, share_prompts, token_batches
-from .data import ID_KEY
+from .data import ID_KEY, feature_length
 from .planning import Costs
-from .scoring import WINDOW, BatchScorer, default_max_tokens, feature_length, rows_without_tokens
+from .scoring import WINDOW, BatchScorer, default_max_tokens, rows_without_tokens
 
 logger = logging.getLogger(__name__)
 

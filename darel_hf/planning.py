@@ -33,8 +33,8 @@ class Costs:
             candidates are loaded, also those that are not trained on.
         one_forward (`bool`): whether the forward pass that scores is also the one that trains
             (`online_backward="sliced"`): then only that of the dropped rows is extra.
-        padding (`float`): positions of a row in batches of similar length, relative to those of plain batches
-            (`batch_by_length`): what a row of training and of scoring candidates costs is taken to go with them.
+        padding (`float`): positions of a row in batches of similar length, relative to those of plain batches (p;
+            `batch_by_length`): what training on a row and scoring it costs is taken to go with them, loading not.
     """
 
     step_seconds: float
@@ -111,6 +111,11 @@ class Plan:
         return self.overhead + self.slowdown * (offline + self.offline_keep * online)
 
     @property
+    def by_length(self) -> bool:
+        """Whether batches are of samples of similar length."""
+        return self.costs.padding != 1
+
+    @property
     def predicted_saving(self) -> float:
         """1 - `predicted_time`."""
         return 1 - self.predicted_time
@@ -143,11 +148,10 @@ class Plan:
             every = f", scored every {self.rescore_every} epoch(s)"
         if self.offline_keep < 1 and not self.scores_free:
             costs.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
-        if self.costs.padding != 1:
-            costs.append(f"{self.costs.padding:.2f} of the plain positions")
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
+            *([f"  batches   of similar length: {self.costs.padding:.2f} of the positions"] if self.by_length else []),
             f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
             + every,
@@ -174,23 +178,21 @@ def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> flo
 
 def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """
-    Return the time of an epoch relative to a plain one: f * ceil(E / eta) / E + d + (1 - d) A, or 1 if A is 1.
+    Return the time of an epoch relative to a plain one: p (f * ceil(E / eta) / E + (1 - d) A) + d; if A is 1, f is 0.
 
-    With one forward pass for both, scoring costs (1 - A) f in place of f. All of it goes with the padding.
+    With one forward pass for both, scoring costs (1 - A) f in place of f.
     """
-    if online_keep == 1:
-        return costs.padding
-    scoring = scoring_term(rescore_every, epochs, costs.forward_share)
+    scoring = 0.0 if online_keep == 1 else scoring_term(rescore_every, epochs, costs.forward_share)
     if costs.one_forward:
         scoring *= 1 - online_keep
-    return costs.padding * (scoring + costs.data_share + (1 - costs.data_share) * online_keep)
+    return costs.padding * (scoring + (1 - costs.data_share) * online_keep) + costs.data_share
 
 
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
     reused = min(scoring, 0.9 * (1 - costs.data_share)) if costs.one_forward else 0.0
-    return (online_time / costs.padding - scoring - costs.data_share) / (1 - costs.data_share - reused)
+    return ((online_time - costs.data_share) / costs.padding - scoring) / (1 - costs.data_share - reused)
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
@@ -238,7 +240,7 @@ def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[flo
     """
     scoring = 0.0 if scores_free else costs.offline_share / epochs
     online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs)
-    return scoring + SMALLEST_KEEP * min(1.0, online), online
+    return scoring + SMALLEST_KEEP * min(online_term(1.0, 1, epochs, costs), online), online
 
 
 def solve_budget(plan: Plan, budget_time: float) -> Plan:
@@ -257,9 +259,11 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     Raises:
         ValueError: if the budget cannot be met; says what the smallest possible one is.
     """
-    plan = replace(plan, method="measured")
-    if budget_time == 1 and plan.slowdown <= 1:  # all of the time is plain training
-        return replace(plan, offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    plan, whole = everything, online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
+    # All of the time is plain training; or less padding is enough.
+    if (budget_time == 1 and plan.slowdown <= 1) or (whole < 1 and everything.predicted_time <= budget_time):
+        return everything
     with_offline, online_alone = (
         plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     )
@@ -275,7 +279,7 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     left = (budget_time - overhead) / plan.slowdown - (
         0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
     )
-    alpha = left / plan.costs.padding
+    alpha = left / whole
     offline_only = replace(plan, offline_keep=min(alpha, 1.0), online_keep=1.0, rescore_every=1)
     if alpha >= USUAL_OFFLINE_KEEP:
         return offline_only
@@ -286,9 +290,9 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
             # A batch has whole rows: take the A that they make, and alpha for what is then left.
             online = plan.batch_size / candidate_rows(plan.batch_size, online)
             needed = online_term(online, eta, plan.epochs, plan.costs)
-            alpha = left / needed
-            if online < 1 and alpha <= 1:
-                made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta)
+            fraction = left / needed
+            if online < 1 and fraction <= 1:
+                made = replace(plan, offline_keep=fraction, online_keep=online, rescore_every=eta)
                 free = replace(plan.costs, forward_share=0.0)
                 scoring = needed - online_term(online, eta, plan.epochs, free)
                 possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
@@ -297,8 +301,8 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
     if alpha >= SMALLEST_KEEP:
         return offline_only
     eta = math.ceil(plan.epochs)
-    alpha = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
-    return replace(plan, offline_keep=min(alpha, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+    fraction = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
+    return replace(plan, offline_keep=min(fraction, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
 
 
 def _online_alone(plan: Plan, budget_time: float) -> Plan:
@@ -309,7 +313,7 @@ def _online_alone(plan: Plan, budget_time: float) -> Plan:
         if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
             break
     online = plan.batch_size / candidates if candidates else SMALLEST_KEEP
-    return replace(plan, offline_keep=1.0, online_keep=max(online, SMALLEST_KEEP), rescore_every=eta)
+    return replace(plan, offline_keep=1.0, online_keep=min(max(online, SMALLEST_KEEP), 1.0), rescore_every=eta)
 
 
 def budget_plan(plan: Plan, config: DarelConfig) -> Plan:

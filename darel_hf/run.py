@@ -33,6 +33,7 @@ from .data import (
     is_stream,
     read_column,
     sample_ids,
+    sample_lengths,
     select_rows,
     take_rows,
 )
@@ -47,7 +48,6 @@ from .report import Report, scoring_seconds
 from .scoring import (
     BatchScorer,
     Scores,
-    feature_length,
     is_sharded,
     load_scores,
     match_scores,
@@ -85,7 +85,9 @@ class Run:
         self.full_dataset = trainer.train_dataset
         self.folder = Path(self.args.output_dir) / "darel"
         self.in_loop = False
-        self.visited_lengths: np.ndarray | None = None  # of the samples that are trained on, to be batched by
+        self.ready = False  # for the loop
+        self.lengths: np.ndarray | None = None  # of all samples, where batches are to be of similar length
+        self.sampler: ShuffledByLength | None = None
         self.offline_weights: np.ndarray | None = None
         self.offline_losses: np.ndarray | None = None
         self.reference: np.ndarray | None = None  # losses of a reference model
@@ -134,8 +136,6 @@ class Run:
         visited = self._with_ids if self.in_loop else self.full_dataset
         if self.positions is not None:
             visited = select_rows(visited, self.positions)
-        if config.batch_by_length:
-            self.visited_lengths = self._lengths if self.positions is None else self._lengths[self.positions]
         trainer.train_dataset = visited
         trainer._signature_columns = None  # to be made again, with or without the id
         if not self.streams:
@@ -148,6 +148,7 @@ class Run:
             arrays = {name: values.copy() for name, values in self.selector.state_dict().items()}
             counts = (self.trained_rows, self.candidate_rows, self._merged_epoch)
             self._start = {"arrays": arrays, "counts": counts}
+        self.ready = True
 
     def _read_groups(self) -> np.ndarray | None:
         """Number the groups; raise before any compute if there is no such column, or not a place for each group."""
@@ -238,6 +239,7 @@ class Run:
         self.positions = arrays.pop("positions", None)
         self.offline_weights = arrays.pop("offline_weights", None)
         self.offline_losses = arrays.pop("offline_losses", None)
+        self.lengths = arrays.pop("lengths", None)
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
         self._decisions = state.get("decisions")
@@ -261,8 +263,9 @@ class Run:
             fixed_steps=args.max_steps > 0,
         )
         plan.check()
-        if config.batch_by_length:
-            plan = self._with_padding(plan)
+        if config.batch_by_length and not self.streams:
+            column = getattr(args, "length_column_name", None)
+            self.lengths = self.trainer._on_main(sample_lengths, self.full_dataset, column)
         selects = config.may_select("offline") or config.may_select("online")
         self.positions = None
         if self.streams:
@@ -286,7 +289,8 @@ class Run:
             if plan.offline_keep < 1:
                 self._select_offline(scores)
         else:
-            if config.batch_by_length:
+            if self.lengths is not None:
+                plan = self._with_padding(plan)
                 self._announce(plan)
             self.plan = plan
 
@@ -334,6 +338,8 @@ class Run:
             memory = partial(measure_memory, trainer, dataset, collator)
             size = trainer._on_main(batch_size_within, memory, full_size, config.budget_memory)
             plan = replace(plan, batch_size=size)
+        if self.lengths is not None:
+            plan = self._with_padding(plan)
         size, total = plan.batch_size, self._micro_batches(plan)
         rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
         costs = measure_costs(trainer, dataset, collator, size, rows, share * total, offline, self.scorer)
@@ -355,29 +361,34 @@ class Run:
 
     def _with_padding(self, plan: Plan) -> Plan:
         """Count what batches of similar length save of the positions of plain batches."""
-        started = time.perf_counter()
-        padding = self._by_length(self._lengths, plan.candidate_rows).positions(plan.batch_size)
-        self._settle(started, "probe")
-        return replace(plan, costs=replace(plan.costs, padding=padding))
+        dataset, collator = self._dataset_and_collator
+        shortest = collator([dataset[int(self.lengths.argmin())]])["input_ids"]
+        widths = np.maximum(self.lengths, np.shape(shortest)[-1])  # where the collator always pads to as many
+        candidates = plan.candidate_rows
+        padding = self._by_length(widths, candidates).positions(candidates, plan.batch_size)
+        return replace(plan, costs=replace(plan.costs, padding=min(padding, 1.0)))
 
-    @cached_property
-    def _lengths(self) -> np.ndarray:
-        """The length of every training sample."""
-        dataset, column = self.full_dataset, getattr(self.args, "length_column_name", None)
-        if column in (getattr(dataset, "column_names", None) or ()):
-            return np.array(read_column(dataset, column, "length_column_name"))
-        remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
-        require("input_ids" in dataset[0], "batch_by_length", True, remedy)
-        return np.array([feature_length(dataset[i]) for i in range(len(dataset))])
-
-    def sampler(self, batch_size: int) -> ShuffledByLength | None:
-        """Return what visits the samples by length, if that is wanted."""
-        return None if self.visited_lengths is None else self._by_length(self.visited_lengths, batch_size)
+    def make_sampler(self, batch_size: int) -> ShuffledByLength | None:
+        """Make what visits the samples by length, if that is wanted, for micro-batches of so many candidates."""
+        if self.lengths is not None:
+            lengths = self.lengths if self.positions is None else self.lengths[self.positions]
+            self.sampler = self._by_length(lengths, batch_size)
+        return self.sampler
 
     def _by_length(self, lengths: np.ndarray, batch_size: int) -> ShuffledByLength:
         # All rows of an optimizer step alike: several processes do what one does that accumulates.
         rows = batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return ShuffledByLength(lengths, rows, self._seed())
+
+    def check_sampler(self) -> None:
+        """Raise where the loader was made without our sampler."""
+        remedy = "get_train_dataloader of this trainer has an order of its own; leave it out"
+        require(self.lengths is None or self.sampler is not None, "batch_by_length", True, remedy)
+
+    def follow_epoch(self) -> None:
+        """Tell the sampler the epoch: on resume in several processes the loaders in between do not hand it on."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(int((self.trainer.state.epoch or 0) + 1e-6))
 
     def _from_main(self, value: Any) -> Any:
         return self.trainer._on_main(lambda: value)
@@ -397,7 +408,7 @@ class Run:
 
     def _announce(self, plan: Plan) -> None:
         self.trainer.accelerator.print(plan)
-        if plan.predicted_saving <= 0:
+        if plan.predicted_saving <= 0 and (plan.offline_keep < 1 or plan.online_keep < 1):
             logger.warning(
                 "no saving is predicted: the run is expected to take %.2f of the plain training time, because scoring "
                 "costs more than the dropped rows save; raise rescore_every, keep fewer, or use saved scores",
@@ -760,6 +771,8 @@ class Run:
                 arrays["offline_weights"] = self.offline_weights
             if self.offline_losses is not None:
                 arrays["offline_losses"] = self.offline_losses
+            if self.lengths is not None:
+                arrays["lengths"] = self.lengths
             state = {
                 "plan": self.plan.to_dict(),
                 "config": self.config.to_dict(),

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .batching import share_prompts, token_batches
 from .config import require
-from .data import ID_KEY, WEIGHT_KEY, take_rows
+from .data import ID_KEY, WEIGHT_KEY, feature_length, take_rows
 from .files import atomic_path
 from .ledger import check_finite
 from .losses import SampleLosses, per_sample_losses, shift_labels, token_losses
@@ -449,16 +449,6 @@ def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def feature_length(feature: Mapping[str, Any]) -> int:
-    """Return a sample's length in tokens, source and target together for seq2seq, or 1 if it has none."""
-    tokens = feature.get("input_ids")
-    if tokens is None:
-        return 1
-    labels = feature.get("labels")
-    target = len(labels) if np.ndim(labels) > 0 and len(labels) != len(tokens) else 0
-    return len(tokens) + target
 
 
 def default_max_tokens(device: torch.device) -> int:

@@ -239,26 +239,26 @@ def _own_inputs() -> frozenset[int]:
     return own
 
 
-def _saved_values(graph: torch.fx.GraphModule) -> list[Any]:
+def _saved_values(graph: torch.fx.GraphModule) -> dict[str, Any]:
     """Return what a backward graph takes: symbolic sizes, fake tensors, and the gradient of the losses last."""
-    return [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    return {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
 
 
 def _sliced_backward(
-    backward: Callable, values: list[Any], own: frozenset[int], kept: _Kept, reuses: bool
+    backward: Callable, values: dict[str, Any], own: frozenset[int], kept: _Kept, reuses: bool
 ) -> Callable:
     """
     Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs.
 
     Args:
         backward (`Callable`): takes a list, which it empties.
-        values (`list`): what it takes, as the compiler sees it.
+        values (`dict`): what it takes, as the compiler sees it, by name.
         own (`frozenset[int]`): which of it nobody else sees, so that it may be cut in place.
         kept ([`_Kept`]): the rows.
         reuses (`bool`): whether the graph may write its results into what it takes.
     """
-    batch = values[-1].shape[0]  # of the gradient of the losses
-    cuts = [_Cut.of(value, batch) for value in values]
+    batch = list(values.values())[-1].shape[0]  # of the gradient of the losses
+    cuts = [_Cut.of(name, value, batch) for name, value in values.items()]
     checked = False
 
     def call(arguments: list) -> Any:
@@ -278,7 +278,7 @@ def _sliced_backward(
             return backward(arguments)
         try:
             gradients = backward(arguments)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, IndexError) as error:
             raise CannotSlice(f"the backward pass cannot be done on fewer rows ({first_line(error)})") from error
         checked = _compare(gradients, whole, TOLERANCE[exact])
         return gradients
@@ -325,16 +325,19 @@ class _Cut(NamedTuple):
 
     dim: int | None = None  # of a tensor: the dimension that has the rows
     size: bool = False  # a size that is a multiple of the number of rows
+    numbers: bool = False  # the numbers of the rows: those of the kept ones are new
 
     @classmethod
-    def of(cls, value: Any, batch: Any) -> _Cut:
+    def of(cls, name: str, value: Any, batch: Any) -> _Cut:
         sizes = value.shape if torch.is_tensor(value) else [value]
         dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
         if len(dims) > 1:
             raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
         if not dims:
             return cls()
-        return cls(dim=dims[0]) if torch.is_tensor(value) else cls(size=True)
+        if not torch.is_tensor(value):
+            return cls(size=True)
+        return cls(dim=dims[0], numbers=value.dim() == 1 and name.startswith(("arange", "iota")))
 
 
 def _grows(size: Any, batch: Any) -> bool:
@@ -368,24 +371,29 @@ def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[
     for i, argument in enumerate(arguments):
         if torch.is_tensor(argument):
             sharing.setdefault(argument.untyped_storage().data_ptr(), []).append(i)
-    sources, places, in_place = [], [], set()
+    moves: dict[torch.dtype, tuple[list, list]] = {}  # places and sources; of one type, they are moved at once
+    in_place: set[int] = set()
     for together in sharing.values():
-        if all(i in own and _lies_row_after_row(arguments[i], cuts[i].dim, c) for i in together):
+        if all(
+            i in own and not cuts[i].numbers and _lies_row_after_row(arguments[i], cuts[i].dim, c) for i in together
+        ):
             in_place.update(together)
             tensor = arguments[together[0]]
             each = tensor.untyped_storage().nbytes() // tensor.element_size() // c
-            memory = tensor.as_strided((c, each), (each, 1), 0).unbind()
-            sources += [memory[row] for row in behind]
+            memory = tensor.as_strided((c, each), (each, 1), 0)
+            places, sources = moves.setdefault(tensor.dtype, ([], []))
             places += [memory[place] for place in free]
-    if places:
-        torch._foreach_copy_(places, sources)
+            sources += [memory[row] for row in behind]
+    for places, sources in moves.values():
+        if places:
+            torch._foreach_copy_(places, sources)
 
     index = torch.tensor(order, device=arguments[-1].device)
     copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
     for i, (argument, cut) in enumerate(zip(arguments, cuts, strict=True)):
         if cut.size:
             arguments[i] = argument // c * b
-        elif cut.dim is not None and i in in_place:
+        elif cut.dim is not None and (i in in_place or cut.numbers):
             arguments[i] = argument.narrow(cut.dim, 0, argument.shape[cut.dim] // c * b)
         elif cut.dim is not None:
             key = (cut.dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
@@ -494,10 +502,10 @@ class SlicedTraining:
     def try_out(self, batch: Mapping[str, Any]) -> None:
         """Do a step on a batch that is not trained on; the caller keeps gradients, mode and random state."""
         self.trainer.model.train()
-        half = len(first_of(batch)) // 2
+        c = len(first_of(batch))
         samples = self(batch)
-        self.step.keep(range(half))
-        samples.losses[:half].sum().backward()
+        self.step.keep(range(c // 2, c))  # rows that have to move
+        samples.losses[c // 2 :].sum().backward()
 
     def loss(
         self,

@@ -131,7 +131,10 @@ class DarelMixin:
     def get_train_dataloader(self) -> Any:
         """Return Trainer's own loader, with a larger batch where candidates are chosen from, and with sample ids."""
         if self._run is None or not self._run.in_loop:
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            if self._run is not None:
+                self._run.check_sampler()
+            return loader
         collator, batch_size = self.data_collator, self._train_batch_size
         self.data_collator = CarryIds(collator)
         self._train_batch_size = self._run.selector.candidate_rows(batch_size)
@@ -139,12 +142,13 @@ class DarelMixin:
             loader = super().get_train_dataloader()
         finally:
             self.data_collator, self._train_batch_size = collator, batch_size
+        self._run.check_sampler()
         self._run.start_loop(loader)
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Return the sampler of the class below, or with `batch_by_length` ours."""
-        ours = None if self._run is None else self._run.sampler(self._train_batch_size)
+        ours = self._run.make_sampler(self._train_batch_size) if self._run is not None and self._run.ready else None
         return super()._get_train_sampler(*args, **kwargs) if ours is None else ours
 
     def plain_train_dataloader(self) -> Any:
@@ -158,6 +162,8 @@ class DarelMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Take the candidates of one optimizer step, hand on the rows to train on; Trainer counts their tokens."""
+        if self._run is not None:
+            self._run.follow_epoch()
         if self._run is None or not self._run.in_loop:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._run.start_step()

@@ -2,6 +2,7 @@
 
 from itertools import chain
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.batching import ShuffledByLength
+from darel_hf.data import sample_lengths
 
 
 @given(
@@ -36,7 +38,10 @@ def test_batches_are_alike_and_shuffled():
     drawn = np.random.default_rng(1).permutation(lengths)[:4000].reshape(-1, 8)
     padded, plain = (8 * values.max(1).sum() for values in (batches, drawn))
     assert padded < 1.06 * batches.sum() and plain > 1.5 * drawn.sum()
-    assert sampler.positions(8) == pytest.approx(padded / plain, rel=0.02)
+    assert sampler.positions(8, 8) == pytest.approx(padded / plain, rel=0.02)
+    several = ShuffledByLength(lengths, 8 * 16)  # 16 micro-batches of a step, each padded to its own longest
+    assert several.positions(8, 8) == pytest.approx(padded / plain, rel=0.06)
+    assert ShuffledByLength(lengths, 8 * 1000).positions(8, 8) < 0.7  # a step has more than there is
     longest = batches.max(1)  # no run of long batches, no trend: as many above the median in each tenth of the epoch
     above = (longest > np.median(longest)).reshape(10, 50).mean(1)
     assert above.min() > 0.25 and above.max() < 0.75
@@ -81,6 +86,44 @@ def test_less_padding_in_training(tmp_path, darel):
     if "online_keep" not in darel:  # the same samples
         assert sorted(chain.from_iterable(ours.seen)) == sorted(chain.from_iterable(plain.seen))
     assert 0.5 < ours.report.plan.costs.padding < 0.95
+
+
+def test_a_collator_that_pads_to_one_length(tmp_path):
+    trainer = DarelTrainer(
+        model=tiny_lora(),
+        args=arguments(tmp_path, max_steps=1),
+        train_dataset=token_data(64),
+        data_collator=PadCollator(pad_to_multiple_of=32),
+        darel=DarelConfig(batch_by_length=True),
+    )
+    trainer.train()
+    assert trainer.report.plan.predicted_time == 1
+
+
+@pytest.mark.parametrize("source", [list, datasets.Dataset.from_list])
+def test_lengths(source):
+    items = [
+        {"input_ids": [1, 2, 3], "labels": [1, 2, 3]},  # of one sequence
+        {"input_ids": [1, 2], "labels": [1, 2, 3, 4]},  # of two
+    ]
+    np.testing.assert_array_equal(sample_lengths(source(items)), [3, 6])
+    np.testing.assert_array_equal(sample_lengths(source([{"input_ids": [1, 2], "labels": 1}])), [2])
+
+
+def test_a_loader_with_an_order_of_its_own(tmp_path):
+    class Own(DarelTrainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = Own(
+        model=tiny_lora(),
+        args=arguments(tmp_path),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(batch_by_length=True),
+    )
+    with pytest.raises(ValueError, match="batch_by_length=True: get_train_dataloader of this trainer has an order"):
+        trainer.train()
 
 
 def test_a_column_of_lengths_is_believed(tmp_path):

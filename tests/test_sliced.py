@@ -12,6 +12,7 @@ from torchvision.models import resnet18
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
@@ -29,6 +30,13 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "
 def llama(lora=False):
     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, **SMALL))
     return get_peft_model(model, LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"])) if lora else model
+
+
+def gpt2_classifier():
+    """It picks the last token of every row by the row's number."""
+    config = tiny_gpt2().config
+    config.num_labels = 3
+    return GPT2ForSequenceClassification(config)
 
 
 def bert():
@@ -57,7 +65,7 @@ def batch(model, rows, length, seed=0):
     ids = torch.tensor(draw.integers(3, 64, (rows, length)))
     mask = torch.ones_like(ids)
     mask[0, length - 3 :] = 0
-    if isinstance(model, BertForSequenceClassification):
+    if isinstance(model, (BertForSequenceClassification, GPT2ForSequenceClassification)):
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor(draw.integers(0, 3, rows))}
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
@@ -79,6 +87,7 @@ MODELS = {
     "gpt2-lora": lambda: tiny_lora(dropout=0.1),
     "llama": llama,
     "llama-lora": lambda: llama(lora=True),
+    "gpt2-classifier": gpt2_classifier,
     "bert": bert,
     "t5": t5,
     "images": image_network,
@@ -93,7 +102,7 @@ def test_gradient_of_the_kept_rows(name):
     """With the same dropout masks: the whole forward pass by eager autograd, of which the kept rows' losses count."""
     torch.manual_seed(0)
     model = MODELS[name]().train()
-    shift = name.startswith(("gpt2", "llama"))
+    shift = name in ("gpt2", "gpt2-lora", "llama", "llama-lora")
     step = SlicedStep(model)
     assert step.shift == shift
     # As many rows as positions; other sizes; one kept row; all rows; rows in front.

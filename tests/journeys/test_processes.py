@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def command(*options):
 
 def launch(folder, processes, settings, script=SCRIPT, hosts=1):
     """Run the script under `accelerate launch`, once a host (two loopback addresses); return what each rank stored."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "settings.json").write_text(json.dumps({**settings, "folder": str(folder)}))
     if hosts > 1:
         with socket.socket() as free:
@@ -109,6 +110,24 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         np.testing.assert_array_equal(ledger[name], one_ledger[name], err_msg=name)
     for name in {"loss", "train_loss"} & set(ledger.files):
         np.testing.assert_allclose(ledger[name], one_ledger[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_resumes_in_the_middle_of_an_epoch(tmp_path):
+    """The order by length is that of the epoch, also behind the loaders that skip what was done."""
+    settings = {
+        "darel": {"online_keep": 0.5, "batch_by_length": True},
+        "samples": 80,
+        "arguments": {"num_train_epochs": 3, "per_device_train_batch_size": 5, "save_strategy": "steps"},
+    }
+    settings["arguments"]["save_steps"] = 6  # an epoch has four steps
+    whole = launch(tmp_path / "whole", 2, settings)
+    shutil.copytree(tmp_path / "whole" / "run" / "checkpoint-6", tmp_path / "resumed" / "run" / "checkpoint-6")
+    resumed = launch(tmp_path / "resumed", 2, settings)
+    for (weights, ledger), (other_weights, other_ledger) in zip(whole, resumed, strict=True):
+        np.testing.assert_array_equal(ledger["times_trained"], other_ledger["times_trained"])
+        for name, weight in weights.items():
+            np.testing.assert_array_equal(weight, other_weights[name], err_msg=name)
 
 
 @pytest.mark.slow
