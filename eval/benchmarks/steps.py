@@ -224,7 +224,7 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
     panels: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["tuning"], row["backend"], row["length"]), []).append(row)
-    columns = min(len(panels), 4)
+    columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.2 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
@@ -237,8 +237,10 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
         axes.axhline(1, color="black", linewidth=0.6)
         axes.set_title(f"{panel[0]}, {panel[1]}, {panel[2]} tokens", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[-1]:
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel("A, fraction of rows kept")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("time of a step / plain")
     grid[0, 0].legend(frameon=False, fontsize=9)
