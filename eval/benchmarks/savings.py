@@ -4,10 +4,11 @@ How much faster is it, everything counted? Full runs and shortened ones, interle
     python eval/benchmarks/savings.py [--ways offline_0.7,budget_0.5] [--data_dir FOLDER --model_name_or_path FOLDER]
 
 `offline_0.7` keeps that fraction offline, `random_0.7` draws it, `budget_0.5` lets the planner choose for that
-fraction of the time; `by_length_0.7` and `budget_by_length_0.5` are the same with batches of similar length (`by_length_1.0`:
-nothing else). The samples are all references of a seeded part of the representations, as in the whole training set. A
-row a way goes to results/savings.jsonl, the table to savings.md: the median time relative to the plain run of the same
-round, and beside it what the offline stage should reach, 1 / (alpha + measured scoring share).
+fraction of the time; `by_length_0.7` and `budget_by_length_0.5` are the same with batches of similar length
+(`by_length_1.0`: nothing else). The samples are all references of a seeded part of the representations, as in the
+whole training set. A row a way goes to results/savings.jsonl, the table to savings.md: the median time relative to
+the plain run of the same round, and beside it what the offline stage should reach, 1 / (alpha + measured scoring
+share).
 """
 
 from __future__ import annotations
