@@ -46,7 +46,7 @@ def measure(n: int, ranks: int) -> dict[str, Any]:
     ledger = LossLedger(ids)
     memory = tracemalloc.get_traced_memory()[0] / n
     tracemalloc.stop()
-    samples = Samples(ids, losses, lengths, None, correct)
+    samples = Samples(ids, losses, lengths, correct=correct, reference=generator.gamma(4, 0.4, n))
     result: dict[str, Any] = {"samples": n, "ledger_bytes_per_sample": memory}
     rules = [rule for rule in RULES.values() if "embeddings" not in rule.needs and rule.name != "adonis"]
     result["rules"] = {
