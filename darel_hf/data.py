@@ -73,9 +73,9 @@ def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
     Raises:
         ValueError: if the samples have no `input_ids`.
     """
-    stored = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
     if column is not None and column in (getattr(dataset, "column_names", None) or ()):
         return np.array(read_column(dataset, column, "length_column_name"), np.int64)
+    stored = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
     remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
     require(stored or "input_ids" in dataset[0], "batch_by_length", True, remedy)
     if not stored:

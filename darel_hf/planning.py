@@ -111,11 +111,6 @@ class Plan:
         return self.overhead + self.slowdown * (offline + self.offline_keep * online)
 
     @property
-    def by_length(self) -> bool:
-        """Whether batches are of samples of similar length."""
-        return self.costs.padding != 1
-
-    @property
     def predicted_saving(self) -> float:
         """1 - `predicted_time`."""
         return 1 - self.predicted_time
@@ -148,10 +143,13 @@ class Plan:
             every = f", scored every {self.rescore_every} epoch(s)"
         if self.offline_keep < 1 and not self.scores_free:
             costs.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
+        batches = []
+        if self.costs.padding != 1:
+            batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
-            *([f"  batches   of similar length: {self.costs.padding:.2f} of the positions"] if self.by_length else []),
+            *batches,
             f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
             + every,

@@ -130,20 +130,19 @@ class DarelMixin:
 
     def get_train_dataloader(self) -> Any:
         """Return Trainer's own loader, with a larger batch where candidates are chosen from, and with sample ids."""
-        if self._run is None or not self._run.in_loop:
-            loader = super().get_train_dataloader()
-            if self._run is not None:
-                self._run.check_sampler()
-            return loader
+        if self._run is None:
+            return super().get_train_dataloader()
         collator, batch_size = self.data_collator, self._train_batch_size
-        self.data_collator = CarryIds(collator)
-        self._train_batch_size = self._run.selector.candidate_rows(batch_size)
+        if self._run.in_loop:
+            self.data_collator = CarryIds(collator)
+            self._train_batch_size = self._run.selector.candidate_rows(batch_size)
         try:
             loader = super().get_train_dataloader()
         finally:
             self.data_collator, self._train_batch_size = collator, batch_size
         self._run.check_sampler()
-        self._run.start_loop(loader)
+        if self._run.in_loop:
+            self._run.start_loop(loader)
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
@@ -162,9 +161,10 @@ class DarelMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Take the candidates of one optimizer step, hand on the rows to train on; Trainer counts their tokens."""
-        if self._run is not None:
-            self._run.follow_epoch()
-        if self._run is None or not self._run.in_loop:
+        if self._run is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._run.follow_epoch()
+        if not self._run.in_loop:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         self._run.start_step()
         return super().get_batch_samples(map(self._run.select, epoch_iterator), num_batches, device)
