@@ -241,7 +241,7 @@ def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[flo
     return scoring + SMALLEST_KEEP * min(online_term(1.0, 1, epochs, costs), online), online
 
 
-def solve_budget(plan: Plan, budget_time: float) -> Plan:
+def solve_budget(plan: Plan, budget_time: float | None) -> Plan:
     """
     Choose alpha, A and eta so that the cost model meets the time budget.
 
@@ -252,11 +252,15 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
-        budget_time (`float`): t, fraction of the full time.
+        budget_time (`float`, *optional*): t, fraction of the full time. `None`: no time was asked for, only memory; it
+            is the full time then, or, where the smaller batches are so slow that this cannot be had, nothing is
+            dropped.
 
     Raises:
         ValueError: if the budget cannot be met; says what the smallest possible one is.
     """
+    memory_only = budget_time is None
+    budget_time = 1.0 if memory_only else budget_time
     everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
     plan, whole = everything, online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
     # All of the time is plain training; or less padding is enough.
@@ -266,6 +270,8 @@ def solve_budget(plan: Plan, budget_time: float) -> Plan:
         plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     )
     smallest = min(with_offline, online_alone)
+    if memory_only and smallest > budget_time:
+        return everything
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
     if not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
@@ -316,9 +322,9 @@ def _online_alone(plan: Plan, budget_time: float) -> Plan:
 
 def budget_plan(plan: Plan, config: DarelConfig) -> Plan:
     """Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met."""
-    budget = 1.0 if config.budget_time is None else config.budget_time
     if config.budget_method == "measured":
-        return solve_budget(plan, budget)
+        return solve_budget(plan, config.budget_time)
+    budget = 1.0 if config.budget_time is None else config.budget_time
     alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
     return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
 

@@ -137,6 +137,17 @@ def test_a_slower_batch_size_leaves_less():
     assert slow.offline_keep * slow.online_keep < fast.offline_keep * fast.online_keep
 
 
+def test_memory_alone_asks_for_no_time():
+    made = plan(slowdown=1.2)
+    assert solve_budget(made, None) == solve_budget(made, 1.0)
+    hopeless = plan(slowdown=20.0)
+    with pytest.raises(ValueError, match=r"budget_time=1\.0: cannot be met"):
+        solve_budget(hopeless, 1.0)
+    solved = solve_budget(hopeless, None)
+    assert (solved.offline_keep, solved.online_keep) == (1, 1)
+    assert solved.predicted_time == pytest.approx(20)
+
+
 def test_candidates():
     assert [candidate_rows(8, keep) for keep in (1.0, 0.5, 0.3, 0.99)] == [8, 16, 27, 8]
 

@@ -559,7 +559,7 @@ def test_budget_memory_lowers_the_batch_size(tmp_path):
     trainer = make(
         DarelTrainer,
         tmp_path,
-        darel=DarelConfig(budget_memory=0.7, budget_time=1.0, online_rule="hardest"),
+        darel=DarelConfig(budget_memory=0.7, online_rule="hardest"),
         per_device_train_batch_size=8,
     )
     counter = CountRows(trainer.model)
