@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import tempfile
 from dataclasses import replace
@@ -99,6 +100,7 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--name", default="quality", help="of the files of results")
+    parser.add_argument("--work_dir", help="folder of the runs; those that it has already are not done again")
     options = parser.parse_args()
     if options.quick:
         options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
@@ -124,11 +126,19 @@ def main() -> None:
                 reference = reference or score_by_reference(arguments, options, seed, folder)
                 darel = {**darel, "reference_scores": reference}
             output, epochs = folder / f"{name}-{seed}", arm.share_of_epochs * options.epochs
-            training = training_arguments(output, epochs, seed, options, **arm.training)
-            result = run(arguments, DarelConfig(**darel), training)
+            finished = output / "results.json"
+            done = finished.exists()  # by an earlier call with this --work_dir
+            if done:
+                result = json.loads(finished.read_text(encoding="utf-8"))
+            else:
+                shutil.rmtree(output, ignore_errors=True)
+                training = training_arguments(output, epochs, seed, options, **arm.training)
+                result = run(arguments, DarelConfig(**darel), training)
             told[name] = (output / "predictions.txt").read_text(encoding="utf-8").splitlines()
             if name == "full":
                 plain = result["seconds"]
+            if done:
+                continue
             row = {
                 "arm": name,
                 "seed": seed,
@@ -158,6 +168,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--lora_r", type=int, default=8)
+    parser.add_argument("--lora_target_modules", help="default: all-linear")
     parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
     parser.add_argument("--max_train_samples", type=int, default=800)
     parser.add_argument("--max_test_samples", type=int, default=250)
@@ -170,11 +181,12 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
     if options.quick:
         options.seeds, options.max_train_samples, options.max_test_samples, options.epochs = 1, 120, 10, 1
     torch.set_num_threads(options.threads)
-    folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+    folder = Path(getattr(options, "work_dir", None) or tempfile.mkdtemp(prefix="darel-bench-"))
+    folder.mkdir(parents=True, exist_ok=True)
     sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
     data, model, data_and_model_names = data_and_model(options, folder, sizes)
-    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "quick")
-    settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
+    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir", "quick")
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None}
     settings |= data_and_model_names
     task = NLGArguments(
         model_name_or_path=model,
@@ -183,7 +195,7 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
         lora_r=options.lora_r,
         lora_alpha=4 * options.lora_r,
         lora_dropout=0.0,
-        lora_target_modules="all-linear",
+        lora_target_modules=options.lora_target_modules or "all-linear",
         num_beams=1,
         no_repeat_ngram_size=0,
         length_penalty=1.0,
@@ -237,11 +249,13 @@ def data_of(task: NLGArguments, folder: Path, seed: int, samples: int) -> str:
     """Write two parts of the training set: what is trained on, and as much for a reference model."""
     source, limit = Path(task.data_dir), replace(task, max_train_samples=samples)
     rest = read_pairs(source / "trainset.csv")
+    if (folder / "others" / "trainset.csv").exists():
+        return str(folder)
     for part in (folder, folder / "others"):
         drawn = training_pairs(rest, limit, seed)
         taken = set(map(id, drawn))
         rest = [pair for pair in rest if id(pair) not in taken]
-        part.mkdir()
+        part.mkdir(exist_ok=True)
         for file in ("devset.csv", "testset_w_refs.csv"):
             shutil.copy(source / file, part)
         with open(part / "trainset.csv", "w", encoding="utf-8", newline="") as file:
