@@ -128,12 +128,20 @@ def seconds_of(trainer: Trainer) -> float:
     return time.perf_counter() - started
 
 
-def conditions(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return what a number needs beside it: settings, hardware, versions, commit."""
+def current_commit() -> str:
+    """Return the commit that is checked out, with a mark if the package differs from it."""
     commit, changes = (
         subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
         for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../../darel_hf"])
     )
+    return commit + ("+changes" if changes else "")
+
+
+COMMIT = current_commit()  # of the code that runs: the folder may have gone on by the time a row is stored
+
+
+def conditions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a number needs beside it: settings, hardware, versions, commit."""
     packages = ("darel_hf", "torch", "transformers", "peft", "accelerate", "sacrebleu", "nltk")
     return {
         "settings": settings,
@@ -144,7 +152,7 @@ def conditions(settings: dict[str, Any]) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {name: version(name) for name in packages},
-        "commit": commit + ("+changes" if changes else ""),
+        "commit": COMMIT,
         "date": time.strftime("%Y-%m-%d"),
     }
 
