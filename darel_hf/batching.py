@@ -94,7 +94,7 @@ class SharedPrompts:
             return [], mask
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
-        self.scorer.hidden(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        self.scorer.hidden(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)
         return [(layer.keys, layer.values) for layer in cache.layers], mask
 
     def _score(self, rows: np.ndarray, cache: list, mask: torch.Tensor, which: torch.Tensor) -> SampleLosses:
@@ -117,7 +117,7 @@ class SharedPrompts:
             input_ids=ids,
             attention_mask=torch.cat([before, own], dim=1),
             position_ids=positions,
-            past_key_values=past,
+            cache=past,
         )
         return token_losses(
             hidden, shift_labels(labels), project=self.scorer.head, want_correct=self.scorer.want_correct

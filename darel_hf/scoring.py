@@ -252,8 +252,11 @@ class BatchScorer:
             reduced = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
         return 2e-2 if reduced or parameter.device.type != "cpu" else 1e-3
 
-    def hidden(self, **inputs: Any) -> torch.Tensor:
-        """Return what enters the head, `[B, T, D]`, without calling it."""
+    def hidden(self, cache: Any = None, **inputs: Any) -> torch.Tensor:
+        """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values that are read first."""
+        if cache is not None:  # transformers 5.24 has a new name for it
+            known = inspect.signature(base_model(self.model).forward).parameters
+            inputs["cache" if "cache" in known else "past_key_values"] = cache
         with _StopAtHead(self.head) as stop:
             self.model(**inputs)
         return stop.hidden
