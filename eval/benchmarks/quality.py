@@ -101,6 +101,9 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--name", default="quality", help="of the files of results")
     parser.add_argument("--work_dir", help="folder of the runs; those that it has already are not done again")
+    parser.add_argument(
+        "--runs_only", action="store_true", help="no rows yet: a later call with --work_dir makes them"
+    )
     options = parser.parse_args()
     if options.quick:
         options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
@@ -108,7 +111,7 @@ def main() -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
         parser.error(f"unknown arms {unknown}; choose of {', '.join(known)}")
-    if names[0] != "full":
+    if names[0] != "full" and not options.runs_only:
         parser.error(f"--arms {options.arms}: times are relative to full; begin with it")
     task, settings, folder = prepared(options)
     held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
@@ -127,8 +130,7 @@ def main() -> None:
                 darel = {**darel, "reference_scores": reference}
             output, epochs = folder / f"{name}-{seed}", arm.share_of_epochs * options.epochs
             finished = output / "results.json"
-            done = finished.exists()  # by an earlier call with this --work_dir
-            if done:
+            if finished.exists():  # by an earlier call with this --work_dir
                 result = json.loads(finished.read_text(encoding="utf-8"))
             else:
                 shutil.rmtree(output, ignore_errors=True)
@@ -137,7 +139,7 @@ def main() -> None:
             told[name] = (output / "predictions.txt").read_text(encoding="utf-8").splitlines()
             if name == "full":
                 plain = result["seconds"]
-            if done:
+            if options.runs_only or has_row(options.name, settings, name, seed):
                 continue
             row = {
                 "arm": name,
@@ -155,7 +157,14 @@ def main() -> None:
                     row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
                     row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
             store(options.name, {**settings, **arm._asdict()}, row)
-        summarize(options.name, settings)
+        if not options.runs_only:
+            summarize(options.name, settings)
+
+
+def has_row(name: str, settings: dict[str, Any], arm: str, seed: int) -> bool:
+    """Whether the results of a run with --work_dir are stored already."""
+    stored = latest_rows(name, settings) if (RESULTS / f"{name}.jsonl").exists() else {}
+    return any(row["seed"] == seed for row in stored.get(arm, []))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -185,7 +194,8 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
     data, model, data_and_model_names = data_and_model(options, folder, sizes)
-    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir", "quick")
+    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir")
+    what_is_run += ("runs_only", "quick")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None}
     settings |= data_and_model_names
     task = NLGArguments(
