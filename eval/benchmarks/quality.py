@@ -130,7 +130,8 @@ def main() -> None:
                 darel = {**darel, "reference_scores": reference}
             output, epochs = folder / f"{name}-{seed}", arm.share_of_epochs * options.epochs
             finished = output / "results.json"
-            if finished.exists():  # by an earlier call with this --work_dir
+            done = finished.exists()  # by an earlier call with this --work_dir
+            if done:
                 result = json.loads(finished.read_text(encoding="utf-8"))
             else:
                 shutil.rmtree(output, ignore_errors=True)
@@ -139,7 +140,7 @@ def main() -> None:
             told[name] = (output / "predictions.txt").read_text(encoding="utf-8").splitlines()
             if name == "full":
                 plain = result["seconds"]
-            if options.runs_only or has_row(options.name, settings, name, seed):
+            if options.runs_only or (done and has_row(options.name, settings, name, seed)):
                 continue
             row = {
                 "arm": name,
@@ -162,7 +163,7 @@ def main() -> None:
 
 
 def has_row(name: str, settings: dict[str, Any], arm: str, seed: int) -> bool:
-    """Whether the results of a run with --work_dir are stored already."""
+    """Whether the results of an arm and seed are stored already."""
     stored = latest_rows(name, settings) if (RESULTS / f"{name}.jsonl").exists() else {}
     return any(row["seed"] == seed for row in stored.get(arm, []))
 
