@@ -114,6 +114,10 @@ def main() -> None:
     if names[0] != "full" and not options.runs_only:
         parser.error(f"--arms {options.arms}: times are relative to full; begin with it")
     task, settings, folder = prepared(options)
+    made_with = folder / "settings.json"
+    if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
+        parser.error(f"--work_dir {folder}: it holds runs with other settings, see {made_with}; give another folder")
+    made_with.write_text(json.dumps(settings), encoding="utf-8")
     held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
     references = list(held.values())
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
