@@ -253,7 +253,7 @@ class BatchScorer:
         return 2e-2 if reduced or parameter.device.type != "cpu" else 1e-3
 
     def hidden(self, cache: Any = None, **inputs: Any) -> torch.Tensor:
-        """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values that are read first."""
+        """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values to go on from."""
         if cache is not None:  # transformers 5.24 has a new name for it
             known = inspect.signature(base_model(self.model).forward).parameters
             inputs["cache" if "cache" in known else "past_key_values"] = cache
