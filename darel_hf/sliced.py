@@ -140,7 +140,9 @@ class SlicedStep:
                 torch._dynamo.mark_dynamic(value, 0)
         self._kept.rows, self._kept.of = None, len(first_of(inputs))
         try:
-            with dynamo_config.patch(skip_nnmodule_hook_guards=False):  # hooks that come later count, too
+            # Hooks that come later count, too. Floats are constants: taken for variables, those of a checkpointed
+            # layer (math.pi in GPT-2's GELU) fail to compile in torch 2.14.
+            with dynamo_config.patch(skip_nnmodule_hook_guards=False, specialize_float=True):
                 losses, self.ranking, n_tokens, correct = self._losses(inputs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise CannotSlice(f"the model cannot be traced as one graph ({first_line(error)})") from error
