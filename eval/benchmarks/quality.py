@@ -286,11 +286,13 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 
     Its time is in no arm: the rule's idea is that a reference model is made once and used often.
     """
-    others = replace(arguments, generate=False, data_dir=str(Path(arguments.data_dir) / "others"))
-    run(others, DarelConfig(), training_arguments(folder / f"reference-{seed}", 2, seed, options))
-    model, tokenizer = load_for_generation(str(folder / f"reference-{seed}"), arguments.model_name_or_path)
-    scores = scored(model, tokenizer, read_pairs(Path(arguments.data_dir) / "trainset.csv"))
-    save_scores(scores, path := folder / f"reference-{seed}.parquet")
+    output, path = folder / f"reference-{seed}", folder / f"reference-{seed}.parquet"
+    if not path.exists():
+        shutil.rmtree(output, ignore_errors=True)
+        others = replace(arguments, generate=False, data_dir=str(Path(arguments.data_dir) / "others"))
+        run(others, DarelConfig(), training_arguments(output, 2, seed, options))
+        model, tokenizer = load_for_generation(str(output), arguments.model_name_or_path)
+        save_scores(scored(model, tokenizer, read_pairs(Path(arguments.data_dir) / "trainset.csv")), path)
     return str(path)
 
 
