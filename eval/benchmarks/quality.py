@@ -262,10 +262,10 @@ def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
 
 def data_of(task: NLGArguments, folder: Path, seed: int, samples: int) -> str:
     """Write two parts of the training set: what is trained on, and as much for a reference model."""
+    if (folder / "others" / "trainset.csv").exists():  # written last, by an earlier call with this --work_dir
+        return str(folder)
     source, limit = Path(task.data_dir), replace(task, max_train_samples=samples)
     rest = read_pairs(source / "trainset.csv")
-    if (folder / "others" / "trainset.csv").exists():
-        return str(folder)
     for part in (folder, folder / "others"):
         drawn = training_pairs(rest, limit, seed)
         taken = set(map(id, drawn))
