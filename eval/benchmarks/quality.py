@@ -72,15 +72,19 @@ def arms() -> dict[str, Arm]:
             made[f"grouped_{rule}_{keep}"] = Arm({**offline, "group_column": "mr"})
             made[f"grouped_{rule}_{keep}_by_length"] = Arm({**offline, "group_column": "mr", **by_length})
         made[f"random_{keep}"] = made.pop(f"offline_random_{keep}")
-    # 8 of 12 candidates of two thirds of the samples: with what scoring costs, predicted to take half of the time.
-    both = {"offline_keep": 0.66, "online_keep": 2 / 3, "online_rule": "random", "group_column": "mr"}
-    for rule in RULES:
-        made[f"both_{rule}_random"] = Arm({**both, "offline_rule": rule})
-        made[f"both_{rule}_random_by_length"] = Arm({**both, "offline_rule": rule, **by_length})
+    # Two thirds of each batch of two thirds of the samples: with what scoring costs, predicted to take half of the
+    # time. Or the same from nearly all samples: what is dropped online comes back in other epochs.
+    both = {"online_rule": "random", "group_column": "mr"}
+    for begin, shares in (("both", (0.66, 2 / 3)), ("mostly_online", (0.9, 0.5))):
+        for rule in RULES:
+            darel = {**both, "offline_keep": shares[0], "online_keep": shares[1], "offline_rule": rule}
+            made[f"{begin}_{rule}_random"] = Arm(darel)
+            made[f"{begin}_{rule}_random_by_length"] = Arm({**darel, **by_length})
     for rule in RULES:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = Arm(online)  # scored in every epoch
         made[f"online_{rule}_every3"] = Arm({**online, "rescore_every": 3})
+        made[f"online_{rule}_two_thirds_every3"] = Arm({"online_keep": 2 / 3, "online_rule": rule, "rescore_every": 3})
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
