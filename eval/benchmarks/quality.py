@@ -7,11 +7,12 @@ Every seed runs all arms one after the other, in the same loop with the same dat
 and scoring) and are relative to the plain run of the same seed, which may be an hour away: where a machine's speed
 varies, believe `savings`, which interleaves. The training set is all references of as many meaning representations,
 drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine references each.
-Predictions are greedy, for the representations of the test set that --max_test_samples draws; the test loss is of two
-references of each. A row a run goes to results/quality.jsonl at once; after every seed the table, quality.md, and the
-picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain run and to the
-first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a
-model, the generated corpus and the demo's model are taken.
+Predictions are greedy, for the representations of the test set that --max_test_samples draws; with --num_beams they
+are written anew by beam search as in the recipes, which is slow, and leaves less to chance how long outputs are; those
+results have files of their own. The test loss is of two references of each. A row a run goes to results/quality.jsonl
+at once; after every seed the table, quality.md, and the picture, quality.png, are made from all rows of the same
+settings. Differences in BLEU to the plain run and to the first random subset are paired over instances, their 95 %
+intervals by bootstrap. Without a folder of data and a model, the generated corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +37,7 @@ from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.demo import DemoSettings
 from darel_hf.nlg import (
     NLGArguments,
+    generate,
     held_out,
     load_for_generation,
     read_pairs,
@@ -44,6 +47,7 @@ from darel_hf.nlg import (
 )
 from darel_hf.scoring import BatchScorer, Scores, save_scores, score_dataset
 
+METRICS = ("bleu", "ter", "meteor", "nist", "rouge_l")
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
@@ -108,13 +112,17 @@ def main() -> None:
     parser.add_argument(
         "--runs_only", action="store_true", help="no rows yet: a later call with --work_dir makes them"
     )
+    parser.add_argument("--num_beams", type=int, default=1, help="more than one: beam search; results to NAME_beams")
     options = parser.parse_args()
+    if options.num_beams > 1:
+        options.name += "_beams"
     if options.quick:
         options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
     names = options.arms.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"unknown arms {unknown}; choose of {', '.join(known)}")
+        near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
+        parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
     if names[0] != "full" and not options.runs_only:
         parser.error(f"--arms {options.arms}: times are relative to full; begin with it")
     task, settings, folder = prepared(options)
@@ -122,8 +130,11 @@ def main() -> None:
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
         parser.error(f"--work_dir {folder}: it holds runs with other settings, see {made_with}; give another folder")
     made_with.write_text(json.dumps(settings), encoding="utf-8")
+    if options.num_beams > 1:
+        settings["num_beams"] = options.num_beams
     held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
     references = list(held.values())
+    measure = NLGMetrics(bootstrap=0, wordnet="none")
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         part = data_of(task, folder / f"data-{seed}", seed, options.max_train_samples)
@@ -145,18 +156,22 @@ def main() -> None:
                 shutil.rmtree(output, ignore_errors=True)
                 training = training_arguments(output, epochs, seed, options, **arm.training)
                 result = run(arguments, DarelConfig(**darel), training)
-            told[name] = (output / "predictions.txt").read_text(encoding="utf-8").splitlines()
             if name == "full":
                 plain = result["seconds"]
+            told[name] = outputs_of(output, task, list(held), options.num_beams)
             if options.runs_only or (done and has_row(options.name, settings, name, seed)):
                 continue
+            if options.num_beams > 1:
+                scores = measure(told[name], references)
+                result |= {key: scores[key] for key in METRICS}
             row = {
                 "arm": name,
                 "seed": seed,
                 "time": result["seconds"] / plain,
                 "plain_seconds": plain,
-                **{key: result[key] for key in ("bleu", "ter", "meteor", "nist", "rouge_l", "seconds")},
+                **{key: result[key] for key in (*METRICS, "seconds")},
                 **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
+                "words": float(np.mean([len(text.split()) for text in told[name]])),
                 "rows_backpropagated": result["rows_backpropagated"],
                 "test_loss": test_loss(output, task.model_name_or_path, held),
             }
@@ -174,6 +189,18 @@ def has_row(name: str, settings: dict[str, Any], arm: str, seed: int) -> bool:
     """Whether the results of an arm and seed are stored already."""
     stored = latest_rows(name, settings) if (RESULTS / f"{name}.jsonl").exists() else {}
     return any(row["seed"] == seed for row in stored.get(arm, []))
+
+
+def outputs_of(output: Path, task: NLGArguments, mrs: list[str], beams: int) -> list[str]:
+    """Return the outputs of a run; by beam search they are written first, once."""
+    path = output / "predictions.txt"
+    if beams > 1:
+        path = output / f"predictions-{beams}-beams.txt"
+        if not path.exists():
+            recipe = {key: getattr(NLGArguments, key) for key in ("length_penalty", "no_repeat_ngram_size")}
+            model, tokenizer = load_for_generation(str(output), task.model_name_or_path)
+            generate(model, tokenizer, mrs, replace(task, num_beams=beams, **recipe), path)
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -204,7 +231,7 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
     sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
     data, model, data_and_model_names = data_and_model(options, folder, sizes)
     what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir")
-    what_is_run += ("runs_only", "quick")
+    what_is_run += ("runs_only", "quick", "num_beams")
     settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None}
     settings |= data_and_model_names
     task = NLGArguments(
