@@ -371,6 +371,8 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     if len(known) > 1:
         variance = max(variance, differences.var(ddof=1) / len(known))
     low = differences.mean() - 1.645 * np.sqrt(variance)
+    if len(known) == 1:
+        return f"one seed ({low:+.1f})"  # of the instances only: it says nothing of another run
     return "yes" if low > -MARGIN else f"not shown ({low:+.1f})"
 
 
@@ -380,11 +382,22 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    points = []
     for arm, rows in by_arm.items():
-        times = [row["time"] for row in rows]
         bleu = np.array([row["bleu"] for row in rows])
-        axes.errorbar(np.median(times), bleu.mean(), yerr=bleu.std(), fmt="o", capsize=3)
-        axes.annotate(arm, (np.median(times), bleu.mean()), xytext=(5, 3), textcoords="offset points", fontsize=8)
+        points.append((bleu.mean(), np.median([row["time"] for row in rows]), arm))
+        spread = bleu.std(ddof=1) if len(bleu) > 1 else 0
+        axes.errorbar(points[-1][1], bleu.mean(), yerr=spread, fmt="o", capsize=3)
+    line, labels = 0.032 * np.ptp(axes.get_ylim()), []
+    letter = 0.0125 * np.ptp(axes.get_xlim())
+    for height, time, arm in sorted(points, reverse=True):  # labels that would overlap move apart, as little as can be
+        for step in range(100):
+            at = height + (step + 1) // 2 * (-1) ** step * line / 3
+            end = time + letter * len(arm)
+            if all(right < time or left > end or abs(at - y) >= line for y, left, right in labels):
+                break
+        labels.append((at, time, end))
+        axes.annotate(arm, (time, at), xytext=(6, 3), textcoords="offset points", fontsize=8)
     axes.set_xlabel("time relative to plain training, scoring counted")
     axes.set_ylabel("BLEU")
     axes.spines[["top", "right"]].set_visible(False)
