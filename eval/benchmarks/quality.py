@@ -8,11 +8,11 @@ and scoring) and are relative to the plain run of the same seed, which may be an
 varies, believe `savings`, which interleaves. The training set is all references of as many meaning representations,
 drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine references each.
 Predictions are greedy, for the representations of the test set that --max_test_samples draws; with --num_beams they
-are written anew by beam search as in the recipes, which is slow, and leaves less to chance how long outputs are; those
-results have files of their own. The test loss is of two references of each. A row a run goes to results/quality.jsonl
-at once; after every seed the table, quality.md, and the picture, quality.png, are made from all rows of the same
-settings. Differences in BLEU to the plain run and to the first random subset are paired over instances, their 95 %
-intervals by bootstrap. Without a folder of data and a model, the generated corpus and the demo's model are taken.
+are written anew by beam search as in the recipes, which is slow; those results have files of their own. The test loss
+is of two references of each. A row a run goes to results/quality.jsonl at once; after every seed the table, quality.md,
+and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain run and to
+the first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a
+model, the generated corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
@@ -129,7 +129,8 @@ def main() -> None:
     made_with = folder / "settings.json"
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
         parser.error(f"--work_dir {folder}: it holds runs with other settings, see {made_with}; give another folder")
-    made_with.write_text(json.dumps(settings), encoding="utf-8")
+    if not made_with.exists():
+        made_with.write_text(json.dumps(settings), encoding="utf-8")
     if options.num_beams > 1:
         settings["num_beams"] = options.num_beams
     held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
