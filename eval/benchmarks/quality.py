@@ -9,10 +9,10 @@ varies, believe `savings`, which interleaves. The training set is all references
 drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine references each.
 Predictions are greedy, for the representations of the test set that --max_test_samples draws; with --num_beams they
 are written anew by beam search as in the recipes, which is slow; those results have files of their own. The test loss
-is of two references of each. A row a run goes to results/quality.jsonl at once; after every seed the table, quality.md,
-and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain run and to
-the first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of data and a
-model, the generated corpus and the demo's model are taken.
+is of two references of each. A row a run goes to results/quality.jsonl at once; after every seed the table,
+quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain
+run and to the first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of
+data and a model, the generated corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
