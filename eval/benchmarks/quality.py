@@ -35,6 +35,7 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 from darel_hf import DarelConfig, NLGMetrics
 from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.demo import DemoSettings
+from darel_hf.metrics import NAMES
 from darel_hf.nlg import (
     NLGArguments,
     generate,
@@ -47,7 +48,6 @@ from darel_hf.nlg import (
 )
 from darel_hf.scoring import BatchScorer, Scores, save_scores, score_dataset
 
-METRICS = ("bleu", "ter", "meteor", "nist", "rouge_l")
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
@@ -88,7 +88,7 @@ def arms() -> dict[str, Arm]:
         online = {"online_keep": 0.5, "online_rule": rule}
         made[f"online_{rule}"] = Arm(online)  # scored in every epoch
         made[f"online_{rule}_every3"] = Arm({**online, "rescore_every": 3})
-        made[f"online_{rule}_two_thirds_every3"] = Arm({"online_keep": 2 / 3, "online_rule": rule, "rescore_every": 3})
+        made[f"online_{rule}_two_thirds_every3"] = Arm({**online, "online_keep": 2 / 3, "rescore_every": 3})
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
@@ -164,13 +164,13 @@ def main() -> None:
                 continue
             if options.num_beams > 1:
                 scores = measure(told[name], references)
-                result |= {key: scores[key] for key in METRICS}
+                result |= {key: scores[key] for key in NAMES}
             row = {
                 "arm": name,
                 "seed": seed,
                 "time": result["seconds"] / plain,
                 "plain_seconds": plain,
-                **{key: result[key] for key in (*METRICS, "seconds")},
+                **{key: result[key] for key in (*NAMES, "seconds")},
                 **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
                 "words": float(np.mean([len(text.split()) for text in told[name]])),
                 "rows_backpropagated": result["rows_backpropagated"],
@@ -392,9 +392,9 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
     line, labels = 0.032 * np.ptp(axes.get_ylim()), []
     letter = 0.0125 * np.ptp(axes.get_xlim())
     for height, time, arm in sorted(points, reverse=True):  # labels that would overlap move apart, as little as can be
+        end = time + letter * len(arm)
         for step in range(100):
             at = height + (step + 1) // 2 * (-1) ** step * line / 3
-            end = time + letter * len(arm)
             if all(right < time or left > end or abs(at - y) >= line for y, left, right in labels):
                 break
         labels.append((at, time, end))
