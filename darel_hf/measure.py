@@ -98,6 +98,7 @@ def measure_costs(
     most: float,
     offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
+    padding_free: Callable[[Mapping], Mapping] | None = None,
 ) -> Costs | None:
     """
     Time a training step and, as far as they are wanted, a scoring forward of as many rows and the offline pass.
@@ -113,6 +114,7 @@ def measure_costs(
         most (`float`): at most so many batches are timed, but at least two.
         offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
+        padding_free (`Callable`, *optional*): makes the batches that are trained on; steps on both are compared.
 
     Returns:
         [`Costs`], over a few batches; `None` where a training step cannot be tried (FSDP, DeepSpeed, out of memory).
@@ -141,7 +143,12 @@ def measure_costs(
         pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
         forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
         try:
-            steps = [_seconds(lambda batch=batch: train(batch), device) for batch in batches][1:]
+            steps, without = [], []
+            for batch in batches:  # in pairs: what slows down one slows down the other
+                steps.append(_seconds(lambda batch=batch: train(batch), device))
+                if padding_free is not None:
+                    without.append(_seconds(lambda batch=batch: train(padding_free(batch)), device))
+            steps, without = steps[1:], without[1:]
         except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
             logger.warning("what a training step costs could not be measured (%s); assuming it", error)
             return None
@@ -155,6 +162,7 @@ def measure_costs(
         forward_share=typical(forwards) / candidates * rows / step if candidates else 0.0,
         offline_share=(pass_seconds * rows + loading) / step if offline else 0.0,
         data_share=loading / step,
+        padding_free=1 - (sum(steps) - sum(without)) / len(steps) / (step - loading) if without else 1.0,
     )
 
 

@@ -35,6 +35,8 @@ class Costs:
             (`online_backward="sliced"`): then only that of the dropped rows is extra.
         padding (`float`): positions of a row in batches of similar length, relative to those of plain batches (p;
             `batch_by_length`): what training on a row and scoring it costs is taken to go with them, loading not.
+        padding_free (`float`): a training step without padding relative to a plain one, loading left out of both (q;
+            1: padded); candidates are scored with padding.
     """
 
     step_seconds: float
@@ -44,6 +46,7 @@ class Costs:
     data_share: float = 0.0
     one_forward: bool = False
     padding: float = 1.0
+    padding_free: float = 1.0
 
 
 def assumed_costs(lora: bool) -> Costs:
@@ -146,6 +149,8 @@ class Plan:
         batches = []
         if self.costs.padding != 1:
             batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
+        if self.costs.padding_free != 1:
+            batches.append(f"  batches   without padding: a step takes {self.costs.padding_free:.2f} of a plain one")
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
@@ -176,21 +181,23 @@ def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> flo
 
 def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """
-    Return the time of an epoch relative to a plain one: p (f * ceil(E / eta) / E + (1 - d) A) + d; if A is 1, f is 0.
+    Return the time of an epoch relative to a plain one: p (f * ceil(E / eta) / E + (1 - d) q A) + d.
 
-    With one forward pass for both, scoring costs (1 - A) f in place of f.
+    If A is 1, f is 0. With one forward pass for both, scoring costs (1 - A) f in place of f.
     """
     scoring = 0.0 if online_keep == 1 else scoring_term(rescore_every, epochs, costs.forward_share)
     if costs.one_forward:
         scoring *= 1 - online_keep
-    return costs.padding * (scoring + (1 - costs.data_share) * online_keep) + costs.data_share
+    training = (1 - costs.data_share) * costs.padding_free * online_keep
+    return costs.padding * (scoring + training) + costs.data_share
 
 
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
-    reused = min(scoring, 0.9 * (1 - costs.data_share)) if costs.one_forward else 0.0
-    return ((online_time - costs.data_share) / costs.padding - scoring) / (1 - costs.data_share - reused)
+    training = (1 - costs.data_share) * costs.padding_free
+    reused = min(scoring, 0.9 * training) if costs.one_forward else 0.0
+    return ((online_time - costs.data_share) / costs.padding - scoring) / (training - reused)
 
 
 def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:

@@ -43,6 +43,7 @@ from .html import write_html
 from .losses import SampleLosses, per_sample_losses
 from .measure import SHARE, clock, measure_costs, measure_memory, measure_slowdown, untouched
 from .pacing import KeepBudget
+from .padding_free import PaddingFree
 from .planning import Plan, assumed_costs, batch_size_within, budget_plan, online_term
 from .report import Report, scoring_seconds
 from .scoring import (
@@ -99,6 +100,7 @@ class Run:
         self._interval: list[np.ndarray] = []
         self._unlogged: list[np.ndarray] = []
         self._tracked: tuple[np.ndarray, dict[str, Any]] | None = None
+        self.padding_free: PaddingFree | None = None
         self.sliced: SlicedTraining | None = None  # where one forward pass scores and trains
         self.number: int | None = None  # of the micro-batch in progress, where it is one of candidates to be sliced
         self._numbers: deque[int] = deque()  # likewise, of those of the optimizer step in progress
@@ -116,6 +118,7 @@ class Run:
         self.groups = self._read_groups()
         self._ready_model()
         self._ready_slicing()
+        self._ready_padding_free()
         with preserve_rng_state():
             set_seed(self._seed())  # data that are augmented at random have the same fingerprint again
             self.data = "a stream"
@@ -196,10 +199,7 @@ class Run:
     def _try_slicing(self) -> str | None:
         if self.streams:
             return "train_dataset is a stream, of which no row can be tried before training"
-        dataset, collator = self._dataset_and_collator
-        rows = [int(i) for i in np.linspace(0, len(dataset) - 1, 4)]
-        batch = self.trainer._prepare_inputs(collator([dataset[i] for i in rows]))
-        batch = {key: value for key, value in batch.items() if key != ID_KEY}
+        batch = self._few_rows()
         scorer = self._batch_scorer(self.trainer.model, "online")
         scorer(batch)
         if scorer.matches_own_loss is False:
@@ -212,6 +212,31 @@ class Run:
         except Exception as error:  # whatever the compiler has to say, there is another way to train
             return str(error) if isinstance(error, CannotSlice) else f"{type(error).__name__}: {first_line(error)}"
         return None
+
+    def _few_rows(self) -> dict[str, Any]:
+        """Return a batch of four samples, without ids."""
+        dataset, collator = self._dataset_and_collator
+        rows = [int(i) for i in np.linspace(0, len(dataset) - 1, 4)]
+        batch = self.trainer._prepare_inputs(collator([dataset[i] for i in rows]))
+        return {key: value for key, value in batch.items() if key != ID_KEY}
+
+    def _ready_padding_free(self) -> None:
+        """Show on a few samples that training without padding is the same; raise `ValueError` if it is not."""
+        if not self.config.padding_free:
+            return
+        self.padding_free = PaddingFree(self.trainer)
+        if self.streams:  # tried out on the first batch
+            return
+        started, error = time.perf_counter(), None
+        try:
+            self.padding_free.try_out(self._few_rows())
+        except Exception as found:  # of any kind: the other processes wait
+            error = found
+        errors = gather_object([error]) if self.args.world_size > 1 else [error]
+        error = next((found for found in errors if found is not None), None)
+        if error is not None:
+            raise error
+        self._settle(started, "probe")
 
     def _seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -271,7 +296,7 @@ class Run:
         if self.streams:
             self._announce(plan)
             self.plan = plan
-        elif selects:
+        elif selects or config.padding_free:
             self._make_scorer(needed=saved is None)
             plan = self._with_costs(plan)
             scores = saved
@@ -342,7 +367,9 @@ class Run:
             plan = self._with_padding(plan)
         size, total = plan.batch_size, self._micro_batches(plan)
         rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
-        costs = measure_costs(trainer, dataset, collator, size, rows, share * total, offline, self.scorer)
+        costs = measure_costs(
+            trainer, dataset, collator, size, rows, share * total, offline, self.scorer, self.padding_free
+        )
         costs = self._from_main(costs)  # it may fail on some processes only
         if costs is not None and size != full_size:
             slowdown = self._from_main(measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total))
@@ -851,5 +878,7 @@ class Run:
     def close(self) -> None:
         """Take the tracking hook off the model, and the id off the columns that Trainer keeps."""
         self.trainer._signature_columns = None
+        if self.padding_free is not None:
+            self.padding_free.close()
         if self._hook is not None:
             self._hook.remove()

@@ -70,6 +70,7 @@ def arms() -> dict[str, Arm]:
     for keep in (0.9, 0.8, 0.7, 0.5):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
         made[f"budget_{keep}"] = Arm({"budget_time": keep})
+        made[f"grouped_budget_{keep}"] = Arm({"budget_time": keep, "group_column": "mr"})
         for rule in RULES:
             offline = {"offline_keep": keep, "offline_rule": rule}
             made[f"offline_{rule}_{keep}"] = Arm(offline)
@@ -92,6 +93,12 @@ def arms() -> dict[str, Arm]:
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
+    for name, arm in list(made.items()):
+        try:
+            DarelConfig(**{"reference_scores": "made later", **arm.darel, "padding_free": True})
+        except ValueError:  # a setting that does not go together with it
+            continue
+        made[f"{name}_padding_free"] = arm._replace(darel={**arm.darel, "padding_free": True})
     return made
 
 
