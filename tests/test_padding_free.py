@@ -8,6 +8,7 @@ import torch
 from helpers import PadCollator, arguments, tiny_gpt2, tiny_lora, token_data, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -214,6 +215,36 @@ def test_a_checkpoint_has_nothing_of_it(tmp_path):
     assert distance(weights(again.model), weights(whole.model)) < 1e-6
 
 
+def test_a_stream(tmp_path):
+    data = token_data(40).add_column("number", list(range(40))).to_iterable_dataset()
+    settings = {"max_steps": 5, **GENTLE, "accelerator_config": {"dispatch_batches": False}}
+    config = {"online_keep": 0.5, "id_column": "number"}
+    padded = trained(DarelTrainer, tmp_path / "a", tiny_lora(), DarelConfig(**config), data, **settings)
+    config = DarelConfig(**config, padding_free=True)
+    ours = trained(DarelTrainer, tmp_path / "b", tiny_lora(), config, data, **settings)
+    assert distance(weights(ours.model), weights(padded.model), weights(tiny_lora())) < 1e-4
+
+
+def test_model_init(tmp_path):
+    """Trainer makes the model anew after it was tried out."""
+    plain = Trainer(
+        model_init=lambda: tiny_lora(),
+        args=arguments(tmp_path / "a", **GENTLE),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+    )
+    plain.train()
+    ours = DarelTrainer(
+        model_init=lambda: tiny_lora(),
+        args=arguments(tmp_path / "b", **GENTLE),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(padding_free=True),
+    )
+    ours.train()
+    assert distance(weights(ours.model), weights(plain.model), weights(tiny_lora())) < 1e-4
+
+
 def test_own_losses_get_all_logits(tmp_path):
     """Label smoothing and a loss of the user's read logits and labels at every position: the same as with padding."""
 
@@ -254,10 +285,10 @@ def test_settings_that_do_not_go_together(settings, message):
         DarelConfig(**settings, padding_free=True)
 
 
-def refused(tmp_path, model, data=None, collator=None):
+def refused(tmp_path, model, data=None, collator=None, **settings):
     trainer = DarelTrainer(
         model=model,
-        args=arguments(tmp_path),
+        args=arguments(tmp_path, **settings),
         train_dataset=token_data() if data is None else data,
         data_collator=collator or PadCollator(),
         darel=DarelConfig(padding_free=True),
@@ -291,6 +322,9 @@ def test_models_and_batches_that_are_refused(tmp_path):
             return {**batch, "mm_token_type_ids": batch["input_ids"]}
 
     assert "mm_token_type_ids" in refused(tmp_path / "more", tiny_lora(), collator=More())
+    virtual = get_peft_model(tiny_gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert "number of dimensions" in refused(tmp_path / "virtual", virtual)
+    assert "neftune_noise_alpha=5" in refused(tmp_path / "noise", tiny_lora(), neftune_noise_alpha=5)
 
 
 def test_a_model_that_mixes_samples_is_found_out(tmp_path):

@@ -73,6 +73,16 @@ def test_both_stages_and_tracking(tmp_path, tokenizer, form, rule):
     np.testing.assert_allclose(report.ledger.train_loss[trained], report.ledger.loss[trained], rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["text", "prompt-completion"])
+def test_without_padding(tmp_path, tokenizer, form):
+    more = {"optim": "sgd", "learning_rate": 0.1}
+    plain = train(tmp_path / "plain", tokenizer, form, cls=trl.SFTTrainer, **more)
+    ours = train(tmp_path / "ours", tokenizer, form, {"padding_free": True}, **more)
+    start, wanted = weights(tiny_lora()), weights(plain.model)
+    for name, tensor in weights(ours.model).items():
+        assert (tensor - wanted[name]).norm() <= 1e-4 * (wanted[name] - start[name]).norm() + 1e-6, name
+
+
 def test_packing_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="packing=False"):
         train(tmp_path, tokenizer, "text", {"online_keep": 0.5, "online_rule": "hardest"}, packing=True)

@@ -74,10 +74,21 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {**BOTH, "online_backward": "sliced"}),
         (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
         (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
+        (2, 1, {"online_keep": 0.5, "padding_free": True}),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
-    ids=["off", "both-stages", "random-rule", "sliced", "stream", "by-length", "three-processes", "two-hosts"],
+    ids=[
+        "off",
+        "both-stages",
+        "random-rule",
+        "sliced",
+        "stream",
+        "by-length",
+        "padding-free",
+        "three-processes",
+        "two-hosts",
+    ],
 )
 def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     # Kept samples make whole batches of candidates for all processes, so that no loader repeats samples.
@@ -91,7 +102,9 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
     if "id_column" in darel:
         settings["stream"] = True
         settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
-    if "online_backward" in darel:  # Adam makes whole steps out of the rounding of gradients near zero
+    if (
+        "online_backward" in darel or "padding_free" in darel
+    ):  # Adam makes whole steps out of the rounding of gradients near zero
         settings["arguments"] |= {"optim": "sgd", "learning_rate": 0.5}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)
     settings["arguments"]["gradient_accumulation_steps"] = processes
