@@ -1,7 +1,7 @@
 """
 Predicted against measured: the planner's error for random settings.
 
-    python eval/benchmarks/planner.py [--settings 20] [--data_dir FOLDER --model_name_or_path FOLDER]
+    python eval/benchmarks/planner.py [--settings 20] [--padding_free] [--data_dir FOLDER --model_name_or_path FOLDER]
 
 Fractions, rules and eta are drawn; a full run is repeated every four settings, and a run's time is taken relative to
 the full runs before and after it. A row goes to results/planner.jsonl, a picture to planner.png.
@@ -20,11 +20,11 @@ from darel_hf import DarelConfig
 EVERY = 4  # settings between two full runs
 
 
-def draw(generator: np.random.Generator) -> DarelConfig:
+def draw(generator: np.random.Generator, padding_free: bool) -> DarelConfig:
     """Draw settings: both stages, either stage, rules with and without scores."""
     offline, online = generator.choice([True, False], size=2, p=[0.7, 0.3])
     online = online or not offline
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"padding_free": True} if padding_free else {}
     if offline:
         settings["offline_keep"] = round(float(generator.uniform(0.4, 0.95)), 2)
         settings["offline_rule"] = str(generator.choice(["trimmed", "random"], p=[0.75, 0.25]))
@@ -38,6 +38,7 @@ def draw(generator: np.random.Generator) -> DarelConfig:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--settings", type=int, default=20)
+    made.add_argument("--padding_free", action="store_true", help="all settings are tried without padding")
     options = made.parse_args()
     if options.quick:
         options.settings = 2
@@ -46,7 +47,7 @@ def main() -> None:
     seconds_of(task.trainer(num_train_epochs=1))  # warms up
     full, runs = [seconds_of(task.trainer())], []
     for number in range(task.options.settings):
-        config = draw(generator)
+        config = draw(generator, task.options.padding_free)
         trainer = task.trainer(config)
         seconds = seconds_of(trainer)
         runs.append((len(full), config, seconds, trainer.report.plan.predicted_time))

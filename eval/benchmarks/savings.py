@@ -5,8 +5,8 @@ How much faster is it, everything counted? Full runs and shortened ones, interle
 
 `offline_0.7` keeps that fraction offline, `random_0.7` draws it, `budget_0.5` lets the planner choose for that
 fraction of the time; `by_length_0.7` and `budget_by_length_0.5` are the same with batches of similar length
-(`by_length_1.0`: nothing else). The samples are all references of a seeded part of the representations, as in the
-whole training set. A row a way goes to results/savings.jsonl, the table to savings.md: the median time relative to
+(`by_length_1.0`: nothing else), `padding_free_0.7` and `budget_padding_free_0.5` without padding. The samples are all
+references of a seeded part of the representations, as in the whole training set. A row a way goes to results/savings.jsonl, the table to savings.md: the median time relative to
 the plain run of the same round, and beside it what the offline stage should reach, 1 / (alpha + measured scoring
 share).
 """
@@ -26,6 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "by_length": {"batch_by_length": True},
     "budget": {},
     "budget_by_length": {"batch_by_length": True},
+    "padding_free": {"padding_free": True},
+    "budget_padding_free": {"padding_free": True},
 }
 
 
@@ -39,7 +41,9 @@ def main() -> None:
     made = parser(__doc__)
     made.set_defaults(samples=400, epochs=5)
     made.add_argument(
-        "--ways", default="offline_0.9,offline_0.8,offline_0.7,by_length_1.0,by_length_0.8,budget_0.8,budget_0.5"
+        "--ways",
+        default="offline_0.9,offline_0.8,offline_0.7,by_length_1.0,by_length_0.8,padding_free_1.0,padding_free_0.7,"
+        "budget_0.8,budget_0.5,budget_padding_free_0.5",
     )
     task = Task(made.parse_args(), by_representation=True)
     names = task.options.ways.split(",")
