@@ -6,9 +6,9 @@ How much faster is it, everything counted? Full runs and shortened ones, interle
 `offline_0.7` keeps that fraction offline, `random_0.7` draws it, `budget_0.5` lets the planner choose for that
 fraction of the time; `by_length_0.7` and `budget_by_length_0.5` are the same with batches of similar length
 (`by_length_1.0`: nothing else), `padding_free_0.7` and `budget_padding_free_0.5` without padding. The samples are all
-references of a seeded part of the representations, as in the whole training set. A row a way goes to results/savings.jsonl, the table to savings.md: the median time relative to
-the plain run of the same round, and beside it what the offline stage should reach, 1 / (alpha + measured scoring
-share).
+references of a seeded part of the representations, as in the whole training set. A row a way goes to
+results/savings.jsonl, the table to savings.md: the median time relative to the plain run of the same round, and beside
+it what the offline stage should reach, 1 / (alpha + measured scoring share).
 """
 
 from __future__ import annotations
