@@ -36,7 +36,7 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
 
     Returns:
         `dict`: `input_ids`, `position_ids`, `labels`, int64 `[1, N]` with the N positions that are in use;
-        `attention_mask`, int64 `[1, 1, B, L]`, for each position of the batch its place in the row, N for padding.
+        `attention_mask`, int64 `[1, 1, B, L]`, the places of each sample in the row, one after the other, then N.
         No label is at the first position of a sample, which nothing predicts. With `label_positions_only` also
         `logits_to_keep`, int64 `[K]`, and the labels of those positions as `labels` and `shift_labels`, `[1, K]`.
 
@@ -50,13 +50,15 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     ```
     """
     labels, used = inputs["labels"], _used(inputs)
-    order = used.cumsum(1)
+    first = used.cumsum(1).eq(1)
+    columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     row = {key: inputs[key][used][None] for key in TOKEN_KEYS if key in inputs and key != "attention_mask"}
-    row["labels"] = labels.masked_fill(order.eq(1), IGNORE)[used][None]
-    row.setdefault("position_ids", (order - 1)[used][None])
-    places = used.flatten().cumsum(0).view_as(labels) - 1
+    row["labels"] = labels.masked_fill(first, IGNORE)[used][None]
+    row.setdefault("position_ids", columns[used][None])
+    lengths = used.sum(1, keepdim=True)
+    places = columns + lengths.cumsum(0) - lengths
     # A mask with four dimensions reaches attention as it is, in every model: so this does.
-    row["attention_mask"] = places.masked_fill(~used, row["input_ids"].shape[1])[None, None]
+    row["attention_mask"] = places.masked_fill(columns >= lengths, row["input_ids"].shape[1])[None, None]
     if label_positions_only:
         following = F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:]
         predicts = following[0].ne(IGNORE)
@@ -182,6 +184,8 @@ class PaddingFree:
         model, tolerance = self.trainer.model, BatchScorer(self.trainer.model).tolerance
         inputs = self.trainer._prepare_inputs({k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)})
         self._check(inputs)
+        predicted = inputs["labels"][:, 1:].ne(IGNORE).sum() == flatten(inputs)["labels"].ne(IGNORE).sum()
+        self._require(bool(predicted), "its batches have labels that padding on the left predicts")
         training = model.training
         model.eval()
         try:
@@ -205,7 +209,7 @@ class PaddingFree:
 
     def _compare(self, what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
         distance = _distance(found, wanted)
-        self._require(bool(distance <= tolerance), f"its {what} would change by {distance:.2g} (padding on the left?)")
+        self._require(bool(distance <= tolerance), f"its {what} would change by {distance:.2g}")
 
     def close(self) -> None:
         """Give the model its attention back."""

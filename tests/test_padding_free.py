@@ -73,6 +73,13 @@ def test_trains_as_trainer_does(tmp_path, model, more):
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
+class PadsLeft(PadCollator):
+    def __call__(self, features):
+        keys = ("input_ids", "attention_mask", "labels")
+        batch = super().__call__([{key: feature[key][::-1] for key in keys} for feature in features])
+        return {key: value.flip(1) for key, value in batch.items()}
+
+
 def gradients(model, batch):
     model.zero_grad()
     model(**batch).loss.backward()
@@ -81,9 +88,10 @@ def gradients(model, batch):
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_lora, llama, windowed])
 @pytest.mark.parametrize("way", [_sample_by_sample, _in_rows])
-def test_gradients(make, way, monkeypatch):
+@pytest.mark.parametrize("collator", [PadCollator, PadsLeft])
+def test_gradients(make, way, collator, monkeypatch):
     model = make()
-    batch = PadCollator()([token_data()[i] for i in range(5)])
+    batch = collator()([token_data()[i] for i in range(5)])
     wanted = gradients(model, batch)
     used = []
 
@@ -306,15 +314,9 @@ def test_models_and_batches_that_are_refused(tmp_path):
     eager = llama()
     eager.set_attn_implementation("eager")
     assert "attn_implementation='sdpa'" in refused(tmp_path / "eager", eager)
-
-    class PadsLeft(PadCollator):
-        def __call__(self, features):
-            batch = super().__call__(
-                [{k: f[k][::-1] for k in ("input_ids", "attention_mask", "labels")} for f in features]
-            )
-            return {key: value.flip(1) for key, value in batch.items()}
-
-    assert "would change by" in refused(tmp_path / "left", tiny_lora(), collator=PadsLeft())
+    # Where the first token has a label and padding is on the left, a padded position predicts it.
+    data = token_data(prompt=False)
+    assert "padding on the left" in refused(tmp_path / "left", tiny_lora(), data, collator=PadsLeft())
 
     class More(PadCollator):
         def __call__(self, features):
