@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         default="full,fewer_0.7,fewer_0.5,random_0.7,grouped_random_0.7,grouped_middle_0.7,both_middle_random,"
+        "grouped_budget_0.5_padding_free,"
         "offline_middle_0.7,offline_stratified_0.7,offline_trimmed_0.7,offline_easiest_0.7,offline_rho_loss_0.7,"
         "offline_loss_bins_high_0.7,online_random,online_hardest_every3,online_stratified_every3,"
         "online_percentile_every3,online_infobatch_every3,online_kakurenbo_every3,online_rho_loss_every3,"
@@ -124,7 +125,7 @@ def main() -> None:
     if options.num_beams > 1:
         options.name += "_beams"
     if options.quick:
-        options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest"
+        options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest,budget_0.5_padding_free"
     names = options.arms.split(",")
     unknown = [name for name in names if name not in known]
     if unknown:
