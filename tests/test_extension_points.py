@@ -16,8 +16,11 @@ from torch._guards import TracingContext
 from torch._inductor import compile_fx as compile_fx_module
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import PreTrainedConfig, Seq2SeqTrainer, Trainer
 from transformers import trainer as trainer_module
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,13 @@ def test_what_slices_backward_passes_needs_of_the_compiler():
     assert "fw_metadata" in inspect.getsource(TracingContext.__init__)
     assert hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph") and hasattr(torch, "_foreach_copy_")
     assert hasattr(inductor_config, "fallback_random") and hasattr(dynamo_config, "skip_nnmodule_hook_guards")
+
+
+def test_what_training_without_padding_needs_of_transformers():
+    assert "_attn_implementation" in dir(PreTrainedConfig)
+    assert "sdpa" in ALL_ATTENTION_FUNCTIONS.valid_keys() and "sdpa" in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+    assert {"is_causal", "dropout", "scaling"} <= set(inspect.signature(ALL_ATTENTION_FUNCTIONS["sdpa"]).parameters)
+    assert "shift_labels" in inspect.signature(ForCausalLMLoss).parameters
 
 
 def test_the_loop_asks_for_batches_and_saves_in_our_order():
