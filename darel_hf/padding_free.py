@@ -191,6 +191,7 @@ class PaddingFree:
         try:
             with torch.no_grad(), preserve_rng_state(), self.trainer.accelerator.autocast():
                 padded = model(**inputs)
+                self._require(isinstance(padded, Mapping) and "loss" in padded, "it returns no loss by that name")
                 base_model(model).set_attn_implementation(ATTENTION)
                 try:
                     found = model(**flatten(inputs))

@@ -293,6 +293,19 @@ def test_settings_that_do_not_go_together(settings, message):
         DarelConfig(**settings, padding_free=True)
 
 
+@pytest.mark.parametrize("darel", [{"padding_free": True}, {"offline_keep": 0.5}])
+def test_weights_that_are_spread_before_training(tmp_path, monkeypatch, darel):
+    monkeypatch.setattr("darel_hf.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="deepspeed zero_stage=3"):
+        DarelTrainer(
+            model=tiny_lora(),
+            args=arguments(tmp_path),
+            train_dataset=token_data(),
+            data_collator=PadCollator(),
+            darel=DarelConfig(**darel),
+        )
+
+
 def refused(tmp_path, model, data=None, collator=None, **settings):
     trainer = DarelTrainer(
         model=model,
