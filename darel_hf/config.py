@@ -75,7 +75,7 @@ class DarelConfig:
         batch_by_length (`bool`, defaults to `False`):
             Make batches (of candidates, where there are any) of samples of similar length, in random order: fewer
             padded positions, so that steps are cheaper. See [`darel_hf.batching.ShuffledByLength`].
-        padding_free (`bool`, defaults to `False`):
+        unpad (`bool`, defaults to `False`):
             Train on batches without padding, and let only the positions that predict a label pass the head: the same
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
             `attn_implementation="sdpa"`, shown on a few samples before training. See
@@ -116,7 +116,7 @@ class DarelConfig:
     id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
     batch_by_length: bool = field(default=False, metadata={"help": "batches of similar length, in random order"})
-    padding_free: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
+    unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
 
@@ -157,16 +157,16 @@ class DarelConfig:
         weighs = self.rule("offline").weigh is not None
         remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
         require(self.group_column is None or not weighs, "group_column", self.group_column, remedy)
-        if self.padding_free:
+        if self.unpad:
             remedy = "without padding there is nothing for it to save; leave out one of them"
             require(not self.batch_by_length, "batch_by_length", True, remedy)
             remedy = "losses of rows cannot be read off a batch without padding; leave out one of them"
             require(not self.track, "track", True, remedy)
-            remedy = "it slices the rows of a padded batch; give 'subset', or padding_free=False"
+            remedy = "it slices the rows of a padded batch; give 'subset', or unpad=False"
             require(self.online_backward == "subset", "online_backward", self.online_backward, remedy)
             for stage in filter(self.may_select, ("offline", "online")):
                 name, rule = f"{stage}_rule", self.rule(stage)
-                remedy = "its weights need losses of rows, which padding_free=True has not; leave out one of them"
+                remedy = "its weights need losses of rows, which unpad=True has not; leave out one of them"
                 require(rule.weigh is None, name, rule.name, remedy)
         if self.budget_time is not None or self.budget_memory is not None:
             for name, default in (("offline_keep", 1.0), ("online_keep", 1.0), ("rescore_every", 1)):
@@ -192,7 +192,7 @@ class DarelConfig:
     def active(self) -> bool:
         """Whether anything differs from plain training."""
         selects = self.may_select("offline") or self.may_select("online")
-        return selects or self.track or self.batch_by_length or self.padding_free
+        return selects or self.track or self.batch_by_length or self.unpad
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, for JSON."""

@@ -263,7 +263,7 @@ def check_rows(batch: Mapping, n: int) -> None:
             raise ValueError(
                 f"{key} has {value.shape[0]} rows for {n} samples: a row of a batch must be one sample. Switch off "
                 "packing and padding-free batches (packing=False, padding_free=False, a collator without flattening); "
-                "DarelConfig(padding_free=True) takes the padding away after the samples are chosen"
+                "DarelConfig(unpad=True) takes the padding away after the samples are chosen"
             )
 
 

@@ -158,7 +158,7 @@ class PaddingFree:
 
     def _require(self, ok: bool, what: str) -> None:
         model = type(base_model(self.trainer.model)).__name__
-        require(ok, "padding_free", True, f"{model} cannot be trained without padding: {what}; set it to False")
+        require(ok, "unpad", True, f"{model} cannot be trained without padding: {what}; set it to False")
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch for the model to train on, without ids and weights; see [`flatten`]."""

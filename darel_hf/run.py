@@ -222,7 +222,7 @@ class Run:
 
     def _ready_padding_free(self) -> None:
         """Show on a few samples that training without padding is the same; raise `ValueError` if it is not."""
-        if not self.config.padding_free:
+        if not self.config.unpad:
             return
         self.padding_free = PaddingFree(self.trainer)
         if self.streams:  # tried out on the first batch
@@ -296,7 +296,7 @@ class Run:
         if self.streams:
             self._announce(plan)
             self.plan = plan
-        elif selects or config.padding_free:
+        elif selects or config.unpad:
             self._make_scorer(needed=saved is None)
             plan = self._with_costs(plan)
             scores = saved

@@ -19,7 +19,7 @@ class DarelSFTTrainer(DarelMixin, SFTTrainer):
     `trl.SFTTrainer` with DAREL, see [`DarelMixin`]: text, prompt-completion and conversational data.
 
     trl's `packing` and `padding_free` are refused: a row of a batch must be one sample.
-    `DarelConfig(padding_free=True)` takes the padding away later.
+    `DarelConfig(unpad=True)` takes the padding away later.
     """
 
     def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:

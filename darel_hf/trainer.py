@@ -330,8 +330,8 @@ def _check_arguments(trainer: Any) -> None:
     require(not (empty and scores and args.world_size > 1), "fsdp_cpu_ram_efficient_loading", True, remedy)
     remedy = "weights are spread over processes before the offline stage could score; give scores= or scorer="
     require(not (scores and is_deepspeed_zero3_enabled()), "deepspeed zero_stage", 3, remedy)
-    remedy = "trying out padding_free=True needs whole weights in every process before training; leave out one of them"
-    tries = config.padding_free and not is_stream(trainer.train_dataset)
+    remedy = "trying out unpad=True needs whole weights in every process before training; leave out one of them"
+    tries = config.unpad and not is_stream(trainer.train_dataset)
     require(not (empty and tries and args.world_size > 1), "fsdp_cpu_ram_efficient_loading", True, remedy)
     require(not (tries and is_deepspeed_zero3_enabled()), "deepspeed zero_stage", 3, remedy)
     selects = config.online_keep < 1 or config.offline_keep < 1

@@ -66,7 +66,7 @@ def test_trains_as_trainer_does(tmp_path, model, more):
     data = token_data(prompt=model is not tiny_gpt2)  # without prompts the first token has a label, too
     more = {**more, **GENTLE}
     plain = trained(Trainer, tmp_path / "plain", model(), data=data, **more)
-    ours = trained(DarelTrainer, tmp_path / "ours", model(), DarelConfig(padding_free=True), data=data, **more)
+    ours = trained(DarelTrainer, tmp_path / "ours", model(), DarelConfig(unpad=True), data=data, **more)
     assert distance(weights(ours.model), weights(plain.model), weights(model())) < 1e-4
     wanted = [log["loss"] for log in plain.state.log_history if "loss" in log]
     found = [log["loss"] for log in ours.state.log_history if "loss" in log]
@@ -178,12 +178,12 @@ class Widths(DarelTrainer):
 def test_with_selection(tmp_path, darel):
     """The same samples are chosen as with padding (losses are scored with padding), and the result is the same."""
     if "budget_time" in darel:  # what it decides depends on what was measured
-        ours = trained(Widths, tmp_path / "ours", tiny_lora(), DarelConfig(**darel, padding_free=True), **GENTLE)
+        ours = trained(Widths, tmp_path / "ours", tiny_lora(), DarelConfig(**darel, unpad=True), **GENTLE)
         assert ours.report.plan.method == "measured"
         assert {rows for rows, _ in ours.shapes[-ours.state.global_step :]} == {1}
         return
     padded = trained(Widths, tmp_path / "padded", tiny_lora(), DarelConfig(**darel), **GENTLE)
-    ours = trained(Widths, tmp_path / "ours", tiny_lora(), DarelConfig(**darel, padding_free=True), **GENTLE)
+    ours = trained(Widths, tmp_path / "ours", tiny_lora(), DarelConfig(**darel, unpad=True), **GENTLE)
     steps = padded.state.global_step
     assert ours.state.global_step == steps
     assert ours.report.rows_backpropagated == padded.report.rows_backpropagated
@@ -197,7 +197,7 @@ def test_with_selection(tmp_path, darel):
 
 
 def test_the_plan_counts_it(tmp_path, capsys):
-    ours = trained(DarelTrainer, tmp_path, tiny_lora(), DarelConfig(padding_free=True), token_data(200))
+    ours = trained(DarelTrainer, tmp_path, tiny_lora(), DarelConfig(unpad=True), token_data(200))
     costs = ours.report.plan.costs
     assert costs.measured and costs.padding_free != 1
     assert ours.report.plan.predicted_time == pytest.approx(
@@ -207,7 +207,7 @@ def test_the_plan_counts_it(tmp_path, capsys):
 
 
 def test_a_checkpoint_has_nothing_of_it(tmp_path):
-    config = DarelConfig(padding_free=True, offline_keep=0.8)
+    config = DarelConfig(unpad=True, offline_keep=0.8)
     whole = trained(DarelTrainer, tmp_path / "a", tiny_gpt2(), config, save_strategy="epoch")
     half = tmp_path / "a" / f"checkpoint-{whole.state.global_step // 2}"
     loaded = AutoModelForCausalLM.from_pretrained(half)
@@ -228,7 +228,7 @@ def test_a_stream(tmp_path):
     settings = {"max_steps": 5, **GENTLE, "accelerator_config": {"dispatch_batches": False}}
     config = {"online_keep": 0.5, "id_column": "number"}
     padded = trained(DarelTrainer, tmp_path / "a", tiny_lora(), DarelConfig(**config), data, **settings)
-    config = DarelConfig(**config, padding_free=True)
+    config = DarelConfig(**config, unpad=True)
     ours = trained(DarelTrainer, tmp_path / "b", tiny_lora(), config, data, **settings)
     assert distance(weights(ours.model), weights(padded.model), weights(tiny_lora())) < 1e-4
 
@@ -247,7 +247,7 @@ def test_model_init(tmp_path):
         args=arguments(tmp_path / "b", **GENTLE),
         train_dataset=token_data(),
         data_collator=PadCollator(),
-        darel=DarelConfig(padding_free=True),
+        darel=DarelConfig(unpad=True),
     )
     ours.train()
     assert distance(weights(ours.model), weights(plain.model), weights(tiny_lora())) < 1e-4
@@ -271,7 +271,7 @@ def test_own_losses_get_all_logits(tmp_path):
     smoothing = {"label_smoothing_factor": 0.1}
     for name, more, ours_cls, plain_cls in (("a", smoothing, DarelTrainer, Trainer), ("b", {}, Own, OwnPlain)):
         more |= GENTLE
-        ours = trained(ours_cls, tmp_path / f"{name}-ours", tiny_lora(), DarelConfig(padding_free=True), **more)
+        ours = trained(ours_cls, tmp_path / f"{name}-ours", tiny_lora(), DarelConfig(unpad=True), **more)
         plain = trained(plain_cls, tmp_path / f"{name}-plain", tiny_lora(), **more)
         assert distance(weights(ours.model), weights(plain.model), weights(tiny_lora())) < 1e-4
 
@@ -290,10 +290,10 @@ def test_own_losses_get_all_logits(tmp_path):
 )
 def test_settings_that_do_not_go_together(settings, message):
     with pytest.raises(ValueError, match=message):
-        DarelConfig(**settings, padding_free=True)
+        DarelConfig(**settings, unpad=True)
 
 
-@pytest.mark.parametrize("darel", [{"padding_free": True}, {"offline_keep": 0.5}])
+@pytest.mark.parametrize("darel", [{"unpad": True}, {"offline_keep": 0.5}])
 def test_weights_that_are_spread_before_training(tmp_path, monkeypatch, darel):
     monkeypatch.setattr("darel_hf.trainer.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="deepspeed zero_stage=3"):
@@ -312,7 +312,7 @@ def refused(tmp_path, model, data=None, collator=None, **settings):
         args=arguments(tmp_path, **settings),
         train_dataset=token_data() if data is None else data,
         data_collator=collator or PadCollator(),
-        darel=DarelConfig(padding_free=True),
+        darel=DarelConfig(unpad=True),
     )
     with pytest.raises(ValueError) as caught:
         trainer.train()
@@ -323,7 +323,7 @@ def refused(tmp_path, model, data=None, collator=None, **settings):
 def test_models_and_batches_that_are_refused(tmp_path):
     torch.manual_seed(0)
     bert = BertForMaskedLM(BertConfig(**SIZES))
-    assert "padding_free=True: BertForMaskedLM cannot" in refused(tmp_path / "bert", bert)
+    assert "unpad=True: BertForMaskedLM cannot" in refused(tmp_path / "bert", bert)
     eager = llama()
     eager.set_attn_implementation("eager")
     assert "attn_implementation='sdpa'" in refused(tmp_path / "eager", eager)

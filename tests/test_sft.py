@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import PAD, VOCABULARY, assert_same_weights, tiny_lora, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 trl = pytest.importorskip("trl")
 
@@ -77,10 +77,15 @@ def test_both_stages_and_tracking(tmp_path, tokenizer, form, rule):
 def test_without_padding(tmp_path, tokenizer, form):
     more = {"optim": "sgd", "learning_rate": 0.1}
     plain = train(tmp_path / "plain", tokenizer, form, cls=trl.SFTTrainer, **more)
-    ours = train(tmp_path / "ours", tokenizer, form, {"padding_free": True}, **more)
+    ours = train(tmp_path / "ours", tokenizer, form, {"unpad": True}, **more)
     start, wanted = weights(tiny_lora()), weights(plain.model)
     for name, tensor in weights(ours.model).items():
         assert (tensor - wanted[name]).norm() <= 1e-4 * (wanted[name] - start[name]).norm() + 1e-6, name
+
+
+def test_settings_share_a_command_line_with_those_of_trl():
+    parsed = HfArgumentParser([DarelConfig, trl.SFTConfig]).parse_args_into_dataclasses(["--unpad", "true"])
+    assert parsed[0].unpad and not parsed[1].padding_free
 
 
 def test_packing_is_refused(tmp_path, tokenizer):

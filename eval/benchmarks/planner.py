@@ -24,7 +24,7 @@ def draw(generator: np.random.Generator, padding_free: bool) -> DarelConfig:
     """Draw settings: both stages, either stage, rules with and without scores."""
     offline, online = generator.choice([True, False], size=2, p=[0.7, 0.3])
     online = online or not offline
-    settings: dict[str, Any] = {"padding_free": True} if padding_free else {}
+    settings: dict[str, Any] = {"unpad": True} if padding_free else {}
     if offline:
         settings["offline_keep"] = round(float(generator.uniform(0.4, 0.95)), 2)
         settings["offline_rule"] = str(generator.choice(["trimmed", "random"], p=[0.75, 0.25]))

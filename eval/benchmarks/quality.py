@@ -95,10 +95,10 @@ def arms() -> dict[str, Arm]:
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
     for name, arm in list(made.items()):
         try:
-            DarelConfig(**{"reference_scores": "made later", **arm.darel, "padding_free": True})
+            DarelConfig(**{"reference_scores": "made later", **arm.darel, "unpad": True})
         except ValueError:  # a setting that does not go together with it
             continue
-        made[f"{name}_padding_free"] = arm._replace(darel={**arm.darel, "padding_free": True})
+        made[f"{name}_padding_free"] = arm._replace(darel={**arm.darel, "unpad": True})
     return made
 
 

@@ -26,8 +26,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "by_length": {"batch_by_length": True},
     "budget": {},
     "budget_by_length": {"batch_by_length": True},
-    "padding_free": {"padding_free": True},
-    "budget_padding_free": {"padding_free": True},
+    "padding_free": {"unpad": True},
+    "budget_padding_free": {"unpad": True},
 }
 
 

@@ -74,7 +74,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {**BOTH, "online_backward": "sliced"}),
         (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
         (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
-        (2, 1, {"online_keep": 0.5, "padding_free": True}),
+        (2, 1, {"online_keep": 0.5, "unpad": True}),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
@@ -103,7 +103,7 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         settings["stream"] = True
         settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
     if (
-        "online_backward" in darel or "padding_free" in darel
+        "online_backward" in darel or "unpad" in darel
     ):  # Adam makes whole steps out of the rounding of gradients near zero
         settings["arguments"] |= {"optim": "sgd", "learning_rate": 0.5}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)
