@@ -84,7 +84,8 @@ def test_without_padding(tmp_path, tokenizer, form):
 
 
 def test_settings_share_a_command_line_with_those_of_trl():
-    parsed = HfArgumentParser([DarelConfig, trl.SFTConfig]).parse_args_into_dataclasses(["--unpad", "true"])
+    parser = HfArgumentParser([DarelConfig, trl.SFTConfig])
+    parsed = parser.parse_args_into_dataclasses(["--unpad", "true", "--bf16", "false"])
     assert parsed[0].unpad and not parsed[1].padding_free
 
 
