@@ -180,21 +180,25 @@ class PaddingFree:
         self._require(same, f"its batches must be of one shape [B, L], they are of {shapes}")
 
     def try_out(self, inputs: Mapping[str, Any]) -> None:
-        """Compute a batch in both ways, in eval mode; raise `ValueError` unless logits and losses are the same."""
-        model, tolerance = self.trainer.model, BatchScorer(self.trainer.model).tolerance
-        inputs = self.trainer._prepare_inputs({k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)})
+        """
+        Compute a batch without ids and weights in both ways, in eval mode.
+
+        Raises `ValueError` unless logits and losses are the same.
+        """
+        model = self.trainer.model
+        scorer = BatchScorer(model, autocast=self.trainer.accelerator.autocast)
+        inputs = self.trainer._prepare_inputs(inputs)
         self._check(inputs)
-        predicted = inputs["labels"][:, 1:].ne(IGNORE).sum() == flatten(inputs)["labels"].ne(IGNORE).sum()
+        row, tolerance = flatten(inputs), scorer.tolerance
+        predicted = inputs["labels"][:, 1:].ne(IGNORE).sum() == row["labels"].ne(IGNORE).sum()
         self._require(bool(predicted), "its batches have labels that padding on the left predicts")
-        training = model.training
-        model.eval()
         try:
-            with torch.no_grad(), preserve_rng_state(), self.trainer.accelerator.autocast():
+            with scorer.scoring(), preserve_rng_state():
                 padded = model(**inputs)
                 self._require(isinstance(padded, Mapping) and "loss" in padded, "it returns no loss by that name")
                 base_model(model).set_attn_implementation(ATTENTION)
                 try:
-                    found = model(**flatten(inputs))
+                    found = model(**row)
                     losses, logits = found["loss"], found.get("logits")
                     fewer = model(**flatten(inputs, True))["loss"] if self.label_positions_only else None
                 except Exception as error:  # whatever it is, such a model does not take a batch like this
@@ -205,7 +209,6 @@ class PaddingFree:
             self.label_positions_only = fewer is not None and _distance(fewer, padded["loss"]) <= tolerance
         finally:
             self.close()
-            model.train(training)
         self.tried = True
 
     def _compare(self, what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:

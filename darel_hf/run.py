@@ -189,8 +189,7 @@ class Run:
         if reason is None:
             with preserve_rng_state(), untouched(trainer.model):
                 reason = self._try_slicing()
-        reasons = gather_object([reason]) if self.args.world_size > 1 else [reason]
-        reason = next((found for found in reasons if found is not None), None)
+        reason = self._first_found(reason)
         if reason is not None:  # of any process: they must all do the same
             self.sliced = None
             logger.warning("online_backward='sliced': %s; going on with 'subset'", reason)
@@ -213,6 +212,11 @@ class Run:
             return str(error) if isinstance(error, CannotSlice) else f"{type(error).__name__}: {first_line(error)}"
         return None
 
+    def _first_found(self, found: Any) -> Any:
+        """Return the first of what the processes found that is not `None`, the same on all."""
+        everyone = gather_object([found]) if self.args.world_size > 1 else [found]
+        return next((one for one in everyone if one is not None), None)
+
     def _few_rows(self) -> dict[str, Any]:
         """Return a batch of four samples, without ids."""
         dataset, collator = self._dataset_and_collator
@@ -232,8 +236,7 @@ class Run:
             self.padding_free.try_out(self._few_rows())
         except Exception as found:  # of any kind: the other processes wait
             error = found
-        errors = gather_object([error]) if self.args.world_size > 1 else [error]
-        error = next((found for found in errors if found is not None), None)
+        error = self._first_found(error)
         if error is not None:
             raise error
         self._settle(started, "probe")

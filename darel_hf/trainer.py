@@ -171,11 +171,9 @@ class DarelMixin:
 
     def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Do the training step of the class below, on inputs without ids and weights."""
-        if self._run is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        if self._run.padding_free is not None:
-            return super().training_step(model, self._run.padding_free(inputs), *args, **kwargs)
-        if ID_KEY not in inputs:
+        if self._run is not None and self._run.padding_free is not None:
+            inputs = self._run.padding_free(inputs)
+        if self._run is None or ID_KEY not in inputs:
             return super().training_step(model, inputs, *args, **kwargs)
         self._run.begin_row(inputs)
         sliced = self._run.sliced if self._run.number is not None else None

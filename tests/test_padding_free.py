@@ -223,6 +223,13 @@ def test_a_checkpoint_has_nothing_of_it(tmp_path):
     assert distance(weights(again.model), weights(whole.model)) < 1e-6
 
 
+def test_autocast(tmp_path):
+    """What rounding to bfloat16 changes is no reason to refuse."""
+    plain = trained(Trainer, tmp_path / "plain", llama(), bf16=True, **GENTLE)
+    ours = trained(DarelTrainer, tmp_path / "ours", llama(), DarelConfig(unpad=True), bf16=True, **GENTLE)
+    assert distance(weights(ours.model), weights(plain.model), weights(llama())) < 0.05
+
+
 def test_a_stream(tmp_path):
     data = token_data(40).add_column("number", list(range(40))).to_iterable_dataset()
     settings = {"max_steps": 5, **GENTLE, "accelerator_config": {"dispatch_batches": False}}
