@@ -70,7 +70,9 @@ def arms() -> dict[str, Arm]:
     for keep in (0.9, 0.8, 0.7, 0.5):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
         made[f"budget_{keep}"] = Arm({"budget_time": keep})
-        made[f"grouped_budget_{keep}"] = Arm({"budget_time": keep, "group_column": "mr"})
+        grouped = {"budget_time": keep, "group_column": "mr"}
+        made[f"grouped_budget_{keep}"] = Arm(grouped)
+        made[f"grouped_random_budget_{keep}"] = Arm({**grouped, "offline_rule": "random"})  # what scoring is worth
         for rule in RULES:
             offline = {"offline_keep": keep, "offline_rule": rule}
             made[f"offline_{rule}_{keep}"] = Arm(offline)
