@@ -352,10 +352,10 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         bleu = np.array([row["bleu"] for row in rows])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
         cells = [arm]
-        full = plain[rows[0]["seed"]]["rows_backpropagated"]
         cells.append(f"{np.median([row['time'] for row in rows]):.2f}")
         cells.append(f"{np.median([row['scoring_seconds'] / row['plain_seconds'] for row in rows]):.3f}")
-        cells.append(f"{rows[0]['rows_backpropagated'] / full:.2f}")
+        samples = [row["rows_backpropagated"] / plain[row["seed"]]["rows_backpropagated"] for row in rows]
+        cells.append(f"{np.mean(samples):.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
         for other in ("full", control):
             differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
