@@ -237,6 +237,7 @@ def plan(
             scores_free=saved_scores or not config.rule("offline").reads_losses,
         )
         made = budget_plan(made, config) if config.has_budget else made
+        made.check()
         out.print(str(made), highlight=False)
         if made.predicted_saving <= 0:
             errors.print("no saving is predicted: scoring costs more than the dropped rows save", highlight=False)
