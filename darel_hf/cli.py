@@ -188,14 +188,19 @@ def plan(
     samples: Annotated[int, typer.Option(help="Samples of the training set.")] = 42061,
     forward_share: Annotated[float, typer.Option(help="Scoring a row relative to training on it (f).")] = 0.5,
     offline_share: Annotated[float, typer.Option(help="The same in the offline pass (c * f).")] = 0.3,
+    unpad_share: Annotated[float, typer.Option(help="A step with unpad=True relative to a padded one (q).")] = 1.0,
+    offline_rule: Annotated[
+        str, typer.Option(help="One that reads no losses (random) needs no offline pass.")
+    ] = "middle",
+    online_rule: Annotated[str, typer.Option(help="Likewise: with random, f is 0.")] = "random",
     saved_scores: Annotated[bool, typer.Option(help="There is no offline pass to pay for.")] = False,
     one_forward: Annotated[bool, typer.Option(help="One forward pass scores and trains (sliced).")] = False,
 ) -> None:
     """
     Show what a setting, or a time budget, is predicted to cost, before anything runs.
 
-    The two shares say what scoring costs on your machine: half a step is usual for LoRA, a third for full fine-tuning;
-    every training run prints the ones that it measured.
+    The shares say what scoring and steps without padding cost on your machine: scoring takes half a step with LoRA, a
+    third with full fine-tuning, steps without padding what your texts leave; every run prints those that it measured.
     """
     with clear_errors():
         from .config import DarelConfig
@@ -207,11 +212,20 @@ def plan(
             rescore_every=rescore_every,
             budget_time=budget_time,
             budget_method=budget_method,
+            offline_rule=offline_rule,
+            online_rule=online_rule,
+            online_backward="sliced" if one_forward else "subset",
+            reference_scores="of some file",  # for the rules that need them; they cost the run nothing
         )
         for name, value in (("epochs", epochs), ("batch_size", batch_size), ("samples", samples)):
             require(value > 0, name, value, "give a positive number")
         for name, value in (("forward_share", forward_share), ("offline_share", offline_share)):
             require(0 <= value <= 1, name, value, "give a fraction in [0, 1]")
+        require(0 < unpad_share <= 1, "unpad_share", unpad_share, "give a fraction in (0, 1]; 1: padded")
+        forward_share = forward_share if config.rule("online").reads_losses else 0.0
+        costs = Costs(
+            float("nan"), forward_share, offline_share, False, one_forward=one_forward, padding_free=unpad_share
+        )
         made = Plan(
             offline_keep=config.offline_keep,
             online_keep=config.online_keep,
@@ -219,10 +233,11 @@ def plan(
             batch_size=batch_size,
             epochs=epochs,
             samples=samples,
-            costs=Costs(float("nan"), forward_share, offline_share, False, one_forward=one_forward),
-            scores_free=saved_scores,
+            costs=costs,
+            scores_free=saved_scores or not config.rule("offline").reads_losses,
         )
         made = budget_plan(made, config) if config.has_budget else made
+        made.check()
         out.print(str(made), highlight=False)
         if made.predicted_saving <= 0:
             errors.print("no saving is predicted: scoring costs more than the dropped rows save", highlight=False)

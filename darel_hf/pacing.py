@@ -78,6 +78,7 @@ class KeepBudget(TrainerCallback):
         decisions (`list`, *optional*): of a run that goes on.
         scoring (`Callable`, *optional*): `() -> float`, the seconds among them that went into scoring; `None` where
             that is part of the steps (`online_backward="sliced"`).
+        granted (`float`): of a run that goes on: how much slower than measured its steps have turned out to be.
     """
 
     def __init__(
@@ -89,9 +90,10 @@ class KeepBudget(TrainerCallback):
         decide: Callable[[Callable[[], int]], int],
         decisions: list[list[float]] | None = None,
         scoring: Callable[[], float] | None = None,
+        granted: float = 1.0,
     ):
         self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
-        self.step_seconds, self.scoring, self.granted = step_seconds, scoring, 1.0
+        self.step_seconds, self.scoring, self.granted = step_seconds, scoring, granted
         self.saved = decisions
         self.progress: Progress | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,6 +70,11 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     return row
 
 
+def is_flat(inputs: Mapping[str, Any]) -> bool:
+    """Whether inputs come from [`flatten`]."""
+    return _holds_places(inputs.get("attention_mask"))
+
+
 def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -91,7 +97,7 @@ def attention(
         `[1, N, heads, d]` and no weights.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if attention_mask is None or attention_mask.dtype != torch.int64 or attention_mask.dim() != 4:
+    if not _holds_places(attention_mask):
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     # Causal attention never looks ahead, to where the padding is: so it needs no mask, only to begin with each sample.
     kwargs |= {"attention_mask": None, "is_causal": True}
@@ -141,7 +147,7 @@ class PaddingFree:
     """
 
     def __init__(self, trainer: Any):
-        self.trainer, self.tried = trainer, False
+        self.trainer, self.tried = trainer, 0  # positions of the longest row that was tried out
         model = base_model(trainer.model)
         self._require(is_causal_lm(model), f"{type(model).__name__} is no causal language model")
         used = model.config._attn_implementation
@@ -164,11 +170,13 @@ class PaddingFree:
         """Return a batch for the model to train on, without ids and weights; see [`flatten`]."""
         inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
         self._check(inputs)
-        if not self.tried:
-            self.try_out(inputs)
         model = base_model(self.trainer.model)
+        length, window = inputs["labels"].shape[1], getattr(model.config, "sliding_window", None) or math.inf
+        if not self.tried or self.tried <= window < length:  # a window is not seen in rows that are shorter
+            self.try_out(inputs)
         if model.config._attn_implementation != ATTENTION:  # Trainer may have made the model anew
             model.set_attn_implementation(ATTENTION)
+        self._check_first_labels(inputs)
         return flatten(inputs, self.label_positions_only)
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
@@ -189,9 +197,8 @@ class PaddingFree:
         scorer = BatchScorer(model, autocast=self.trainer.accelerator.autocast)
         inputs = self.trainer._prepare_inputs(inputs)
         self._check(inputs)
+        self._check_first_labels(inputs)
         row, tolerance = flatten(inputs), scorer.tolerance
-        predicted = inputs["labels"][:, 1:].ne(IGNORE).sum() == row["labels"].ne(IGNORE).sum()
-        self._require(bool(predicted), "its batches have labels that padding on the left predicts")
         try:
             with scorer.scoring(), preserve_rng_state():
                 padded = model(**inputs)
@@ -209,7 +216,14 @@ class PaddingFree:
             self.label_positions_only = fewer is not None and _distance(fewer, padded["loss"]) <= tolerance
         finally:
             self.close()
-        self.tried = True
+        self.tried = max(self.tried, inputs["labels"].shape[1])
+
+    def _check_first_labels(self, inputs: Mapping[str, Any]) -> None:
+        labels, used = inputs["labels"], _used(inputs)
+        first = used & used.cumsum(1).eq(1)
+        first[:, 0] = False  # nothing predicts that in the padded batch either
+        predicted = (first & labels.ne(IGNORE)).any()
+        self._require(not predicted, "its batches have labels that padding on the left predicts")
 
     def _compare(self, what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
         distance = _distance(found, wanted)
@@ -220,6 +234,10 @@ class PaddingFree:
         model = base_model(self.trainer.model)
         if model.config._attn_implementation == ATTENTION:
             model.set_attn_implementation("sdpa")
+
+
+def _holds_places(mask: Any) -> bool:
+    return torch.is_tensor(mask) and mask.dtype == torch.int64 and mask.dim() == 4
 
 
 def _used(inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -248,7 +248,7 @@ def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[flo
     return scoring + SMALLEST_KEEP * min(online_term(1.0, 1, epochs, costs), online), online
 
 
-def solve_budget(plan: Plan, budget_time: float | None) -> Plan:
+def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) -> Plan:
     """
     Choose alpha, A and eta so that the cost model meets the time budget.
 
@@ -262,6 +262,7 @@ def solve_budget(plan: Plan, budget_time: float | None) -> Plan:
         budget_time (`float`, *optional*): t, fraction of the full time. `None`: no time was asked for, only memory; it
             is the full time then, or, where the smaller batches are so slow that this cannot be had, nothing is
             dropped.
+        offline (`bool`): whether samples may be dropped offline.
 
     Raises:
         ValueError: if the budget cannot be met; says what the smallest possible one is.
@@ -270,13 +271,15 @@ def solve_budget(plan: Plan, budget_time: float | None) -> Plan:
     budget_time = 1.0 if memory_only else budget_time
     everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
     plan, whole = everything, online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
+    if plan.fixed_steps:  # dropping samples saves none of them
+        return everything
     # All of the time is plain training; or less padding is enough.
     if (budget_time == 1 and plan.slowdown <= 1) or (whole < 1 and everything.predicted_time <= budget_time):
         return everything
     with_offline, online_alone = (
         plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     )
-    smallest = min(with_offline, online_alone)
+    smallest = min(with_offline, online_alone) if offline else online_alone
     if memory_only and smallest > budget_time:
         return everything
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
@@ -285,7 +288,7 @@ def solve_budget(plan: Plan, budget_time: float | None) -> Plan:
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
-    if budget_time - overhead < with_offline:
+    if not offline or budget_time - overhead < with_offline:
         return _online_alone(plan, (budget_time - overhead) / plan.slowdown)
     left = (budget_time - overhead) / plan.slowdown - (
         0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
@@ -327,13 +330,21 @@ def _online_alone(plan: Plan, budget_time: float) -> Plan:
     return replace(plan, offline_keep=1.0, online_keep=min(max(online, SMALLEST_KEEP), 1.0), rescore_every=eta)
 
 
-def budget_plan(plan: Plan, config: DarelConfig) -> Plan:
-    """Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met."""
+def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0) -> Plan:
+    """
+    Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met.
+
+    Each of the `groups` of samples keeps a place offline; where there would be too few, nothing is dropped offline.
+    """
     if config.budget_method == "measured":
-        return solve_budget(plan, config.budget_time)
+        made = solve_budget(plan, config.budget_time)
+        return made if made.kept_samples >= groups else solve_budget(plan, config.budget_time, offline=False)
     budget = 1.0 if config.budget_time is None else config.budget_time
     alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
-    return replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
+    made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
+    remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; leave it out, or allow more time"
+    require(made.kept_samples >= groups, "group_column", config.group_column, remedy)
+    return made
 
 
 def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:

@@ -145,7 +145,7 @@ class Report:
             "dropped": int((~self.kept).sum()),
             "rows_backpropagated": self.rows_backpropagated,
             "tokens_backpropagated": self.tokens_backpropagated,
-            "coverage": float(np.count_nonzero(self.times_trained)) / len(self.ledger),
+            "coverage": float(np.count_nonzero(self.times_trained)) / max(len(self.ledger), 1),
             "scores_reused": self.scores_reused,
             "decisions": self.decisions,
         }

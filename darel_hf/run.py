@@ -30,6 +30,7 @@ from .data import (
     add_stream_ids,
     code_fingerprint,
     data_fingerprint,
+    feature_length,
     is_stream,
     read_column,
     sample_ids,
@@ -79,6 +80,7 @@ class Run:
         self.evaluating = False
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None
+        self._granted = 1.0
         self.scorer = trainer.scorer  # a model, once it has been made
         self.scorer_seconds = 0.0
         self.stores = self.args.should_save and trainer.hp_search_backend is None  # report and the like, here
@@ -135,6 +137,7 @@ class Run:
             self.selector = self._new_selector(config)
         self.selector.config = config
         self.in_loop = config.online_keep < 1 or config.track or self.offline_weights is not None
+        self.in_loop |= self.streams  # what a stream holds is known once it has gone by
         trainer._train_batch_size = self.plan.batch_size
         visited = self._with_ids if self.in_loop else self.full_dataset
         if self.positions is not None:
@@ -172,7 +175,8 @@ class Run:
             trainer.model = trainer.call_model_init(self.trial)
         # Under FSDP and DeepSpeed Trainer leaves the model where it is until it is sharded.
         waits = (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not is_sharded(trainer.model)
-        if trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval or waits:
+        waits |= trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval
+        if waits and not trainer.is_model_parallel:  # else it is spread over devices already
             trainer.model.to(args.device)
         if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
             for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
@@ -221,7 +225,12 @@ class Run:
         """Return a batch of four samples, without ids."""
         dataset, collator = self._dataset_and_collator
         rows = [int(i) for i in np.linspace(0, len(dataset) - 1, 4)]
-        batch = self.trainer._prepare_inputs(collator([dataset[i] for i in rows]))
+        items = [dataset[i] for i in rows]
+        if self.config.unpad:  # what differs may depend on lengths
+            some = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
+            some.sort(key=feature_length)
+            items[:2] = some[0], some[-1]
+        batch = self.trainer._prepare_inputs(collator(items))
         return {key: value for key, value in batch.items() if key != ID_KEY}
 
     def _ready_padding_free(self) -> None:
@@ -233,7 +242,8 @@ class Run:
             return
         started, error = time.perf_counter(), None
         try:
-            self.padding_free.try_out(self._few_rows())
+            with preserve_rng_state():
+                self.padding_free.try_out(self._few_rows())
         except Exception as found:  # of any kind: the other processes wait
             error = found
         error = self._first_found(error)
@@ -270,7 +280,7 @@ class Run:
         self.lengths = arrays.pop("lengths", None)
         self.scores_reused = state["scores_reused"]
         self._merged_epoch = state["merged_epoch"]
-        self._decisions = state.get("decisions")
+        self._decisions, self._granted = state.get("decisions"), state.get("granted", 1.0)
         self.selector = self._new_selector(self._planned_config())
         self.selector.load_state_dict(arrays)
 
@@ -311,7 +321,7 @@ class Run:
                     plan = replace(plan, scores_free=True)
                 elif plan.costs.measured:
                     plan = self._with_offline_cost(plan)
-            plan = self.trainer._on_main(budget_plan, plan, config) if config.has_budget else plan
+            plan = self._within_budget(plan) if config.has_budget else plan
             self._announce(plan)
             self.plan = plan
             if plan.offline_keep < 1:
@@ -428,7 +438,11 @@ class Run:
             return False
         if not self.config.has_budget:
             return plan.offline_keep < 1
-        return self.trainer._on_main(budget_plan, plan, self.config).offline_keep < 1
+        return self._within_budget(plan).offline_keep < 1
+
+    def _within_budget(self, plan: Plan) -> Plan:
+        groups = 0 if self.groups is None else int(self.groups.max()) + 1
+        return self.trainer._on_main(budget_plan, plan, self.config, groups)
 
     def _with_offline_cost(self, plan: Plan) -> Plan:
         """Replace the estimated cost of the offline pass by what it has cost."""
@@ -471,16 +485,23 @@ class Run:
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
         base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
-        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps
+        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * base / plan.effective_online_keep
+        self._row_seconds = step / plan.batch_size
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: time.perf_counter() - self.started - self.seconds["evaluation"],
             step_cost=lambda step: 1 + (scoring and scoring * self.selector.is_fresh(step // self.steps_per_epoch)),
-            step_seconds=step * base / plan.effective_online_keep,
+            step_seconds=step,
             scoring=None if plan.costs.one_forward else lambda: self.seconds["scoring"],
             decide=self.trainer._on_main,
             decisions=self._decisions,
+            granted=self._granted,
         )
+
+    def follow_batch_size(self, batch_size: int) -> None:
+        """Tell what keeps the budget that Trainer tries again with smaller batches, whose steps are shorter."""
+        if self.pace is not None:
+            self.pace.step_seconds = self._row_seconds * batch_size
 
     @property
     def _decided(self) -> list[list[float]] | None:
@@ -815,6 +836,7 @@ class Run:
                 "merged_epoch": self._merged_epoch,
                 "scores_reused": self.scores_reused,
                 "decisions": self._decided,
+                "granted": self.pace.granted if self.pace else 1.0,
             }
             checkpoints.save(folder, state, arrays)
         self.trainer.accelerator.wait_for_everyone()

@@ -149,11 +149,18 @@ def register_rule(
     """
     Make a priority function a rule that can be named in `offline_rule` and `online_rule`.
 
+    Args:
+        name, weigh, needs, reads_losses: see [`Rule`]. What a rule needs is found by scoring, lengths too, so only one
+            that needs nothing can do without losses.
+
+    Raises:
+        ValueError: for a name that is taken, and for needs without losses.
+
     Example:
 
     ```python
     >>> from darel_hf.selection import RULES, register_rule
-    >>> @register_rule("longest", needs=("lengths",), reads_losses=False)
+    >>> @register_rule("longest", needs=("lengths",))
     ... def longest(samples, keep, generator):
     ...     return samples.lengths.astype(float)
     >>> "longest" in RULES
@@ -163,6 +170,8 @@ def register_rule(
 
     def add(priority: Priority) -> Priority:
         require(name not in RULES, "rule", name, "there is a rule of this name; choose another")
+        remedy = "what a rule needs is found by scoring; leave it out, or give reads_losses=True"
+        require(reads_losses or not needs, "needs", needs, remedy)
         RULES[name] = Rule(name, priority, weigh, needs, reads_losses)
         return priority
 

@@ -90,9 +90,10 @@ class DarelMixin:
             self._on_main(checkpoints.refuse_other_run, self.args.output_dir)
         self._run_count += 1
         dataset, batch_size = self.train_dataset, self._train_batch_size
+        self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments
         self._run = Run(self, resume_from_checkpoint or None, trial)
         try:
-            self._run.prepare()
+            self._prepare_run()
             if self._run.pace is not None:
                 self.add_callback(self._run.pace)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
@@ -111,6 +112,15 @@ class DarelMixin:
                 self.remove_callback(pace)
 
     _run_count = 0
+
+    def _prepare_run(self) -> None:
+        self._run.prepare()
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set a trial's arguments as the class below does, but for the batch size, where one is planned."""
+        super()._hp_search_setup(trial)
+        if self._run is not None:
+            self._train_batch_size = self._run.plan.batch_size
 
     def _on_main(self, function: Any, *args: Any) -> Any:
         """Call a function on the main process; all processes get its result or raise its error."""
@@ -133,6 +143,7 @@ class DarelMixin:
         if self._run is None:
             return super().get_train_dataloader()
         collator, batch_size = self.data_collator, self._train_batch_size
+        self._run.follow_batch_size(batch_size)
         if self._run.in_loop:
             self.data_collator = CarryIds(collator)
             self._train_batch_size = self._run.selector.candidate_rows(batch_size)
@@ -332,6 +343,9 @@ def _check_arguments(trainer: Any) -> None:
     tries = config.unpad and not is_stream(trainer.train_dataset)
     require(not (empty and tries and args.world_size > 1), "fsdp_cpu_ram_efficient_loading", True, remedy)
     require(not (tries and is_deepspeed_zero3_enabled()), "deepspeed zero_stage", 3, remedy)
+    remedy = f"max_steps={args.max_steps} fixes the number of steps, and dropping samples then saves no time: give "
+    remedy += "num_train_epochs in its place, or leave out the budget"
+    require(config.budget_time is None or args.max_steps <= 0, "budget_time", config.budget_time, remedy)
     selects = config.online_keep < 1 or config.offline_keep < 1
     if args.max_steps > 0 and selects and not is_stream(trainer.train_dataset):
         logger.warning(

@@ -123,6 +123,7 @@ training(
     cls=lambda **k: DarelTrainer(**{**k, "darel": "fast"}),
 )
 training("empty data", "train_dataset='empty'", data=lambda: token_data(24).select([]))
+training("budget and steps", "budget_time=0.5: max_steps=5 fixes", darel={"budget_time": 0.5}, max_steps=5)
 training("stream without number", "id_column=None", data=lambda: NoRows(), max_steps=2)
 training(
     "stream and offline stage", "offline_keep=0.5: train_dataset is a stream", data=NoRows, darel=LOSSES, max_steps=2

@@ -122,14 +122,44 @@ def test_scores_of_other_data(folder, tmp_path):
 def test_plan():
     done = darel("plan", "--budget-time", 0.5)
     assert done.exit_code == 0 and "predicted 0.50" in done.output
-    done = darel("plan", "--budget-time", 0.5, "--budget-method", "paper")
+    assert "scored every" not in done.output  # the default draws candidates
+    scored = ("--online-rule", "hardest")
+    done = darel("plan", "--budget-time", 0.5, "--budget-method", "paper", *scored)
     assert "keep 0.800" in done.output and "scored every 2" in done.output  # A = 0.5 / 0.8 = 0.625
-    done = darel("plan", "--online-keep", 0.9)
+    done = darel("plan", "--online-keep", 0.9, *scored)
     assert "no saving is predicted" in done.output
-    done = darel("plan", "--online-keep", 0.5, "--one-forward")
+    done = darel("plan", "--online-keep", 0.5, "--one-forward", *scored)
     assert "predicted 0.75 of the plain training time" in done.output  # 0.5 + 0.5 * (1 - 0.5)
     done = darel("plan", "--budget-time", 0.001)
     assert done.exit_code == 1 and "smallest possible" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "predicted"),
+    [
+        (("--offline-keep", 0.5), "0.56"),  # 0.5 + 0.3 / 5
+        (("--offline-keep", 0.5, "--offline-rule", "random"), "0.50"),
+        (("--online-keep", 0.5), "0.50"),
+        (("--online-keep", 0.5, "--online-rule", "rho_loss"), "1.00"),  # 0.5 + 0.5
+        (("--offline-keep", 0.5, "--unpad-share", 0.7), "0.41"),  # 0.5 * 0.7 + 0.3 / 5
+    ],
+)
+def test_plan_costs_what_is_done(options, predicted):
+    done = darel("plan", *options)
+    assert f"predicted {predicted} of the plain training time" in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--unpad-share", 0), "unpad_share=0"),
+        (("--online-rule", "hardst"), "online_rule='hardst'"),
+        (("--one-forward",), "reads no losses"),
+    ],
+)
+def test_plan_refuses(options, named):
+    done = darel("plan", *options)
+    assert done.exit_code == 1 and named in done.output
 
 
 def test_demo_refuses_a_folder_in_use(tmp_path):

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         ("_set_signature_columns_if_needed", []),
         ("_get_train_sampler", ["train_dataset"]),
         ("_prepare_inputs", ["inputs"]),
+        ("_hp_search_setup", ["trial"]),
         ("_get_num_items_in_batch", ["batch_samples", "device"]),
         ("get_optimizer_cls_and_kwargs", ["args", "model"]),
         ("create_scheduler", ["num_training_steps"]),

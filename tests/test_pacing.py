@@ -79,6 +79,24 @@ def test_steps_that_were_measured_too_slow_leave_less():
     assert step == pytest.approx(80, abs=1)
 
 
+@pytest.mark.parametrize(("granted", "end"), [(1.2, 100), (1.0, 83)])
+def test_a_run_that_goes_on_keeps_what_was_granted(granted, end):
+    """Steps take 1.2 of what was measured, which was found out in the first quarter; it was stopped at step 60."""
+    now = 72.0
+    keeper = KeepBudget(100.0, lambda: now, lambda step: 1.0, 1.0, lambda function: function(), granted=granted)
+    keeper.progress = Progress(100)
+
+    class State:
+        global_step, max_steps = 60, 100
+
+    keeper.on_train_begin(None, State, None)
+    while State.global_step < State.max_steps:
+        now += 1.2
+        State.global_step += 1
+        keeper.on_step_end(None, State, None)
+    assert State.global_step == pytest.approx(end, abs=1)
+
+
 def test_dear_epochs_are_not_taken_for_all():
     """The first epoch scores and costs three times as much: as planned, so nothing is to be shortened."""
 
@@ -103,7 +121,9 @@ class Slower(TrainerCallback):
         monkeypatch.setattr("darel_hf.run.time", clock)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.now = time.perf_counter()
+        if self.now is None:  # training begins anew after an out-of-memory error
+            # In a run as short as this, measuring takes what it takes: here it took nothing.
+            self.now = time.perf_counter() if state.global_step else self.trainer._run.started
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.now += 5 * self.trainer._run.plan.costs.step_seconds
@@ -137,12 +157,36 @@ def test_training_ends_early_with_the_rate_decayed(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint-8"
     decisions = json.loads((checkpoint / "darel" / "state.json").read_text())["decisions"]
     assert len(decisions) > 1
+    later = json.loads((tmp_path / "checkpoint-64" / "darel" / "state.json").read_text())
+    assert later["granted"] == 1.25
     again = trainer_for(tmp_path)
     again.add_callback(Slower(again, monkeypatch))
     again.train(resume_from_checkpoint=str(checkpoint))
     assert again.report.decisions[: len(decisions) - 1] == decisions[1:]
     assert again.state.global_step < planned / 2
     assert set(again.lr_scheduler.get_last_lr()) == {0.0}
+
+
+def test_smaller_batches_are_no_faster_machine(tmp_path, monkeypatch):
+    """Trainer tries again with fewer rows after an out-of-memory error: a step takes less, all of them as much."""
+
+    class AsMeasured(Slower):
+        tries = 0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.now += self.trainer._run.plan.costs.step_seconds * state.train_batch_size / 8
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if self.tries == 0 and state.global_step == 2:
+                self.tries = 1
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+
+    trainer = trainer_for(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=8)
+    trainer.add_callback(AsMeasured(trainer, monkeypatch))
+    trainer.train()
+    size = trainer.state.train_batch_size
+    assert size < 8
+    assert trainer.state.global_step >= 0.95 * 60 * np.ceil(trainer.report.kept.sum() / size)
 
 
 def test_a_schedule_that_cannot_end_earlier(tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Trainer,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -230,14 +233,16 @@ def test_autocast(tmp_path):
     assert distance(weights(ours.model), weights(plain.model), weights(llama())) < 0.05
 
 
-def test_a_stream(tmp_path):
+@pytest.mark.parametrize("selects", [{}, {"online_keep": 0.5}])
+def test_a_stream(tmp_path, selects):
     data = token_data(40).add_column("number", list(range(40))).to_iterable_dataset()
     settings = {"max_steps": 5, **GENTLE, "accelerator_config": {"dispatch_batches": False}}
-    config = {"online_keep": 0.5, "id_column": "number"}
+    config = {**selects, "id_column": "number"}
     padded = trained(DarelTrainer, tmp_path / "a", tiny_lora(), DarelConfig(**config), data, **settings)
     config = DarelConfig(**config, unpad=True)
     ours = trained(DarelTrainer, tmp_path / "b", tiny_lora(), config, data, **settings)
     assert distance(weights(ours.model), weights(padded.model), weights(tiny_lora())) < 1e-4
+    assert ours.report.rows_backpropagated == 5 * 4
 
 
 def test_model_init(tmp_path):
@@ -347,6 +352,62 @@ def test_models_and_batches_that_are_refused(tmp_path):
     virtual = get_peft_model(tiny_gpt2(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     assert "number of dimensions" in refused(tmp_path / "virtual", virtual)
     assert "neftune_noise_alpha=5" in refused(tmp_path / "noise", tiny_lora(), neftune_noise_alpha=5)
+
+
+def rows_of(lengths, prompt=True):
+    """Rows of such lengths; the first of them that are read on trial are the shortest and the longest of 64."""
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(2, 64, length).tolist() for length in lengths]
+    labels = [[-100, *ids[1:]] if prompt else list(ids) for ids in rows]
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": own}
+        for ids, own in zip(rows, labels, strict=True)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [([20] * 16, "before training"), ([8] * 200, "nothing"), ([8] * 100 + [20] + [8] * 99, "later")],
+)
+def test_a_window_that_attention_is_not_told_of(tmp_path, lengths, found):
+    """Qwen2-MoE has its window in the mask alone. Rows that are longer than it may come first in training."""
+    torch.manual_seed(0)
+    experts = {
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+    }
+    window = {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, num_key_value_heads=2, **experts, **window))
+    trainer = DarelTrainer(
+        model=model,
+        args=arguments(tmp_path, num_train_epochs=1, seed=3),
+        train_dataset=rows_of(lengths),
+        data_collator=PadCollator(),
+        darel=DarelConfig(unpad=True),
+    )
+    if found == "nothing":
+        trainer.train()
+        return
+    with pytest.raises(ValueError, match="would change by"):
+        trainer.train()
+    assert (trainer.state.global_step > 0) == (found == "later")
+
+
+def test_labels_that_padding_predicts_later(tmp_path):
+    """Rows of one length are never padded, so on trial there was nothing to see."""
+    trainer = DarelTrainer(
+        model=tiny_lora(),
+        args=arguments(tmp_path, num_train_epochs=1, seed=3),
+        train_dataset=rows_of([8] * 100 + [20] + [8] * 99, prompt=False),
+        data_collator=PadsLeft(),
+        darel=DarelConfig(unpad=True),
+    )
+    with pytest.raises(ValueError, match="padding on the left"):
+        trainer.train()
+    assert trainer.state.global_step > 0
 
 
 def test_a_model_that_mixes_samples_is_found_out(tmp_path):

@@ -2,15 +2,18 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darel_hf import DarelConfig
 from darel_hf.planning import (
     Costs,
     Plan,
     batch_size_within,
+    budget_plan,
     candidate_rows,
     fresh_epochs,
     online_term,
@@ -129,6 +132,22 @@ def test_nothing_is_dropped_where_less_padding_is_enough(made, budget):
     solved = solve_budget(made, budget)
     assert (solved.offline_keep, solved.online_keep) == (1, 1)
     assert solved.predicted_time == made.costs.padding
+
+
+def test_every_group_keeps_a_place():
+    config = DarelConfig(budget_time=0.5, group_column="mr")
+    few, many = (budget_plan(plan(), config, groups) for groups in (700, 900))
+    assert few == solve_budget(plan(), 0.5) and few.offline_keep < 0.9
+    assert many.offline_keep == 1 and many.online_keep < 1 and many.predicted_time <= 0.501
+    with pytest.raises(ValueError, match=r"smallest possible here is 0\.200"):  # 0.5 / 5 + 0.1
+        budget_plan(plan(), DarelConfig(budget_time=0.15, group_column="mr"), 900)
+    with pytest.raises(ValueError, match="group_column='mr': has 900 values, but the budget leaves 800 places"):
+        budget_plan(plan(), DarelConfig(budget_time=0.5, budget_method="paper", group_column="mr"), 900)
+
+
+def test_nothing_is_dropped_where_it_saves_no_step():
+    made = plan(fixed_steps=True, slowdown=1.2)
+    assert solve_budget(made, None) == replace(made, method="measured")
 
 
 def test_a_slower_batch_size_leaves_less():

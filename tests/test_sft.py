@@ -83,6 +83,17 @@ def test_without_padding(tmp_path, tokenizer, form):
         assert (tensor - wanted[name]).norm() <= 1e-4 * (wanted[name] - start[name]).norm() + 1e-6, name
 
 
+@pytest.mark.parametrize("darel", [{"unpad": True}, {"offline_keep": 0.75, "offline_rule": "random"}])
+def test_tokens_are_counted_as_trl_does(tmp_path, tokenizer, darel):
+    """What is measured before training is not training, and a row of several samples has the tokens of them all."""
+    plain = train(tmp_path / "plain", tokenizer, "text", cls=trl.SFTTrainer, logging_steps=1)
+    ours = train(tmp_path / "ours", tokenizer, "text", darel, logging_steps=1)
+    lengths = np.array([len(ids) for ids in ours.train_dataset["input_ids"]])
+    for trainer, kept in ((plain, np.ones(24, bool)), (ours, ours.report.kept)):
+        counts = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+        assert counts[-1] == 2 * lengths[kept].sum()
+
+
 def test_settings_share_a_command_line_with_those_of_trl():
     parser = HfArgumentParser([DarelConfig, trl.SFTConfig])
     parsed = parser.parse_args_into_dataclasses(["--unpad", "true", "--bf16", "false"])

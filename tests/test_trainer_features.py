@@ -8,7 +8,7 @@ import torch
 from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, tiny_lora, token_data, weights
 from transformers import TrainerCallback, TrainingArguments
 
-from darel_hf import DarelConfig, DarelTrainer
+from darel_hf import RULES, DarelConfig, DarelTrainer, register_rule
 
 BOTH = {
     "offline_keep": 0.8,
@@ -54,6 +54,56 @@ def test_hyperparameter_search(tmp_path):
     alone = trainer_for(tmp_path / "alone", model_init=lambda trial: tiny_lora(), learning_rate=rate)
     alone.train()
     assert alone.evaluate()["eval_loss"] == pytest.approx(best.objective, rel=1e-6)
+
+
+def test_a_rule_of_the_users_own(tmp_path):
+    """By lengths, which scoring finds: the longest offline, and the longest of each batch of candidates."""
+
+    @register_rule("test_longest", needs=("lengths",))
+    def longest(samples, keep, generator):
+        return samples.lengths.astype(float)
+
+    both = {"offline_rule": "test_longest", "online_rule": "test_longest", "length_correction": False}
+    try:
+        trainer = trainer_for(tmp_path, darel={**both, "offline_keep": 0.5, "online_keep": 0.5})
+        trainer.train()
+    finally:
+        del RULES["test_longest"]
+    lengths = np.array([sum(label != -100 for label in row["labels"][1:]) for row in token_data(40)])
+    kept, times = trainer.report.kept, trainer.report.times_trained
+    assert lengths[kept].min() >= lengths[~kept].max()
+    assert lengths[times > 0].mean() > lengths[kept & (times == 0)].mean()
+    with pytest.raises(ValueError, match=r"needs=\('lengths',\): what a rule needs is found by scoring"):
+        register_rule("test_other", needs=("lengths",), reads_losses=False)(longest)
+
+
+def test_trials_are_planned_with_their_own_arguments(tmp_path):
+    pytest.importorskip("optuna")
+    darel = {"budget_memory": 0.8, "budget_time": 0.9, "offline_rule": "random"}
+    trainer = trainer_for(tmp_path, darel=darel, model_init=lambda trial: tiny_lora(), eval_strategy="epoch")
+    seen = []
+
+    class Remember(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            plan = trainer._run.plan
+            seen.append((args.num_train_epochs, plan.epochs, args.per_device_train_batch_size, plan.batch_size))
+            assert state.train_batch_size == plan.batch_size
+            assert state.global_step <= plan.epochs * np.ceil(plan.kept_samples / plan.candidate_rows)
+
+    trainer.add_callback(Remember())
+    trainer.hyperparameter_search(
+        hp_space=lambda trial: {
+            "num_train_epochs": trial.suggest_categorical("num_train_epochs", [1, 3]),
+            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [4, 16]),
+        },
+        n_trials=4,
+        backend="optuna",
+        direction="minimize",
+    )
+    assert len(seen) == 4
+    for epochs, planned, size, smaller in seen:
+        assert epochs == planned and smaller < size
+    assert all(size / 2 < smaller for _, _, size, smaller in seen)
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "group_by_length"])

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import RESULTS, add_quick, data_and_model, latest_rows, store
+from scipy.stats import t
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
@@ -352,10 +353,10 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         bleu = np.array([row["bleu"] for row in rows])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
         cells = [arm]
-        full = plain[rows[0]["seed"]]["rows_backpropagated"]
         cells.append(f"{np.median([row['time'] for row in rows]):.2f}")
         cells.append(f"{np.median([row['scoring_seconds'] / row['plain_seconds'] for row in rows]):.3f}")
-        cells.append(f"{rows[0]['rows_backpropagated'] / full:.2f}")
+        samples = [row["rows_backpropagated"] / plain[row["seed"]]["rows_backpropagated"] for row in rows]
+        cells.append(f"{np.mean(samples):.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
         for other in ("full", control):
             differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
@@ -381,7 +382,8 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     variance = np.mean((widths / 3.92) ** 2) / len(known)
     if len(known) > 1:
         variance = max(variance, differences.var(ddof=1) / len(known))
-    low = differences.mean() - 1.645 * np.sqrt(variance)
+    quantile = t.ppf(0.95, len(known) - 1) if len(known) > 1 else 1.645  # few seeds say little of their own spread
+    low = differences.mean() - quantile * np.sqrt(variance)
     if len(known) == 1:
         return f"one seed ({low:+.1f})"  # of the instances only: it says nothing of another run
     return "yes" if low > -MARGIN else f"not shown ({low:+.1f})"
