@@ -79,7 +79,7 @@ def test_a_rule_of_the_users_own(tmp_path):
 
 def test_trials_are_planned_with_their_own_arguments(tmp_path):
     pytest.importorskip("optuna")
-    darel = {"budget_memory": 0.8, "budget_time": 0.9, "offline_rule": "random"}
+    darel = {"budget_memory": 0.8, "offline_rule": "random"}
     trainer = trainer_for(tmp_path, darel=darel, model_init=lambda trial: tiny_lora(), eval_strategy="epoch")
     seen = []
 
