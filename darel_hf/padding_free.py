@@ -51,10 +51,9 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     ```
     """
     labels, used = inputs["labels"], _used(inputs)
-    first = used.cumsum(1).eq(1)
     columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     row = {key: inputs[key][used][None] for key in TOKEN_KEYS if key in inputs and key != "attention_mask"}
-    row["labels"] = labels.masked_fill(first, IGNORE)[used][None]
+    row["labels"] = labels.masked_fill(_first_used(used), IGNORE)[used][None]
     row.setdefault("position_ids", columns[used][None])
     lengths = used.sum(1, keepdim=True)
     places = columns + lengths.cumsum(0) - lengths
@@ -176,7 +175,6 @@ class PaddingFree:
             self.try_out(inputs)
         if model.config._attn_implementation != ATTENTION:  # Trainer may have made the model anew
             model.set_attn_implementation(ATTENTION)
-        self._check_first_labels(inputs)
         return flatten(inputs, self.label_positions_only)
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
@@ -186,6 +184,9 @@ class PaddingFree:
         shapes = {key: tuple(value.shape) for key, value in inputs.items()}
         same = len(set(shapes.values())) == 1 and inputs["labels"].dim() == 2
         self._require(same, f"its batches must be of one shape [B, L], they are of {shapes}")
+        # At the first position of a row nothing is predicted in the padded batch either.
+        first = _first_used(_used(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
+        self._require(not first.any(), "its batches have labels that padding on the left predicts")
 
     def try_out(self, inputs: Mapping[str, Any]) -> None:
         """
@@ -197,7 +198,6 @@ class PaddingFree:
         scorer = BatchScorer(model, autocast=self.trainer.accelerator.autocast)
         inputs = self.trainer._prepare_inputs(inputs)
         self._check(inputs)
-        self._check_first_labels(inputs)
         row, tolerance = flatten(inputs), scorer.tolerance
         try:
             with scorer.scoring(), preserve_rng_state():
@@ -218,13 +218,6 @@ class PaddingFree:
             self.close()
         self.tried = max(self.tried, inputs["labels"].shape[1])
 
-    def _check_first_labels(self, inputs: Mapping[str, Any]) -> None:
-        labels, used = inputs["labels"], _used(inputs)
-        first = used & used.cumsum(1).eq(1)
-        first[:, 0] = False  # nothing predicts that in the padded batch either
-        predicted = (first & labels.ne(IGNORE)).any()
-        self._require(not predicted, "its batches have labels that padding on the left predicts")
-
     def _compare(self, what: str, found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
         distance = _distance(found, wanted)
         self._require(bool(distance <= tolerance), f"its {what} would change by {distance:.2g}")
@@ -244,6 +237,11 @@ def _used(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return which positions of a padded batch are no padding, bool `[B, L]`; what has a label is in use."""
     labels, mask = inputs["labels"], inputs.get("attention_mask")
     return torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0) | labels.ne(IGNORE)
+
+
+def _first_used(used: torch.Tensor) -> torch.Tensor:
+    """Return where each sample begins, bool `[B, L]`; true at unused positions right after its first one, too."""
+    return used.cumsum(1).eq(1)
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -355,7 +355,7 @@ def test_models_and_batches_that_are_refused(tmp_path):
 
 
 def rows_of(lengths, prompt=True):
-    """Rows of such lengths; the first of them that are read on trial are the shortest and the longest of 64."""
+    """Rows of such lengths; of two hundred, the one at 100 is none of those that are read on trial."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(2, 64, length).tolist() for length in lengths]
     labels = [[-100, *ids[1:]] if prompt else list(ids) for ids in rows]
