@@ -283,7 +283,9 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     if memory_only and smallest > budget_time:
         return everything
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
-    if not plan.scores_free:
+    if not offline:
+        remedy += " where each value of group_column keeps a place offline; leave that out, or allow more time"
+    elif not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
