@@ -28,8 +28,8 @@ test: $(STAMP)  ## run the fast tests
 test-all: $(STAMP)  ## run all tests, kills and two-process launches included
 	$(PYTEST)
 
-lint: $(STAMP)  ## check style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(STAMP)  ## check style, and that each wing stands on those below it
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports --no-cache
 
 format: $(STAMP)  ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

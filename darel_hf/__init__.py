@@ -6,30 +6,28 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .budget import Plan
     from .config import DarelConfig
-    from .ledger import LossLedger
-    from .metrics import NLGMetrics
-    from .planning import Plan
+    from .nlg.metrics import NLGMetrics
     from .report import Report
-    from .selection import RULES, Samples, register_rule
-    from .selector import Selector
-    from .sft import DarelSFTTrainer
-    from .trainer import DarelMixin, DarelSeq2SeqTrainer, DarelTrainer
+    from .selection import RULES, LossLedger, Samples, Selector, register_rule
+    from .training import DarelMixin, DarelSeq2SeqTrainer, DarelTrainer
+    from .training.sft import DarelSFTTrainer
 
 # Imported on first use: `import darel_hf` costs milliseconds, not the seconds of torch and transformers.
 _HOME = {
     "DarelConfig": "config",
-    "DarelMixin": "trainer",
-    "DarelSFTTrainer": "sft",
-    "DarelSeq2SeqTrainer": "trainer",
-    "DarelTrainer": "trainer",
-    "LossLedger": "ledger",
-    "NLGMetrics": "metrics",
-    "Plan": "planning",
+    "DarelMixin": "training",
+    "DarelSFTTrainer": "training.sft",
+    "DarelSeq2SeqTrainer": "training",
+    "DarelTrainer": "training",
+    "LossLedger": "selection",
+    "NLGMetrics": "nlg.metrics",
+    "Plan": "budget",
     "RULES": "selection",
     "Report": "report",
     "Samples": "selection",
-    "Selector": "selector",
+    "Selector": "selection",
     "register_rule": "selection",
 }
 

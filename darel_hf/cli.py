@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .config import require
+from .files import atomic_path, require
 
 app = typer.Typer(
     help="DAREL: train on the samples that still teach the model something.",
@@ -56,8 +56,6 @@ def read_table(path: Path) -> Any:
 
 def write_table(table: Any, path: Path) -> None:
     """Write a `datasets.Dataset` as CSV, JSONL or parquet, by the suffix, atomically."""
-    from .files import atomic_path
-
     writers = {".csv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
     require(path.suffix in writers, "output", str(path), f"unknown kind of file; give one of {', '.join(writers)}")
     keywords = {"force_ascii": False} if path.suffix == ".jsonl" else {}
@@ -71,7 +69,7 @@ def demo(
 ) -> None:
     """Fine-tune a small model four ways on a generated corpus: about three minutes, no network, no GPU."""
     with clear_errors():
-        from .demo import run_demo, table
+        from .nlg.demo import run_demo, table
 
         out.print(f"Warming up a small GPT-2, then four ways of LoRA fine-tuning; everything goes to {output_dir}/.")
         results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", highlight=False))
@@ -99,7 +97,7 @@ def score(
     """
     with clear_errors():
         refuse_overwrite(output, force)
-        from .nlg import score_texts
+        from .nlg.task import score_texts
         from .scoring import save_scores
 
         scores = score_texts(read_table(data), model, prompt_column, target_column, id_column, max_length)
@@ -136,9 +134,9 @@ def select(
         import datasets
 
         from .config import DarelConfig
-        from .data import read_column, sample_ids
+        from .data import group_numbers, read_column, sample_ids
         from .scoring import load_scores, match_scores
-        from .selector import Selector, group_numbers
+        from .selection import Selector
 
         remedy = "groups are read from the data; give --data"
         require(group_column is None or data is not None, "group_column", group_column, remedy)
@@ -203,8 +201,8 @@ def plan(
     third with full fine-tuning, steps without padding what your texts leave; every run prints those that it measured.
     """
     with clear_errors():
-        from .config import DarelConfig
-        from .planning import Costs, Plan, budget_plan
+        from .budget import Costs, Plan, budget_plan
+        from .config import BACKWARDS, DarelConfig
 
         config = DarelConfig(
             offline_keep=offline_keep,
@@ -214,7 +212,7 @@ def plan(
             budget_method=budget_method,
             offline_rule=offline_rule,
             online_rule=online_rule,
-            online_backward="sliced" if one_forward else "subset",
+            online_backward=BACKWARDS[one_forward],
             reference_scores="of some file",  # for the rules that need them; they cost the run nothing
         )
         for name, value in (("epochs", epochs), ("batch_size", batch_size), ("samples", samples)):
@@ -223,9 +221,8 @@ def plan(
             require(0 <= value <= 1, name, value, "give a fraction in [0, 1]")
         require(0 < unpad_share <= 1, "unpad_share", unpad_share, "give a fraction in (0, 1]; 1: padded")
         forward_share = forward_share if config.rule("online").reads_losses else 0.0
-        costs = Costs(
-            float("nan"), forward_share, offline_share, False, one_forward=one_forward, padding_free=unpad_share
-        )
+        factors = {"unpad": unpad_share} if unpad_share < 1 else {}
+        costs = Costs(float("nan"), forward_share, offline_share, False, one_forward=one_forward, factors=factors)
         made = Plan(
             offline_keep=config.offline_keep,
             online_keep=config.online_keep,
@@ -266,8 +263,8 @@ def evaluate(
         if output is not None:
             refuse_overwrite(output, force)
         from .files import write_json
-        from .metrics import NLGMetrics, score_table
-        from .texts import match, read_predictions, read_references
+        from .nlg.metrics import NLGMetrics, score_table
+        from .nlg.texts import match, read_predictions, read_references
 
         expected = read_references(references)
         texts, groups = match(read_predictions(predictions), expected)

@@ -1,19 +1,114 @@
-"""`DarelConfig`: every setting of the method, validated when it is made."""
+"""`DarelConfig`: every setting, validated when it is made; and what it must know of rules and accelerators."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .selection import Rule
+from .files import require
 
 
-def require(ok: bool, name: str, value: Any, remedy: str, error: type[Exception] = ValueError) -> None:
-    """Raise the one form of error that this package gives for bad input: the field, its value, and the remedy."""
-    if not ok:
-        raise error(f"{name}={value!r}: {remedy}")
+@dataclass(frozen=True)
+class RuleFacts:
+    """
+    What settings must know of a selection rule without importing it.
+
+    Attributes:
+        name (`str`): what users type.
+        needs (`tuple[str, ...]`): fields of [`darel_hf.selection.Samples`] beyond ids and losses that it cannot do
+            without.
+        reads_losses (`bool`): whether it looks at losses at all; where not, nothing is scored for it.
+        weighs (`bool`): whether it weighs what it keeps in the loss.
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    reads_losses: bool = True
+    weighs: bool = False
+
+
+#: Rules by name: ours, and those that [`darel_hf.selection.register_rule`] adds.
+RULE_FACTS = {
+    facts.name: facts
+    for facts in (
+        *map(RuleFacts, ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "adonis")),
+        *map(RuleFacts, ("loss_bins_low", "loss_bins_medium", "loss_bins_high")),
+        RuleFacts("random", reads_losses=False),
+        RuleFacts("rho_loss", needs=("reference",)),
+        RuleFacts("infobatch", weighs=True),
+        RuleFacts("kakurenbo", needs=("correct",)),
+        RuleFacts("ids", needs=("embeddings",)),
+    )
+}
+
+
+@dataclass(frozen=True)
+class AcceleratorFacts:
+    """
+    What settings and plans must know of an accelerator without importing it; see `darel_hf/accelerators/base.py`.
+
+    Attributes:
+        name (`str`): what plans and reports call it.
+        setting (`str`): field of [`DarelConfig`]; the accelerator is on where that is not at its default.
+        exactness (`str`): `"exact"` (loss and gradients of the slow way on the same rows, but for rounding),
+            `"unbiased"` (right in expectation) or `"approximate"` (a choice that can cost quality).
+        phrase (`str`): how a plan says it.
+        online_only (`bool`): whether there is nothing for it to do where the online stage drops nothing.
+        not_with (`Mapping[str, str]`): settings that must be at their defaults beside it, each with the remedy.
+        gives_way_to (`Mapping[str, str]`): likewise, where the error is to name the accelerator's own setting.
+        without_losses (`str`, *optional*): the remedy where the online rule reads no losses; `None`: no matter.
+        with_weights (`str`, *optional*): likewise, where a rule that is used weighs what it keeps.
+    """
+
+    name: str
+    setting: str
+    exactness: str
+    phrase: str
+    online_only: bool = False
+    not_with: Mapping[str, str] = field(default_factory=dict)
+    gives_way_to: Mapping[str, str] = field(default_factory=dict)
+    without_losses: str | None = None
+    with_weights: str | None = None
+
+
+_ALONE = "leave out one of them"
+#: Accelerators by name: ours, and those that [`darel_hf.accelerators.register_accelerator`] adds.
+ACCELERATOR_FACTS = {
+    facts.name: facts
+    for facts in (
+        AcceleratorFacts(
+            "unpad",
+            setting="unpad",
+            exactness="exact",
+            phrase="without padding",
+            not_with={
+                "batch_by_length": f"without padding there is nothing for it to save; {_ALONE}",
+                "track": f"losses of rows cannot be read off a batch without padding; {_ALONE}",
+                "online_backward": "it slices the rows of a padded batch; give 'subset', or unpad=False",
+            },
+            with_weights=f"its weights need losses of rows, which unpad=True has not; {_ALONE}",
+        ),
+        AcceleratorFacts(
+            "sliced",
+            setting="online_backward",
+            exactness="exact",
+            phrase="scored and trained by one forward pass",
+            online_only=True,
+            gives_way_to={
+                "budget_memory": "memory is that of a forward pass over all candidates, more than of a step on the "
+                "kept; give 'subset'",
+            },
+            without_losses="the rule {rule!r} reads no losses, so no forward pass is saved; choose another "
+            "online_rule",
+        ),
+    )
+}
+
+#: What may be typed where a setting is one of a few words; of the backwards, the second takes one forward pass.
+BACKWARDS = ("subset", "sliced")
+CHOICES = {"budget_method": ("measured", "paper"), "online_backward": BACKWARDS}
 
 
 @dataclass
@@ -53,7 +148,7 @@ class DarelConfig:
         online_backward (`str`, defaults to `"subset"`):
             How candidates that are scored afresh are trained on. `"subset"`: a forward pass in eval mode scores them,
             then the kept rows get a training step. `"sliced"`: one forward pass in train mode does both, the backward
-            pass is for the kept rows only (see [`darel_hf.sliced.SlicedStep`]); the model is compiled ahead of time,
+            pass is for the kept rows only (see [`darel_hf.accelerators.SlicedStep`]); the model is compiled ahead of time,
             with Inductor where `torch_compile=True`. Where a model cannot be, a warning says why, and it is
             `"subset"`.
 
@@ -74,12 +169,12 @@ class DarelConfig:
             higher, so that plain ranking would mostly rank lengths.
         batch_by_length (`bool`, defaults to `False`):
             Make batches (of candidates, where there are any) of samples of similar length, in random order: fewer
-            padded positions, so that steps are cheaper. See [`darel_hf.batching.ShuffledByLength`].
+            padded positions, so that steps are cheaper. See [`darel_hf.data.ShuffledByLength`].
         unpad (`bool`, defaults to `False`):
             Train on batches without padding, and let only the positions that predict a label pass the head: the same
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
             `attn_implementation="sdpa"`, shown on a few samples before training. See
-            [`darel_hf.padding_free.PaddingFree`].
+            [`darel_hf.accelerators.PaddingFree`].
         id_column (`str`, *optional*):
             Column with a unique integer id of each sample. Without it, a sample's id is its row number.
         track (`bool`, defaults to `False`):
@@ -121,8 +216,6 @@ class DarelConfig:
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
 
     def __post_init__(self) -> None:
-        from .selection import RULES
-
         for name in ("offline_keep", "online_keep", "budget_time", "budget_memory"):
             value = getattr(self, name)
             if value is None and name.startswith("budget"):
@@ -136,63 +229,71 @@ class DarelConfig:
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
-        for name in ("offline_rule", "online_rule"):
-            value = getattr(self, name)
-            require(value in RULES, name, value, f"unknown rule; choose one of {', '.join(sorted(RULES))}")
-        methods = ("measured", "paper")
-        require(self.budget_method in methods, "budget_method", self.budget_method, f"choose one of {methods}")
-        backwards = ("subset", "sliced")
-        value = self.online_backward
-        require(value in backwards, "online_backward", value, f"choose one of {backwards}")
-        remedy = (
-            f"the rule {self.online_rule!r} reads no losses, so no forward pass is saved; choose another online_rule"
-        )
-        require(value == "subset" or self.rule("online").reads_losses, "online_backward", value, remedy)
-        remedy = "memory is that of a forward pass over all candidates, more than of a step on the kept; give 'subset'"
-        require(value == "subset" or self.budget_memory is None, "online_backward", value, remedy)
-        for name in ("offline_rule", "online_rule"):
-            needed = "reference" in RULES[getattr(self, name)].needs
+        for name, choices in CHOICES.items():
+            require(getattr(self, name) in choices, name, getattr(self, name), f"choose one of {choices}")
+        for stage in ("offline", "online"):
+            name, value = f"{stage}_rule", getattr(self, f"{stage}_rule")
+            require(value in RULE_FACTS, name, value, f"unknown rule; choose one of {', '.join(sorted(RULE_FACTS))}")
+            needed = "reference" in self.rule(stage).needs
             remedy = "it compares with a reference model: give reference_scores, a file made by `darel score` with it"
-            require(not needed or self.reference_scores is not None, name, getattr(self, name), remedy)
-        weighs = self.rule("offline").weigh is not None
+            require(not needed or self.reference_scores is not None, name, value, remedy)
         remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
-        require(self.group_column is None or not weighs, "group_column", self.group_column, remedy)
-        if self.unpad:
-            remedy = "without padding there is nothing for it to save; leave out one of them"
-            require(not self.batch_by_length, "batch_by_length", True, remedy)
-            remedy = "losses of rows cannot be read off a batch without padding; leave out one of them"
-            require(not self.track, "track", True, remedy)
-            remedy = "it slices the rows of a padded batch; give 'subset', or unpad=False"
-            require(self.online_backward == "subset", "online_backward", self.online_backward, remedy)
+        grouped = self.group_column is not None
+        require(not (grouped and self.rule("offline").weighs), "group_column", self.group_column, remedy)
+        for facts in ACCELERATOR_FACTS.values():
+            if not self._is_default(facts.setting):
+                self._check_beside(facts)
+        if self.has_budget:
+            for name in ("offline_keep", "online_keep", "rescore_every"):
+                remedy = "a budget derives this; leave it out, or leave out the budget"
+                require(self._is_default(name), name, getattr(self, name), remedy)
+
+    def _is_default(self, name: str) -> bool:
+        """Whether a setting is at its default; so is one that this class does not have."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return name not in defaults or getattr(self, name) == defaults[name]
+
+    def _check_beside(self, facts: AcceleratorFacts) -> None:
+        """Raise `ValueError` where an accelerator that is asked for does not go with the other settings."""
+        own = getattr(self, facts.setting)
+        for name, remedy in facts.not_with.items():
+            require(self._is_default(name), name, getattr(self, name), remedy)
+        for name, remedy in facts.gives_way_to.items():
+            require(self._is_default(name), facts.setting, own, remedy)
+        if facts.without_losses is not None:
+            remedy = facts.without_losses.format(rule=self.online_rule)
+            require(self.rule("online").reads_losses, facts.setting, own, remedy)
+        if facts.with_weights is not None:
             for stage in filter(self.may_select, ("offline", "online")):
-                name, rule = f"{stage}_rule", self.rule(stage)
-                remedy = "its weights need losses of rows, which unpad=True has not; leave out one of them"
-                require(rule.weigh is None, name, rule.name, remedy)
-        if self.budget_time is not None or self.budget_memory is not None:
-            for name, default in (("offline_keep", 1.0), ("online_keep", 1.0), ("rescore_every", 1)):
-                value = getattr(self, name)
-                require(value == default, name, value, "a budget derives this; leave it out, or leave out the budget")
+                require(not self.rule(stage).weighs, f"{stage}_rule", self.rule(stage).name, facts.with_weights)
 
     @property
     def has_budget(self) -> bool:
         """Whether a time or memory budget decides the fractions."""
         return self.budget_time is not None or self.budget_memory is not None
 
-    def rule(self, stage: str) -> Rule:
-        """Return the rule of the `"offline"` or `"online"` stage."""
-        from .selection import RULES
-
-        return RULES[getattr(self, f"{stage}_rule")]
+    def rule(self, stage: str) -> RuleFacts:
+        """Return what is known of the rule of the `"offline"` or `"online"` stage."""
+        return RULE_FACTS[getattr(self, f"{stage}_rule")]
 
     def may_select(self, stage: str) -> bool:
         """Whether the `"offline"` or `"online"` stage drops anything, as far as is known before a budget is solved."""
         return getattr(self, f"{stage}_keep") < 1 or self.has_budget
 
     @property
+    def accelerators(self) -> list[str]:
+        """Names of the accelerators that are asked for, in the order in which they act on a batch."""
+        return [
+            name
+            for name, facts in ACCELERATOR_FACTS.items()
+            if not self._is_default(facts.setting) and (self.may_select("online") or not facts.online_only)
+        ]
+
+    @property
     def active(self) -> bool:
         """Whether anything differs from plain training."""
         selects = self.may_select("offline") or self.may_select("online")
-        return selects or self.track or self.batch_by_length or self.unpad
+        return selects or self.track or self.batch_by_length or bool(self.accelerators)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, for JSON."""

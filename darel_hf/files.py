@@ -1,4 +1,4 @@
-"""Atomic writes: a file is either the old one or the whole new one, never half."""
+"""The ground: the one form of our errors, and atomic writes (a file is the old one or the whole new one)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .config import require
+
+def require(ok: bool, name: str, value: Any, remedy: str, error: type[Exception] = ValueError) -> None:
+    """Raise the one form of error that this package gives for bad input: the field, its value, and the remedy."""
+    if not ok:
+        raise error(f"{name}={value!r}: {remedy}")
 
 
 def refuse_used_folder(path: str | os.PathLike, what: str, remedy: str) -> None:

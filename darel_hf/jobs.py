@@ -15,10 +15,9 @@ import numpy as np
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from . import checkpoints
-from .config import require
-from .files import refuse_used_folder
+from .files import refuse_used_folder, require
 from .report import scoring_seconds
+from .training import checkpoints
 
 
 def parse_settings(classes: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:

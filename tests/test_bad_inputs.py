@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import darel_hf
 from darel_hf import DarelConfig, DarelTrainer, NLGMetrics, Selector
-from darel_hf.checkpoints import resolve
 from darel_hf.cli import app
 from darel_hf.jobs import parse_settings
-from darel_hf.nlg import read_pairs
+from darel_hf.nlg.task import read_pairs
+from darel_hf.training.checkpoints import resolve
 
 PACKAGE = Path(darel_hf.__file__).parent
 HALF = {"online_keep": 0.5, "online_rule": "hardest"}

@@ -10,7 +10,7 @@ from helpers import VOCABULARY, tiny_gpt2
 from typer.testing import CliRunner
 
 from darel_hf.cli import app
-from darel_hf.corpus import make_corpus
+from darel_hf.nlg.corpus import make_corpus
 
 runner = CliRunner()
 

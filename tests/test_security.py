@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import darel_hf
-from darel_hf.scoring import _read_part
+from darel_hf.scoring.dataset import _read_part
 
 ROOT = Path(darel_hf.__file__).parents[1]
-FILES = sorted([*(ROOT / "darel_hf").glob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "eval").rglob("*.py")])
+FILES = sorted([*(ROOT / "darel_hf").rglob("*.py"), *(ROOT / "recipes").rglob("*.py"), *(ROOT / "eval").rglob("*.py")])
 
 
 def names(tree):

@@ -18,9 +18,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from darel_hf import DarelConfig, DarelTrainer
-from darel_hf.corpus import make_corpus
-from darel_hf.demo import DemoSettings, warm_up
-from darel_hf.nlg import NLGArguments, group_references, load_model, read_pairs, tokenize_pairs
+from darel_hf.nlg.corpus import make_corpus
+from darel_hf.nlg.demo import DemoSettings, warm_up
+from darel_hf.nlg.task import NLGArguments, group_references, load_model, read_pairs, tokenize_pairs
 
 #: Quick runs show that everything runs; no claim rests on them, and they leave the rows of results alone.
 QUICK = "--quick" in sys.argv

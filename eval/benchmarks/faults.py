@@ -38,7 +38,7 @@ def worker(folder: Path, pause: float) -> None:
     from transformers import DefaultDataCollator, GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments
 
     from darel_hf import DarelConfig, DarelTrainer
-    from darel_hf.checkpoints import all_in, problem
+    from darel_hf.training.checkpoints import all_in, problem
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

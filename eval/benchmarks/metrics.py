@@ -26,9 +26,9 @@ from nltk.translate.meteor_score import meteor_score
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from darel_hf.corpus import make_corpus
-from darel_hf.metrics import NIST, NLGMetrics, RougeL, open_wordnet
-from darel_hf.texts import match, read_predictions, read_references
+from darel_hf.nlg.corpus import make_corpus
+from darel_hf.nlg.metrics import NIST, NLGMetrics, RougeL, open_wordnet
+from darel_hf.nlg.texts import match, read_predictions, read_references
 
 RESAMPLES = 1000  # measured on ten times as many: their cost is lost in the noise of scoring otherwise
 

@@ -27,8 +27,8 @@ from quality import add_options, data_of, prepared
 from transformers import DataCollatorForSeq2Seq, get_linear_schedule_with_warmup, set_seed
 
 from darel_hf import NLGMetrics
-from darel_hf.losses import per_sample_losses
-from darel_hf.nlg import generate, held_out, load_model, read_pairs, tokenize_pairs
+from darel_hf.nlg.task import generate, held_out, load_model, read_pairs, tokenize_pairs
+from darel_hf.scoring.losses import per_sample_losses
 
 PRECISION = 1000  # positions of the schedule an epoch
 

@@ -35,9 +35,9 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
 from darel_hf.data import ID_KEY, CarryIds, add_ids
-from darel_hf.demo import DemoSettings
-from darel_hf.metrics import NAMES
-from darel_hf.nlg import (
+from darel_hf.nlg.demo import DemoSettings
+from darel_hf.nlg.metrics import NAMES
+from darel_hf.nlg.task import (
     NLGArguments,
     generate,
     held_out,
@@ -47,7 +47,8 @@ from darel_hf.nlg import (
     tokenize_pairs,
     training_pairs,
 )
-from darel_hf.scoring import BatchScorer, Scores, save_scores, score_dataset
+from darel_hf.scoring import BatchScorer, save_scores, score_dataset
+from darel_hf.selection import Scores
 
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")

@@ -31,9 +31,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from darel_hf.losses import per_sample_losses
+from darel_hf.accelerators.sliced import SlicedStep
 from darel_hf.scoring import BatchScorer
-from darel_hf.sliced import SlicedStep
+from darel_hf.scoring.losses import per_sample_losses
 
 ETA = 3  # of `ledger`: every third epoch is scored afresh
 

@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
-from darel_hf.image_job import ImageArguments, load_data, plot_accuracy_time, run
+from darel_hf.vision.task import ImageArguments, load_data, plot_accuracy_time, run
 
 WIDER = 1.375  # hypercomplex networks with so much more channels have nearly as many parameters as the real one
 

@@ -17,8 +17,8 @@ embeddings.png, removed_kept.png.
 from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
-from darel_hf.image_job import ImageArguments, run
 from darel_hf.jobs import parse_settings
+from darel_hf.vision.task import ImageArguments, run
 
 if __name__ == "__main__":
     task, darel, training = parse_settings((ImageArguments, DarelConfig, TrainingArguments))

@@ -16,7 +16,7 @@ import torch
 
 from darel_hf.config import require
 from darel_hf.jobs import parse_settings
-from darel_hf.nlg import NLGArguments, generate, held_out, load_for_generation, load_pairs
+from darel_hf.nlg.task import NLGArguments, generate, held_out, load_for_generation, load_pairs
 
 
 @dataclass

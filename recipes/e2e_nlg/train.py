@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from darel_hf import DarelConfig
 from darel_hf.jobs import parse_settings
-from darel_hf.nlg import NLGArguments, run
+from darel_hf.nlg.task import NLGArguments, run
 
 if __name__ == "__main__":
     task, darel, training = parse_settings((NLGArguments, DarelConfig, TrainingArguments))

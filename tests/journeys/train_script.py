@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer
-from darel_hf.checkpoints import all_in, problem
+from darel_hf.training.checkpoints import all_in, problem
 
 
 class Heartbeat(TrainerCallback):

@@ -1,0 +1,22 @@
+"""
+Whatever makes a training step cheaper: one file each, behind the contract in `base.py`.
+
+Stands on `scoring/`. The trainer, the planner and the report know the contract only, no accelerator by name.
+"""
+
+from .base import ACCELERATORS, Accelerator, CannotAccelerate, Choosing, make_accelerators, register_accelerator
+from .sliced import CannotSlice, SlicedStep
+from .unpad import PaddingFree, flatten
+
+__all__ = [
+    "ACCELERATORS",
+    "Accelerator",
+    "CannotAccelerate",
+    "CannotSlice",
+    "Choosing",
+    "PaddingFree",
+    "SlicedStep",
+    "flatten",
+    "make_accelerators",
+    "register_accelerator",
+]

@@ -1,0 +1,166 @@
+"""`Accelerator`: what the trainer, the planner and the report know of whatever makes a training step cheaper."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import torch
+
+from ..config import ACCELERATOR_FACTS, AcceleratorFacts
+from ..files import require
+from ..scoring import SampleLosses, preserve_rng_state
+
+logger = logging.getLogger(__name__)
+
+#: Classes by name, see [`register_accelerator`].
+ACCELERATORS: dict[str, type[Accelerator]] = {}
+
+
+class CannotAccelerate(RuntimeError):
+    """A step of this model cannot be made cheaper like this; the message says why."""
+
+
+class Accelerator(ABC):
+    """
+    Make a training step cheaper. One is made for each `train()`, where the settings ask for it.
+
+    Subclasses say what they do in as few of these methods as they need; every call comes from one place in `training/`
+    or `budget/`, which know nothing else of them.
+
+    Args:
+        trainer (`DarelMixin`): the trainer, its model and settings.
+
+    Attributes:
+        facts ([`AcceleratorFacts`]): name, setting, exactness, and with what it does not go.
+        falls_back (`bool`): where it cannot be had, training goes on without it and says so; else that is an error.
+        chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
+    """
+
+    facts: AcceleratorFacts
+    falls_back = True
+    chooses = False
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    @abstractmethod
+    def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
+        """
+        Return why this trainer cannot have it, or `None`; asked before any compute, and it leaves the model as it was.
+
+        Args:
+            few_rows (`Callable`, *optional*): makes a batch of a few samples, without ids, to compare with the slow
+                way; `None`: the data are a stream, of which nothing can be tried before training.
+        """
+
+    def attach(self) -> None:  # noqa: B027 - most have nothing to do
+        """Get ready for the loop; called again where Trainer starts anew, perhaps with another model."""
+
+    def detach(self) -> None:  # noqa: B027
+        """Leave the model as a plain trainer would; called when training ends, however it ends."""
+
+    def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what the model trains on in place of a micro-batch, which has no ids and weights any more."""
+        return inputs
+
+    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float | None:
+        """
+        Return the seconds of a training step with it, for the planner; `None`: a step on given rows takes as long.
+
+        Args:
+            seconds (`Callable`): times the making of inputs and a training step on them.
+            inputs (`Mapping`): a micro-batch, as accelerators before this one have left it.
+        """
+        return seconds(lambda: self.transform(inputs))
+
+    def told(self, reason: object, remedy: str) -> str:
+        """Return a sentence that names the setting, the reason, and after `remedy` the value to set."""
+        return f"{self._setting}: {reason}; {remedy} {self._default!r}"
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise `ValueError`: it cannot be had."""
+        raise ValueError(self.told(reason, "set it to"))
+
+    @property
+    def _setting(self) -> str:
+        return f"{self.facts.setting}={getattr(self.trainer.darel, self.facts.setting)!r}"
+
+    @property
+    def _default(self) -> Any:
+        return type(self.trainer.darel).__dataclass_fields__[self.facts.setting].default
+
+
+class Choosing(Accelerator):
+    """An accelerator whose one forward pass over all candidates both scores and trains."""
+
+    chooses = True
+
+    @abstractmethod
+    def start_step(self) -> None:
+        """Begin an optimizer step, also where an earlier one was not ended."""
+
+    @abstractmethod
+    def score(self, inputs: Mapping[str, Any]) -> tuple[SampleLosses, torch.Tensor]:
+        """Return the differentiable losses of all candidates, and what ranks them, float `[c]`."""
+
+    @abstractmethod
+    def loss(self, inputs: Mapping, samples: SampleLosses, rows: Any, weights: Any, counted: Any) -> torch.Tensor:
+        """Return the loss that a step on the chosen rows alone would have; `counted`: Trainer's, of all candidates."""
+
+    @abstractmethod
+    def settle(self, loss: torch.Tensor) -> torch.Tensor:
+        """End a micro-batch after its backward pass; return the loss to log."""
+
+
+def register_accelerator(cls: type[Accelerator]) -> type[Accelerator]:
+    """
+    Make an accelerator one that settings can ask for, by the field that its `facts` name.
+
+    Raises:
+        ValueError: for a name that is taken.
+    """
+    name = cls.facts.name
+    require(name not in ACCELERATORS, "accelerator", name, "there is an accelerator of this name; choose another")
+    ACCELERATOR_FACTS.setdefault(name, cls.facts)
+    ACCELERATORS[name] = cls
+    return cls
+
+
+def make_accelerators(
+    trainer: Any, few_rows: Callable[[], Mapping[str, Any]] | None, first_found: Callable[[Any], Any]
+) -> list[Accelerator]:
+    """
+    Make and try out what the settings of a trainer ask for; what cannot be had is an error or, said aloud, left out.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        few_rows (`Callable`, *optional*): see [`Accelerator.why_not`].
+        first_found (`Callable`): of what the processes found, the first that is not `None`, the same on all.
+    """
+    made = []
+    for name in trainer.darel.accelerators:
+        accelerator, error, reason = ACCELERATORS[name](trainer), None, None
+        try:
+            with preserve_rng_state():
+                reason = accelerator.why_not(few_rows)
+        except Exception as found:  # of any kind: the other processes wait
+            error = found
+        error = first_found(error)
+        if error is not None:
+            raise error
+        reason = first_found(reason)  # of any process: they must all do the same
+        if reason is None:
+            made.append(accelerator)
+        elif accelerator.falls_back:
+            logger.warning("%s", accelerator.told(reason, "going on with"))
+        else:
+            accelerator.refuse(reason)
+    return made
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says first."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

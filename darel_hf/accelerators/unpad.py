@@ -1,0 +1,258 @@
+"""Training without padding: the samples of a batch one after the other in one row, with the gradients of the batch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..config import ACCELERATOR_FACTS
+from ..scoring import IGNORE, base_model, is_causal_lm, preserve_rng_state, scorer_for
+from .base import Accelerator, first_line, register_accelerator
+
+#: The name of our attention in transformers' registry.
+ATTENTION = "darel_padding_free"
+#: What a batch may hold: `[B, L]` each. What else there is might belong to columns, and we would not know.
+TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> dict[str, Any]:
+    """
+    Put the samples of a padded batch one after the other in a single row, for a model with our attention.
+
+    Args:
+        inputs (`Mapping`): `input_ids`, `labels` and, where there are any, `attention_mask`, `position_ids` and
+            `token_type_ids`, int64 `[B, L]`.
+        label_positions_only (`bool`): let only the positions that predict a label pass the head.
+
+    Returns:
+        `dict`: `input_ids`, `position_ids`, `labels`, int64 `[1, N]` with the N positions that are in use;
+        `attention_mask`, int64 `[1, 1, B, L]`, the places of each sample in the row, one after the other, then N.
+        No label is at the first position of a sample, which nothing predicts. With `label_positions_only` also
+        `logits_to_keep`, int64 `[K]`, and the labels of those positions as `labels` and `shift_labels`, `[1, K]`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> ids, mask = torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    >>> flatten({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})["labels"]
+    tensor([[-100,    6,    7, -100,    9]])
+    ```
+    """
+    labels, used = inputs["labels"], _used(inputs)
+    columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    row = {key: inputs[key][used][None] for key in TOKEN_KEYS if key in inputs and key != "attention_mask"}
+    row["labels"] = labels.masked_fill(_first_used(used), IGNORE)[used][None]
+    row.setdefault("position_ids", columns[used][None])
+    lengths = used.sum(1, keepdim=True)
+    places = columns + lengths.cumsum(0) - lengths
+    # A mask with four dimensions reaches attention as it is, in every model: so this does.
+    row["attention_mask"] = places.masked_fill(columns >= lengths, row["input_ids"].shape[1])[None, None]
+    if label_positions_only:
+        following = F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:]
+        predicts = following[0].ne(IGNORE)
+        predicts[0] |= ~predicts.any()  # a loss of nothing is still a loss
+        keep = predicts.nonzero()[:, 0]
+        row["logits_to_keep"], row["labels"] = keep, following[:, keep]
+        row["shift_labels"] = row["labels"]
+    return row
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attend within samples that [`flatten`] has put into one row; anything else as transformers' `"sdpa"` does.
+
+    Args:
+        query, key, value (`torch.Tensor`): `[1, heads, N, d]`.
+        attention_mask (`torch.Tensor`): that of [`flatten`].
+        sliding_window (`int`, *optional*): positions that a position sees, itself included.
+        **kwargs: as transformers gives them.
+
+    Returns:
+        `[1, N, heads, d]` and no weights.
+    """
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not _holds_places(attention_mask):
+        return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
+    # Causal attention never looks ahead, to where the padding is: so it needs no mask, only to begin with each sample.
+    kwargs |= {"attention_mask": None, "is_causal": True}
+    places = attention_mask[0, 0]
+    if sliding_window is not None and places.shape[1] > sliding_window:
+        distance = torch.arange(places.shape[1], device=query.device)
+        distance = distance[:, None] - distance
+        kwargs |= {"attention_mask": ((distance >= 0) & (distance < sliding_window))[None, None], "is_causal": False}
+    way = _sample_by_sample if query.device.type == "cpu" else _in_rows
+    return way(sdpa, module, (query, key, value), places, kwargs), None
+
+
+def _sample_by_sample(sdpa: Any, module: Any, qkv: tuple, places: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """Attend to one sample after the other: nothing is copied, nothing padded; for CPUs, where calls are cheap."""
+    lengths = places.lt(qkv[0].shape[2]).sum(1).tolist()
+    mask, kwargs = kwargs["attention_mask"], {k: v for k, v in kwargs.items() if k != "attention_mask"}
+    outputs = []
+    for sample in zip(*(states.split(lengths, dim=2) for states in qkv), strict=True):
+        length = sample[0].shape[2]
+        own = None if mask is None else mask[:, :, :length, :length]
+        outputs.append(sdpa(module, *sample, own, **kwargs)[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _in_rows(sdpa: Any, module: Any, qkv: tuple, places: torch.Tensor, kwargs: dict) -> torch.Tensor:
+    """Attend to all samples at once, a row each as in the padded batch; for devices on which calls are dear."""
+    n = qkv[0].shape[2]
+    gathered = places.clamp(max=n - 1).flatten()
+
+    def rows(states: torch.Tensor) -> torch.Tensor:
+        taken = states[0].transpose(0, 1).index_select(0, gathered)
+        return taken.unflatten(0, places.shape).transpose(1, 2)
+
+    output = sdpa(module, *map(rows, qkv), **kwargs)[0].flatten(0, 1)
+    return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, places.flatten(), output)[None, :n]
+
+
+@register_accelerator
+class PaddingFree(Accelerator):
+    """
+    Take the padding out of the batches of a trainer's steps, once it is shown that this changes nothing. Exact.
+
+    For causal language models. Where the model cannot be trained like this that is an error, which names what is in
+    the way: whoever asks for it would not want the slow steps.
+    """
+
+    facts = ACCELERATOR_FACTS["unpad"]
+    falls_back = False
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.tried = 0  # positions of the longest row that was tried out
+        self.label_positions_only: bool | None = None  # whether only those that predict a label pass the head
+
+    def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
+        """Return what is in the way: the model, the arguments, or what a few samples show."""
+        model, args = base_model(self.trainer.model), self.trainer.args
+        used, noise = getattr(getattr(model, "config", None), "_attn_implementation", None), args.neftune_noise_alpha
+        layers = set(getattr(getattr(model, "config", None), "layer_types", None) or ()) - LAYERS
+        if not is_causal_lm(model):
+            return self._named(f"{type(model).__name__} is no causal language model")
+        if used not in ("sdpa", ATTENTION):
+            return self._named(f"attention is {used!r}; load it with attn_implementation='sdpa'")
+        if noise is not None:
+            return self._named(f"neftune_noise_alpha={noise} is scaled by the length of rows")
+        if layers:
+            return self._named(f"it has layers of kind {sorted(layers)}")
+        return None if few_rows is None else self.try_out(few_rows())  # of a stream the first batch is tried out
+
+    def _named(self, what: str) -> str:
+        return f"{type(base_model(self.trainer.model)).__name__} cannot be trained without padding: {what}"
+
+    def transform(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch for the model to train on, see [`flatten`]; raises `ValueError` for one that cannot be."""
+        model = base_model(self.trainer.model)
+        wrong = self._unlike_a_padded_batch(inputs)
+        if wrong is None:
+            length, window = inputs["labels"].shape[1], getattr(model.config, "sliding_window", None) or math.inf
+            if not self.tried or self.tried <= window < length:  # a window is not seen in rows that are shorter
+                wrong = self.try_out(inputs)
+        if wrong is not None:
+            self.refuse(wrong)
+        if model.config._attn_implementation != ATTENTION:  # Trainer may have made the model anew
+            model.set_attn_implementation(ATTENTION)
+        return flatten(inputs, self.label_positions_only)
+
+    def _unlike_a_padded_batch(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with a batch, or `None`."""
+        unknown = sorted(set(inputs) - set(TOKEN_KEYS))
+        if unknown:
+            return self._named(f"its batches have {unknown}, of which we do not know what belongs to a position")
+        if not torch.is_tensor(inputs.get("labels")):
+            return self._named("its batches have no labels")
+        shapes = {key: tuple(value.shape) for key, value in inputs.items()}
+        if len(set(shapes.values())) != 1 or inputs["labels"].dim() != 2:
+            return self._named(f"its batches must be of one shape [B, L], they are of {shapes}")
+        # At the first position of a row nothing is predicted in the padded batch either.
+        first = _first_used(_used(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
+        return self._named("its batches have labels that padding on the left predicts") if first.any() else None
+
+    def try_out(self, inputs: Mapping[str, Any]) -> str | None:
+        """Compute a batch in both ways, in eval mode; return what would change, or `None` where nothing does."""
+        trainer = self.trainer
+        wrong = self._unlike_a_padded_batch(inputs)
+        if wrong is not None:
+            return wrong
+        model, scorer = trainer.model, scorer_for(trainer)
+        # A loss that is not the model's own (of a class besides Trainer and DarelMixin, say) wants all logits.
+        plain = self.label_positions_only is not False
+        plain &= sum("compute_loss" in vars(cls) for cls in type(trainer).__mro__) == 2
+        plain &= trainer.label_smoother is None and trainer.compute_loss_func is None
+        plain &= "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+        inputs = trainer._prepare_inputs(inputs)
+        row, tolerance = flatten(inputs), scorer.tolerance
+        try:
+            with scorer.scoring(), preserve_rng_state():
+                padded = model(**inputs)
+                if not isinstance(padded, Mapping) or "loss" not in padded:
+                    return self._named("it returns no loss by that name")
+                base_model(model).set_attn_implementation(ATTENTION)
+                try:
+                    found = model(**row)
+                    fewer = model(**flatten(inputs, True))["loss"] if plain else None
+                except Exception as error:  # whatever it is, such a model does not take a batch like this
+                    return self._named(f"{type(error).__name__}: {first_line(error)}")
+        finally:
+            self.detach()
+        pairs = {"losses": (found["loss"], padded["loss"])}
+        if torch.is_tensor(found.get("logits")):
+            pairs["logits"] = (found["logits"], padded["logits"][_used(inputs)][None])
+        for what, (ours, wanted) in pairs.items():
+            distance = _distance(ours, wanted)
+            if not distance <= tolerance:
+                return self._named(f"its {what} would change by {distance:.2g}")
+        self.label_positions_only = fewer is not None and _distance(fewer, padded["loss"]) <= tolerance
+        self.tried = max(self.tried, inputs["labels"].shape[1])
+        return None
+
+    def detach(self) -> None:
+        """Give the model its attention back."""
+        model = base_model(self.trainer.model)
+        if model.config._attn_implementation == ATTENTION:
+            model.set_attn_implementation("sdpa")
+
+
+def _holds_places(mask: Any) -> bool:
+    return torch.is_tensor(mask) and mask.dtype == torch.int64 and mask.dim() == 4
+
+
+def _used(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return which positions of a padded batch are no padding, bool `[B, L]`; what has a label is in use."""
+    labels, mask = inputs["labels"], inputs.get("attention_mask")
+    return torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0) | labels.ne(IGNORE)
+
+
+def _first_used(used: torch.Tensor) -> torch.Tensor:
+    """Return where each sample begins, bool `[B, L]`; true at unused positions right after its first one, too."""
+    return used.cumsum(1).eq(1)
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,269 @@
+"""Measure, on a few real batches, what a training step and a scoring pass cost in time and memory."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..accelerators import Accelerator
+from ..data import ID_KEY, feature_length, token_batches
+from ..scoring import (
+    WINDOW,
+    BatchScorer,
+    SharedPrompts,
+    default_max_tokens,
+    rows_without_tokens,
+    scorer_for,
+    share_prompts,
+    untouched,
+)
+from .plan import Costs
+
+logger = logging.getLogger(__name__)
+
+BATCHES = 6  # batches that are timed at most; one more warms up
+PAIRS = 7  # pairs of steps that compare two batch sizes
+SHARE = 0.02  # of the run's batches, where a budget is decided by it: at most so many are timed, but at least two
+
+
+def _batch_of(trainer: Any, collator: Callable, items: list[Mapping]) -> dict[str, Any]:
+    """Collate items, on the model's device and without ids."""
+    return {key: value for key, value in trainer._prepare_inputs(collator(items)).items() if key != ID_KEY}
+
+
+def _batches(trainer: Any, dataset: Any, collator: Callable, rows: int, count: int) -> list[Mapping]:
+    """Collate `count` batches of `rows` samples spread over the data set."""
+    generator = np.random.default_rng(0)
+    batches = []
+    for _ in range(count):
+        positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
+        batches.append(_batch_of(trainer, collator, [dataset[int(i)] for i in positions]))
+    return batches
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done what it was asked for so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    started = clock(device)
+    call()
+    return clock(device) - started
+
+
+def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
+    trainer.model.train()
+    with trainer.accelerator.autocast():
+        return trainer.compute_loss(trainer.model, dict(batch))
+
+
+def _optimizer_step(trainer: Any) -> Callable[[], Any]:
+    """Return the step of an optimizer like Trainer's on copies of the trainable weights."""
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    copies = [torch.nn.Parameter(weight.detach().clone()) for weight in weights]
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    try:
+        given = trainer.optimizer_cls_and_kwargs
+        cls, kwargs = given or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        optimizer = cls(copies, **{k: v for k, v in kwargs.items() if k not in ("params", "model", "optimizer_dict")})
+    except (TypeError, ValueError):  # an optimizer that wants more than parameters; AdamW stands in for its cost
+        optimizer = torch.optim.AdamW(copies)
+
+    def step() -> None:
+        if trainer.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(copies, trainer.args.max_grad_norm)
+        optimizer.step()
+
+    return step
+
+
+def measure_costs(
+    trainer: Any,
+    dataset: Any,
+    collator: Callable,
+    rows: int,
+    candidates: int,
+    most: float,
+    offline: bool = True,
+    offline_scorer: torch.nn.Module | None = None,
+    accelerators: Sequence[Accelerator] = (),
+) -> Costs | None:
+    """
+    Time a training step and, as far as they are wanted, a scoring forward of as many rows and the offline pass.
+
+    The model, its gradients and the optimizer are left as they were; the caller keeps the random state.
+
+    Args:
+        trainer (`Trainer`): before `train()`.
+        dataset: map-style, items with ids, unused columns removed.
+        collator (`Callable`): keeps ids.
+        rows (`int`): batch size b.
+        candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
+        most (`float`): at most so many batches are timed, but at least two.
+        offline (`bool`): whether there may be an offline pass.
+        offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
+        accelerators (`Sequence[Accelerator]`): what will make steps cheaper; they are timed one on top of the other.
+
+    Returns:
+        [`Costs`], over a few batches; `None` where a training step cannot be tried (FSDP, DeepSpeed, out of memory).
+    """
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    device = trainer.args.device
+    scorer, first = (
+        scorer_for(trainer, model)
+        for model in (trainer.model, trainer.model if offline_scorer is None else offline_scorer.to(device))
+    )
+    count = min(max(int(most), 2), BATCHES)
+    started = time.perf_counter()
+    batches = _batches(trainer, dataset, collator, rows, count + 1)
+    # Workers load while the loop computes; without them the loop waits.
+    loading = 0.0 if trainer.args.dataloader_num_workers else (time.perf_counter() - started) / len(batches)
+    scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
+    accumulation = trainer.args.gradient_accumulation_steps
+    with untouched(trainer.model):
+        optimizer_step = _optimizer_step(trainer)
+
+        def seconds(prepare: Callable[[], Mapping]) -> float:
+            return _seconds(lambda: _loss(trainer, prepare()).backward(), device)
+
+        # The first call of each kind warms up caches and allocators. Scoring comes first: it names what is missing.
+        pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
+        forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
+        try:
+            steps: list[float] = []
+            with_it: list[list[float]] = [[] for _ in accelerators]
+            for batch in batches:  # in turn: what slows down one slows down the others
+                steps.append(seconds(lambda batch=batch: batch))
+                inputs = batch
+                for accelerator, found in zip(accelerators, with_it, strict=True):
+                    found.append(accelerator.measure(seconds, inputs))
+                    inputs = accelerator.transform(inputs)
+        except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
+            logger.warning("what a training step costs could not be measured (%s); assuming it", error)
+            return None
+        del steps[0]
+        updates = [_seconds(optimizer_step, device) for _ in batches][1:]
+        # Texts differ in length; batches of images do not, and what makes one take longer is the machine. What the
+        # loop adds to the fastest step is found out on the way, see `pacing`.
+        typical = statistics.mean if "input_ids" in batches[0] else min
+        step = loading + typical(steps) + min(updates) / accumulation
+    return Costs(
+        step_seconds=step,
+        forward_share=typical(forwards) / candidates * rows / step if candidates else 0.0,
+        offline_share=(pass_seconds * rows + loading) / step if offline else 0.0,
+        data_share=loading / step,
+        factors=_factors(accelerators, [found[1:] for found in with_it], statistics.mean(steps), step - loading),
+    )
+
+
+def _factors(
+    accelerators: Sequence[Accelerator], with_it: Sequence[list], plain: float, step: float
+) -> dict[str, float]:
+    """Return the factor of each accelerator that changes steps, see [`Costs`]; `step`: a plain one and its update."""
+    factors, before = {}, 1.0
+    for accelerator, found in zip(accelerators, with_it, strict=True):
+        if None not in found:
+            share = (
+                1 - (plain - statistics.mean(found)) / step
+            )  # of what takes as long with all of them, the update, too
+            factors[accelerator.facts.name], before = share / before, share
+    return factors
+
+
+def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, most: float) -> float:
+    """
+    Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
+
+    The median over pairs of steps, one right after the other: a busy machine slows down both. There are at most `most`
+    pairs, but at least two.
+    """
+    count = min(max(int(most), 2), PAIRS) + 1
+    pairs = zip(*(_batches(trainer, dataset, collator, size, count) for size in (full, rows)), strict=True)
+    ratios = []
+    with untouched(trainer.model):
+        for pair in pairs:
+            whole, small = (
+                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device) for batch in pair
+            )
+            ratios.append(small / rows / (whole / full))
+    return statistics.median(ratios[1:])
+
+
+def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: Callable, batch_size: int) -> float:
+    """
+    Return the seconds per sample of the offline pass.
+
+    From one batch of samples of similar length, or, where samples share prompts, from all samples of some prompts.
+    """
+    generator = np.random.default_rng(1)
+    tokens = "input_ids" in dataset[0]
+    rows = 8 * batch_size if tokens else rows_without_tokens(trainer.args.device, batch_size)
+    limit = default_max_tokens(trainer.args.device)
+
+    if tokens and not scorer.sharded:
+        window = [dataset[i] for i in range(min(WINDOW, len(dataset)))]  # what the pass reads at a time
+        shared = share_prompts(
+            scorer, window, lambda some: scorer(_batch_of(trainer, collator, [window[i] for i in some]))
+        )
+        if shared is not None:
+            prompts = generator.permutation(len(shared.prompts))
+            members = np.concatenate([np.flatnonzero(shared.prompt_of == prompt) for prompt in prompts[:rows]])[:rows]
+            part = SharedPrompts(scorer, [window[i] for i in members])
+
+            def read() -> None:
+                for _, samples in part.batches(limit, rows):
+                    samples.losses.cpu()
+
+            return min(_seconds(read, trainer.args.device) for _ in range(2)) / len(members)
+    size = 8 * rows if tokens else rows  # lengths differ among the former
+    positions = generator.choice(len(dataset), size=min(size, len(dataset)), replace=False)
+    items = [dataset[int(i)] for i in positions]
+    batches = list(token_batches(np.array([feature_length(item) for item in items]), limit, rows))
+    chosen = batches[len(batches) // 2]
+    batch = _batch_of(trainer, collator, [items[i] for i in chosen])
+    timed = [_seconds(lambda: scorer(batch).losses.cpu(), trainer.args.device) for _ in range(3)]
+    return min(timed[1:]) / len(chosen)
+
+
+def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) -> float:
+    """
+    Measure the peak memory of a training step on `rows` samples, in bytes.
+
+    On CUDA the allocator's peak; elsewhere weights, gradients and optimizer states plus what is saved for backward.
+    """
+    device = trainer.args.device
+    positions = np.linspace(0, len(dataset) - 1, 256).astype(int).tolist()
+    longest = max(positions, key=lambda i: feature_length(dataset[i]))
+    batch = _batch_of(trainer, collator, [dataset[longest]] * rows)
+    trainable = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    with untouched(trainer.model):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            _loss(trainer, batch).backward()
+            return float(torch.cuda.max_memory_allocated(device) + 2 * trainable)
+        saved: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = _loss(trainer, batch)
+        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+        activations = sum(size for pointer, size in saved.items() if pointer not in weights)
+        del loss
+        everything = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+        return float(everything + 3 * trainable + activations)

@@ -1,0 +1,395 @@
+"""The cost model, the budget equations, and the plan that is shown before training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ..config import ACCELERATOR_FACTS, DarelConfig
+from ..files import require
+from ..selection import candidate_rows
+
+#: The paper's floor for both fractions (equation 2), and its usual offline fraction (equation 3).
+SMALLEST_KEEP = 0.1
+USUAL_OFFLINE_KEEP = 0.8
+#: Scoring is made less frequent until it takes no more than this of the online stage, in `budget_method="measured"`.
+LARGEST_SCORING_SHARE = 0.25
+#: Of the budget, at most so much of what measuring and making a scorer have cost is made up for.
+LARGEST_OVERHEAD = 0.25
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What the parts of training cost.
+
+    Attributes:
+        step_seconds (`float`): one plain training step on a batch, loading and optimizer included (the paper's t_b);
+            seconds.
+        forward_share (`float`): scoring a row without gradients, relative to a training step on it (f).
+        offline_share (`float`): scoring a row in the offline pass, relative to a training step on it (c * f).
+        measured (`bool`): whether these were measured here, or are textbook values.
+        data_share (`float`): loading a row, relative to a training step on it (d), where the loop waits for it: all
+            candidates are loaded, also those that are not trained on.
+        one_forward (`bool`): whether the forward pass that scores is also the one that trains
+            (`online_backward="sliced"`): then only that of the dropped rows is extra.
+        padding (`float`): positions of a row in batches of similar length, relative to those of plain batches (p;
+            `batch_by_length`): what training on a row and scoring it costs is taken to go with them, loading not.
+        factors (`dict`): by accelerator, in the order in which they act: a training step with it and those before it,
+            relative to one with those before it alone, loading left out of both. Candidates are scored without any.
+    """
+
+    step_seconds: float
+    forward_share: float
+    offline_share: float
+    measured: bool = True
+    data_share: float = 0.0
+    one_forward: bool = False
+    padding: float = 1.0
+    factors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accelerated(self) -> float:
+        """A training step with all accelerators relative to a plain one, loading left out of both (q; 1: none)."""
+        return math.prod(self.factors.values())
+
+    @property
+    def padding_free(self) -> float:
+        """q again, by the name that it had while there was one accelerator."""
+        return self.accelerated
+
+
+def assumed_costs(lora: bool) -> Costs:
+    """Return textbook shares: a forward is half of a LoRA step, and a third of a full fine-tuning step."""
+    share = 0.5 if lora else 1 / 3
+    return Costs(step_seconds=math.nan, forward_share=share, offline_share=share, measured=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What will be done, decided once, before training.
+
+    Attributes:
+        offline_keep (`float`): fraction of the training set that is kept (alpha).
+        online_keep (`float`): fraction of each candidate batch that is trained on (A).
+        rescore_every (`int`): epochs from one fresh scoring to the next (eta).
+        batch_size (`int`): rows of a micro-batch that is trained on, per process (b).
+        epochs (`float`): passes over the kept samples.
+        samples (`int`): training samples before selection.
+        scores_free (`bool`): whether the offline scores cost nothing (saved ones, or no offline stage).
+        fixed_steps (`bool`): whether `max_steps` fixes the number of steps.
+        slowdown (`float`): time of all rows in batches of `batch_size`, relative to the batch size that the user gave
+            (T_new / T; above 1 where a memory budget made batches smaller).
+        overhead (`float`): time already spent on measuring, relative to plain training.
+        method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
+        costs ([`Costs`]): what the prediction rests on.
+    """
+
+    offline_keep: float
+    online_keep: float
+    rescore_every: int
+    batch_size: int
+    epochs: float
+    samples: int
+    costs: Costs
+    scores_free: bool = False
+    fixed_steps: bool = False
+    slowdown: float = 1.0
+    overhead: float = 0.0
+    method: str = "settings"
+
+    @property
+    def candidate_rows(self) -> int:
+        """Rows that the loader hands out for one micro-batch (c = round(b / A))."""
+        return candidate_rows(self.batch_size, self.online_keep)
+
+    @property
+    def effective_online_keep(self) -> float:
+        """A as whole rows make it: b / c."""
+        return self.batch_size / self.candidate_rows
+
+    @property
+    def kept_samples(self) -> int:
+        """Samples that the offline stage keeps."""
+        return max(1, round(self.offline_keep * self.samples))
+
+    @property
+    def predicted_time(self) -> float:
+        """Time of the run, scoring counted, relative to plain training (for `max_steps`, to as many plain steps)."""
+        online = online_term(self.effective_online_keep, self.rescore_every, self.epochs, self.costs)
+        offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
+        if self.fixed_steps:
+            return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
+        return self.overhead + self.slowdown * (offline + self.offline_keep * online)
+
+    @property
+    def predicted_saving(self) -> float:
+        """1 - `predicted_time`."""
+        return 1 - self.predicted_time
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a plain dict, for JSON (which has no NaN)."""
+        values = asdict(self)
+        if math.isnan(values["costs"]["step_seconds"]):
+            values["costs"]["step_seconds"] = None
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Plan:
+        """Restore what [`Plan.to_dict`] returned."""
+        costs = {name: math.nan if value is None else value for name, value in values["costs"].items()}
+        if (factor := costs.pop("padding_free", 1.0)) != 1.0:  # of a checkpoint from before accelerators had factors
+            costs["factors"] = {"padding_free": factor}
+        return cls(**{**values, "costs": Costs(**costs)})
+
+    def settings(self, config: DarelConfig) -> DarelConfig:
+        """Return settings with the fractions that were decided, and no budget."""
+        return replace(
+            config,
+            budget_time=None,
+            budget_memory=None,
+            offline_keep=self.offline_keep,
+            online_keep=self.online_keep,
+            rescore_every=self.rescore_every,
+        )
+
+    def check(self) -> None:
+        """Raise `ValueError` if the fraction of a batch cannot be had with whole rows."""
+        size = self.batch_size
+        remedy = f"of a batch of {size} it keeps {size} of {self.candidate_rows} candidates, all of them; "
+        remedy += f"give at most {size / (size + 0.5):.3f}, a larger batch, or 1"
+        require(self.online_keep == 1 or self.candidate_rows > size, "online_keep", self.online_keep, remedy)
+
+    def __str__(self) -> str:
+        kept = f": {self.kept_samples:,} of {self.samples:,} samples" if self.samples else ""
+        costs, every = [], ""
+        if self.online_keep < 1 and self.costs.forward_share:
+            costs.append(f"forward {self.costs.forward_share:.2f} of a step")
+            every = f", scored every {self.rescore_every} epoch(s)"
+        if self.offline_keep < 1 and not self.scores_free:
+            costs.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
+        batches = []
+        if self.costs.padding != 1:
+            batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
+        for name, factor in self.costs.factors.items():
+            phrase = ACCELERATOR_FACTS[name].phrase if name in ACCELERATOR_FACTS else name
+            batches.append(f"  batches   {phrase}: a step takes {factor:.2f} of a plain one")
+        source = "measured" if self.costs.measured else "assumed"
+        lines = [
+            f"DAREL plan ({self.method})",
+            *batches,
+            f"  offline   keep {self.offline_keep:.3f}{kept}",
+            f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
+            + every,
+            f"  costs     {', '.join(costs) or 'nothing is scored'} ({source})",
+            f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
+        ]
+        return "\n".join(lines)
+
+
+def fresh_epochs(rescore_every: int, epochs: float) -> int:
+    """Return in how many of the epochs candidates are scored by a forward pass: ceil(E / eta)."""
+    return math.ceil(math.ceil(epochs) / rescore_every)
+
+
+def scoring_term(rescore_every: int, epochs: float, forward_share: float) -> float:
+    """Return the time of scoring candidates, a mean over epochs, relative to a plain epoch: f * ceil(E / eta) / E."""
+    return forward_share * fresh_epochs(rescore_every, epochs) / math.ceil(epochs)
+
+
+def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
+    """
+    Return the time of an epoch relative to a plain one: p (f * ceil(E / eta) / E + (1 - d) q A) + d.
+
+    If A is 1, f is 0. With one forward pass for both, scoring costs (1 - A) f in place of f.
+    """
+    scoring = 0.0 if online_keep == 1 else scoring_term(rescore_every, epochs, costs.forward_share)
+    if costs.one_forward:
+        scoring *= 1 - online_keep
+    training = (1 - costs.data_share) * costs.accelerated * online_keep
+    return costs.padding * (scoring + training) + costs.data_share
+
+
+def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
+    """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
+    scoring = scoring_term(rescore_every, epochs, costs.forward_share)
+    training = (1 - costs.data_share) * costs.accelerated
+    reused = min(scoring, 0.9 * training) if costs.one_forward else 0.0
+    return ((online_time - costs.data_share) / costs.padding - scoring) / (training - reused)
+
+
+def paper_budget(full_time: float, budget_time: float, new_time: float) -> tuple[float, float, int]:
+    """
+    Solve the poster's budget equations. They leave out the cost of scoring.
+
+    Args:
+        full_time (`float`): T, time of the full training.
+        budget_time (`float`): t, the fraction of it that may be used.
+        new_time (`float`): T_new = t_b * N_b * E (equation 1), time of the full number of steps at batch size b.
+
+    Returns:
+        `(alpha, A, eta)`.
+
+    Equations, as reconstructed (the source cuts the second one off):
+
+        (2) A     = T t / (T_new alpha)  if T t > 0.1 T_new alpha, else 0.1       with alpha = 0.8
+        (3) alpha = 0.8;  T t / (T_new A)  if T t < 0.8 T_new A
+        (4) eta   = 1;  2 if 0.5 < A < 0.8;  3 if A <= 0.5                        A before clipping
+            A is then clipped to [0.1, 0.5].
+
+    Example:
+
+    ```python
+    >>> paper_budget(full_time=100.0, budget_time=0.32, new_time=100.0)
+    (0.8, 0.4, 3)
+    ```
+    """
+    allowed = full_time * budget_time
+    alpha = USUAL_OFFLINE_KEEP
+    online = allowed / (new_time * alpha) if allowed > SMALLEST_KEEP * new_time * alpha else SMALLEST_KEEP
+    eta = 3 if online <= 0.5 else 2 if online < 0.8 else 1
+    online = min(max(online, SMALLEST_KEEP), 0.5)
+    if allowed < alpha * new_time * online:
+        alpha = allowed / (new_time * online)
+    return alpha, online, eta
+
+
+def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[float, float]:
+    """
+    Return the smallest fractions of the full time that plans can reach with fractions of at least 0.1.
+
+    Returns:
+        `(both, online)`: with an offline stage, and with the online stage alone.
+    """
+    scoring = 0.0 if scores_free else costs.offline_share / epochs
+    online = online_term(SMALLEST_KEEP, math.ceil(epochs), epochs, costs)
+    return scoring + SMALLEST_KEEP * min(online_term(1.0, 1, epochs, costs), online), online
+
+
+def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) -> Plan:
+    """
+    Choose alpha, A and eta so that the cost model meets the time budget.
+
+    In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta with which
+    scoring takes at most a quarter of the online stage (or, failing that, the largest); else, where a forward pass
+    costs too much for the online stage (one epoch with LoRA), fewer samples offline. Where the offline pass alone
+    costs too much (a dear scorer, few epochs), the online stage alone.
+
+    Args:
+        plan ([`Plan`]): batch size, epochs, samples and costs.
+        budget_time (`float`, *optional*): t, fraction of the full time. `None`: no time was asked for, only memory; it
+            is the full time then, or, where the smaller batches are so slow that this cannot be had, nothing is
+            dropped.
+        offline (`bool`): whether samples may be dropped offline.
+
+    Raises:
+        ValueError: if the budget cannot be met; says what the smallest possible one is.
+    """
+    memory_only = budget_time is None
+    budget_time = 1.0 if memory_only else budget_time
+    everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    plan, whole = everything, online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
+    if plan.fixed_steps:  # dropping samples saves none of them
+        return everything
+    # All of the time is plain training; or less padding is enough.
+    if (budget_time == 1 and plan.slowdown <= 1) or (whole < 1 and everything.predicted_time <= budget_time):
+        return everything
+    with_offline, online_alone = (
+        plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
+    )
+    smallest = min(with_offline, online_alone) if offline else online_alone
+    if memory_only and smallest > budget_time:
+        return everything
+    remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
+    if not offline:
+        remedy += " where each value of group_column keeps a place offline; leave that out, or allow more time"
+    elif not plan.scores_free:
+        remedy += " (saved scores, scores=, make it smaller)"
+    require(budget_time >= smallest, "budget_time", budget_time, remedy)
+    # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
+    overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
+    if not offline or budget_time - overhead < with_offline:
+        return _online_alone(plan, (budget_time - overhead) / plan.slowdown)
+    left = (budget_time - overhead) / plan.slowdown - (
+        0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
+    )
+    alpha = left / whole
+    offline_only = replace(plan, offline_keep=min(alpha, 1.0), online_keep=1.0, rescore_every=1)
+    if alpha >= USUAL_OFFLINE_KEEP:
+        return offline_only
+    possible = []
+    for eta in range(1, math.ceil(plan.epochs) + 1):
+        online = _keep_for(left / USUAL_OFFLINE_KEEP, eta, plan.epochs, plan.costs)
+        if online >= SMALLEST_KEEP:
+            # A batch has whole rows: take the A that they make, and alpha for what is then left.
+            online = plan.batch_size / candidate_rows(plan.batch_size, online)
+            needed = online_term(online, eta, plan.epochs, plan.costs)
+            fraction = left / needed
+            if online < 1 and fraction <= 1:
+                made = replace(plan, offline_keep=fraction, online_keep=online, rescore_every=eta)
+                free = replace(plan.costs, forward_share=0.0)
+                scoring = needed - online_term(online, eta, plan.epochs, free)
+                possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
+    if possible:
+        return next((made for cheap, made in possible if cheap), possible[-1][1])
+    if alpha >= SMALLEST_KEEP:
+        return offline_only
+    eta = math.ceil(plan.epochs)
+    fraction = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
+    return replace(plan, offline_keep=min(fraction, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+
+
+def _online_alone(plan: Plan, budget_time: float) -> Plan:
+    """Choose A and eta for a budget without an offline stage: the smallest eta with which it can be met."""
+    for eta in range(1, math.ceil(plan.epochs) + 1):
+        online = _keep_for(budget_time, eta, plan.epochs, plan.costs)
+        candidates = math.ceil(plan.batch_size / online - 1e-9) if online > 0 else 0  # whole rows, rather too many
+        if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
+            break
+    online = plan.batch_size / candidates if candidates else SMALLEST_KEEP
+    return replace(plan, offline_keep=1.0, online_keep=min(max(online, SMALLEST_KEEP), 1.0), rescore_every=eta)
+
+
+def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0) -> Plan:
+    """
+    Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met.
+
+    Each of the `groups` of samples keeps a place offline; where there would be too few, nothing is dropped offline.
+    """
+    if config.budget_method == "measured":
+        made = solve_budget(plan, config.budget_time)
+        return made if made.kept_samples >= groups else solve_budget(plan, config.budget_time, offline=False)
+    budget = 1.0 if config.budget_time is None else config.budget_time
+    alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
+    made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
+    remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; leave it out, or allow more time"
+    require(made.kept_samples >= groups, "group_column", config.group_column, remedy)
+    return made
+
+
+def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:
+    """
+    Return the largest batch size whose peak memory is within a fraction of the full one.
+
+    Args:
+        memory (`Callable`): `batch size -> bytes`, measured; called a few times. Memory grows linearly in between.
+        batch_size (`int`): the full batch size.
+        budget_memory (`float`): m, fraction of `memory(batch_size)`.
+
+    Raises:
+        ValueError: if even one row does not fit; says what the smallest possible budget is.
+    """
+    full, one = memory(batch_size), memory(1)
+    require(
+        one <= budget_memory * full,
+        "budget_memory",
+        budget_memory,
+        f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}",
+    )
+    if batch_size == 1 or full <= one:
+        return batch_size
+    slope = (full - one) / (batch_size - 1)
+    return min(batch_size, int(1 + (budget_memory * full - one) / slope + 1e-9))

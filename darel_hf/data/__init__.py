@@ -1,0 +1,33 @@
+"""
+Data sets of any kind: ids, columns, rows of batches, batches of similar length, fingerprints.
+
+Stands on `config` and `files`.
+"""
+
+from .by_length import ShuffledByLength, token_batches
+from .columns import feature_length, group_numbers, is_stream, read_column, sample_lengths
+from .fingerprint import code_fingerprint, data_fingerprint
+from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, sample_ids, select_rows
+from .rows import ID_KEY, WEIGHT_KEY, take_rows
+
+__all__ = [
+    "ID_KEY",
+    "WEIGHT_KEY",
+    "CarryIds",
+    "ShuffledByLength",
+    "StreamWithIds",
+    "WithIds",
+    "add_ids",
+    "add_stream_ids",
+    "code_fingerprint",
+    "data_fingerprint",
+    "feature_length",
+    "group_numbers",
+    "is_stream",
+    "read_column",
+    "sample_ids",
+    "sample_lengths",
+    "select_rows",
+    "take_rows",
+    "token_batches",
+]

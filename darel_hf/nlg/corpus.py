@@ -1,0 +1,249 @@
+"""A data-to-text corpus made by a small grammar: the E2E format, several references each, some noise."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..files import atomic_path
+from .task import FILES
+
+NOISE = 0.04  # fraction of references that are wrong, cut off or scrambled
+
+
+@dataclass(frozen=True)
+class Domain:
+    """
+    One subject to write about.
+
+    Attributes:
+        first, second: parts of names.
+        kinds: what a thing of this domain is.
+        slots: attribute -> (values, phrases after the noun, whole predicates, openings of a sentence); `{}` is
+            the value.
+    """
+
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    kinds: tuple[str, ...]
+    slots: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+
+
+INNS = Domain(
+    first=("Blue", "Copper", "Golden", "Hollow", "Ivy", "Maple", "Red", "River", "Silver", "Stone", "Three", "White"),
+    second=("Anchor", "Barrel", "Crown", "Fox", "Kettle", "Lamb", "Oak", "Pheasant", "Plough", "Swan", "Wheel"),
+    kinds=("inn", "hotel", "guest house", "hostel", "lodge"),
+    slots={
+        "cuisine": (
+            ("Basque", "Greek", "Korean", "Nordic", "Punjabi", "vegetarian", "Welsh"),
+            ("serving {} food", "with a {} kitchen", "offering {} meals"),
+            ("serves {} food", "has a {} kitchen", "offers {} dishes"),
+            ("For {} food,", "If you fancy {} dishes,"),
+        ),
+        "price": (
+            ("cheap", "moderate", "high", "less than 60", "60 to 90", "more than 120"),
+            ("in the {} price range", "with {} prices", "with rooms priced {}"),
+            ("has {} prices", "is in the {} price range"),
+            ("In the {} price range,",),
+        ),
+        "guestRating": (
+            ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),
+            ("with a guest rating of {}", "rated {} by its guests"),
+            ("has a {} guest rating", "is rated {} by guests"),
+            ("With a {} guest rating,",),
+        ),
+        "area": (
+            ("market quarter", "riverside", "station district", "hill side", "city centre"),
+            ("in the {}", "located in the {}", "in the {} area"),
+            ("is in the {}", "lies in the {} area"),
+            ("In the {},", "Located in the {},"),
+        ),
+        "near": (
+            ("Abbey Gate", "Castle Park", "Fisher Wharf", "Grand Theatre", "Union Station"),
+            ("near {}", "close to {}", "just by {}"),
+            ("is near {}", "can be found close to {}"),
+            ("Near {},", "Just by {},"),
+        ),
+        "petsAllowed": (
+            ("yes", "no"),
+            ("that {yes:welcomes pets|no:does not allow pets}", "where pets are {yes:allowed|no:not allowed}"),
+            ("{yes:is pet friendly|no:is not pet friendly}", "{yes:takes pets|no:takes no pets}"),
+            ("{yes:Pet friendly,|no:Without pets,}",),
+        ),
+    },
+)
+
+# The domain that the demo's model is warmed up in. It knows the words of the inns, as a pre-trained model would, but
+# says other things with them, under other names.
+MARKETS = Domain(
+    first=INNS.first,
+    second=INNS.second,
+    kinds=("stall", "shop", "bakery", "market hall"),
+    slots={
+        "goods": (
+            INNS.slots["cuisine"][0],
+            ("selling {} food", "that offers {} goods"),
+            ("sells {} food", "has {} goods", "sells meals from a {} kitchen"),
+            ("If you fancy {} food,", "For {} meals and dishes,"),
+        ),
+        "bill": (
+            INNS.slots["price"][0],
+            ("with {} bills", "that charges {} prices"),
+            ("charges a {} price", "has a bill in the {} range"),
+            ("With {} bills,",),
+        ),
+        "score": (
+            INNS.slots["guestRating"][0],
+            ("with a score of {}", "that customers have rated {}"),
+            ("has a {} score", "is rated {} by customers"),
+            ("With a score of {},",),
+        ),
+        "street": (
+            INNS.slots["area"][0],
+            ("on the street of the {}", "at the {}"),
+            ("is located at the {}", "lies on the {} street"),
+            ("At the {},", "In the street of the {},"),
+        ),
+        "beside": (
+            INNS.slots["near"][0],
+            ("beside {}", "just by {}", "next to {}"),
+            ("can be found beside {}", "stands near {}"),
+            ("Beside {},", "Close to {},"),
+        ),
+        "buyers": (
+            INNS.kinds,
+            ("serving the {} guests", "where a {} buys its rooms' supplies"),
+            ("serves the {} trade", "offers itself to {} guests"),
+            ("Serving {} guests,",),
+        ),
+        "dogs": (
+            ("yes", "no"),
+            ("where dogs and pets are {yes:allowed|no:not allowed}", "that {yes:takes|no:does not take} dogs"),
+            ("{yes:welcomes dogs|no:does not allow dogs}", "is {yes:friendly|no:not friendly} to a pet"),
+            ("{yes:Pet friendly|no:Without pets} as a place,",),
+        ),
+    },
+)
+
+
+def _fill(pattern: str, value: str) -> str:
+    """Put a value into a phrase; `{yes:...|no:...}` chooses by it."""
+    if "{yes:" not in pattern:
+        return pattern.format(value)
+    before, rest = pattern.split("{", 1)
+    inside, after = rest.split("}", 1)
+    choices = dict(choice.split(":", 1) for choice in inside.split("|"))
+    return before + choices[value] + after
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _representation(domain: Domain, generator: random.Random) -> dict[str, str]:
+    name = f"The {generator.choice(domain.first)} {generator.choice(domain.second)}"
+    mr = {"name": name, "kind": generator.choice(domain.kinds)}
+    chosen = set(generator.sample(sorted(domain.slots), generator.randint(2, 5)))
+    return mr | {slot: generator.choice(domain.slots[slot][0]) for slot in domain.slots if slot in chosen}
+
+
+def _reference(domain: Domain, mr: dict[str, str], generator: random.Random) -> str:
+    """Say a representation in one or two sentences."""
+    slots = [slot for slot in mr if slot in domain.slots]
+    generator.shuffle(slots)
+    opening = ""
+    if generator.random() < 0.35:
+        slot = slots.pop()
+        opening = _fill(generator.choice(domain.slots[slot][3]), mr[slot]) + " "
+    cut = len(slots) if len(slots) < 3 or generator.random() < 0.4 else generator.randint(1, len(slots) - 1)
+    verb = generator.choice(("is", "is")) if not opening else generator.choice(("is", "offers itself as"))
+    text = f"{opening}{mr['name']} {verb} {_a(mr['kind'])}"
+    phrases = [_fill(generator.choice(domain.slots[slot][1]), mr[slot]) for slot in slots[:cut]]
+    text += (" " + " ".join(phrases[:2]) if phrases else "") + "".join(f", {phrase}" for phrase in phrases[2:]) + "."
+    predicates = [_fill(generator.choice(domain.slots[slot][2]), mr[slot]) for slot in slots[cut:]]
+    if predicates:
+        joined = predicates[0] if len(predicates) == 1 else ", ".join(predicates[:-1]) + " and " + predicates[-1]
+        text += f" {generator.choice(('It', 'The place', 'This ' + mr['kind']))} {joined}."
+    return text
+
+
+def _spoil(text: str, others: list[str], generator: random.Random) -> str:
+    """Return a noisy reference: that of another thing, a scrambled one, or one that breaks off."""
+    kind = generator.randrange(3)
+    if kind == 0:
+        return generator.choice(others)
+    words = text.split()
+    if kind == 1:
+        generator.shuffle(words)
+        return " ".join(words)
+    return " ".join(words[: max(2, len(words) // 3)])
+
+
+def make_pairs(
+    domain: Domain, representations: int, references: tuple[int, int], generator: random.Random
+) -> list[dict[str, str | bool]]:
+    """
+    Make pairs of a domain.
+
+    Args:
+        domain ([`Domain`]): what to write about.
+        representations (`int`): distinct meaning representations.
+        references (`tuple[int, int]`): fewest and most references of each.
+        generator (`random.Random`): source of randomness; the same one makes the same pairs.
+
+    Returns:
+        A list of `{"mr": str, "ref": str, "noisy": bool}`; references of one representation are distinct and adjacent.
+    """
+    seen: dict[str, dict[str, str]] = {}
+    while len(seen) < representations:
+        mr = _representation(domain, generator)
+        seen.setdefault(", ".join(f"{slot}[{value}]" for slot, value in mr.items()), mr)
+    pairs = []
+    for text, mr in seen.items():
+        wanted = generator.randint(*references)
+        unique = dict.fromkeys(_reference(domain, mr, generator) for _ in range(3 * wanted))
+        pairs += [{"mr": text, "ref": reference, "noisy": False} for reference in list(unique)[:wanted]]
+    return pairs
+
+
+def add_noise(pairs: list[dict[str, str | bool]], fraction: float, generator: random.Random) -> None:
+    """Spoil a fraction of the references in place, and flag them as `noisy`."""
+    clean = [pair["ref"] for pair in pairs]
+    for index in generator.sample(range(len(pairs)), round(fraction * len(pairs))):
+        spoiled = _spoil(clean[index], clean, generator)
+        pairs[index] |= {"ref": spoiled, "noisy": spoiled != clean[index]}
+
+
+def write_pairs(pairs: list[dict], path: str | os.PathLike) -> None:
+    """Write pairs as a CSV file with the columns `mr,ref`."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["mr", "ref"])
+        writer.writerows([pair["mr"], pair["ref"]] for pair in pairs)
+
+
+def make_corpus(folder: str | os.PathLike, representations: int = 560, seed: int = 0) -> dict[str, list[dict]]:
+    """
+    Write the demo's data set of inns in the layout of the E2E challenge.
+
+    The test set has no noise, and shares no representation with the training set.
+
+    Returns:
+        The pairs by split, with the flag `noisy` that the files do not have.
+    """
+    generator = random.Random(seed)
+    counts = {"train": representations, "dev": representations // 14, "test": representations // 8}
+    pairs = make_pairs(INNS, sum(counts.values()), (3, 5), generator)
+    mrs = list(dict.fromkeys(pair["mr"] for pair in pairs))
+    splits, start = {}, 0
+    for split, count in counts.items():
+        chosen = set(mrs[start : start + count])
+        splits[split] = [pair for pair in pairs if pair["mr"] in chosen]
+        start += count
+    add_noise(splits["train"], NOISE, generator)
+    for split, name in FILES.items():
+        write_pairs(splits[split], Path(folder) / name)
+    return splits

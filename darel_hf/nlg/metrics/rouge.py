@@ -1,0 +1,57 @@
+"""ROUGE-L as the COCO and E2E scripts have it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from sacrebleu.metrics.base import Signature
+
+from ..._version import __version__
+from .base import SegmentMean, ptb_words
+
+
+class RougeL(SegmentMean):
+    """
+    ROUGE-L as in the COCO and E2E scripts: F with beta 1.2 of the longest common subsequence (LCS).
+
+    Precision and recall are each the best over the references. Source: Lin and Och 2004.
+    """
+
+    name = "ROUGE-L"
+    BETA = 1.2
+
+    class _Signature(Signature):
+        def __init__(self, args: dict):
+            super().__init__(args)
+            self.info.update(impl="coco", beta=RougeL.BETA, case="lc", tok="ptb", punct="no")
+            self.info["version"] = f"darel_hf-{__version__}"
+
+    _SIGNATURE_TYPE = _Signature
+
+    def segment(self, hypothesis: str, references: list[str]) -> float:
+        words = ptb_words(hypothesis)
+        precision = recall = 0.0
+        for reference in references:
+            ref = _ptb_cached(reference)
+            common = lcs_length(words, ref)
+            precision = max(precision, common / max(1, len(words)))
+            recall = max(recall, common / max(1, len(ref)))
+        if precision == 0 or recall == 0:
+            return 0.0
+        return (1 + self.BETA**2) * precision * recall / (recall + self.BETA**2 * precision)
+
+
+_ptb_cached = functools.lru_cache(maxsize=1 << 16)(ptb_words)
+
+
+def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Return the length of the longest common subsequence, by bit-parallel rows (Hyyro 2004)."""
+    where: dict[str, int] = {}
+    for i, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << i
+    full = row = (1 << len(a)) - 1
+    for word in b:
+        matched = row & where.get(word, 0)
+        row = ((row + matched) | (row - matched)) & full
+    return len(a) - row.bit_count()

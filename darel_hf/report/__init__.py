@@ -1,0 +1,11 @@
+"""
+What was planned, kept, dropped and measured: as an object, as files, as a page.
+
+Stands on `budget/` and `selection/`.
+"""
+
+from .environment import describe
+from .html import write_html
+from .report import DROPPED, KEPT, Report, scoring_seconds
+
+__all__ = ["DROPPED", "KEPT", "Report", "describe", "scoring_seconds", "write_html"]

@@ -1,0 +1,51 @@
+"""
+Losses of samples, without gradients: of a batch, of a whole data set, from a file.
+
+Stands on `data/` and `selection/`.
+"""
+
+from .dataset import WINDOW, default_max_tokens, rows_without_tokens, score_dataset
+from .losses import IGNORE, SampleLosses, per_sample_losses, weighted_loss
+from .prompts import SharedPrompts, share_prompts
+from .saved import load_scores, match_scores, model_fingerprint, save_scores
+from .scorer import (
+    BatchScorer,
+    PerSampleLoss,
+    base_model,
+    is_causal_lm,
+    is_sharded,
+    preserve_rng_state,
+    scorer_for,
+    skip_identity_adapters,
+    spread_before_training,
+    untouched,
+    with_decoder_inputs,
+)
+
+__all__ = [
+    "IGNORE",
+    "WINDOW",
+    "BatchScorer",
+    "PerSampleLoss",
+    "SampleLosses",
+    "SharedPrompts",
+    "base_model",
+    "default_max_tokens",
+    "is_causal_lm",
+    "is_sharded",
+    "load_scores",
+    "match_scores",
+    "model_fingerprint",
+    "per_sample_losses",
+    "preserve_rng_state",
+    "rows_without_tokens",
+    "save_scores",
+    "score_dataset",
+    "scorer_for",
+    "share_prompts",
+    "skip_identity_adapters",
+    "spread_before_training",
+    "untouched",
+    "weighted_loss",
+    "with_decoder_inputs",
+]

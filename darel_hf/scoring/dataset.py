@@ -1,0 +1,179 @@
+"""Losses of a whole data set, fast: sharded over ranks, resumable, in batches of similar length."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from ..data import ID_KEY, feature_length, token_batches
+from ..files import atomic_path
+from ..selection import Scores, check_finite
+from .losses import SampleLosses
+from .prompts import share_prompts
+from .scorer import BatchScorer
+
+logger = logging.getLogger(__name__)
+#: Positions, padding included, in one batch of the offline pass, by device: caches are small, GPUs are wide.
+MAX_TOKENS = {"cpu": 1024}
+MAX_TOKENS_ELSEWHERE = 16384
+WINDOW = 4096  # samples that are read, sorted by length and saved together
+
+
+def default_max_tokens(device: torch.device) -> int:
+    """Return how many positions a batch of the offline pass has on this device."""
+    return MAX_TOKENS.get(device.type, MAX_TOKENS_ELSEWHERE)
+
+
+def rows_without_tokens(device: torch.device, batch_size: int) -> int:
+    """Return the rows of a batch of the offline pass for samples that are no token sequences, such as images."""
+    return batch_size if device.type == "cpu" else 8 * batch_size  # caches of CPUs are small
+
+
+def score_dataset(
+    scorer: BatchScorer,
+    dataset: Any,
+    collator: Callable[[list], Mapping],
+    prepare: Callable[[Mapping], Mapping],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    max_tokens: int | None = None,
+    max_rows: int = 256,
+    progress_bar: bool = True,
+    parts: str | os.PathLike | None = None,
+    origin: dict[str, str] | None = None,
+    prompts_once: bool = True,
+) -> Scores:
+    """
+    Score every sample of a data set.
+
+    Args:
+        scorer ([`BatchScorer`]): scores one batch.
+        dataset: map-style data set whose items carry their id under `ID_KEY`.
+        collator (`Callable`): makes a batch of items and keeps the ids, see [`darel_hf.data.CarryIds`].
+        prepare (`Callable`): moves a batch to the model's device.
+        rank, world_size (`int`): this process scores every `world_size`-th sample; all get all scores.
+        max_tokens (`int`, *optional*): positions a batch, padding included; the default suits the device.
+        max_rows (`int`): samples a batch.
+        progress_bar (`bool`): show one if the pass takes longer than two seconds.
+        parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
+        origin (`dict`, *optional*): fingerprints to store with the scores.
+        prompts_once (`bool`): compute prompts that several samples share once, where a trial shows the same losses.
+
+    Returns:
+        [`Scores`], ids ascending; equal on every rank.
+
+    Raises:
+        ValueError: for NaN or infinite losses (names the ids); see also [`BatchScorer`].
+    """
+    if max_tokens is None:
+        max_tokens = default_max_tokens(next(scorer.model.parameters()).device)
+    mine = np.arange(rank, len(dataset), world_size)
+    together = scorer.sharded and world_size > 1  # then every rank has to run as many forward passes
+    if together and rank >= len(dataset):
+        mine = np.zeros(1, np.int64)  # a sample that another rank scores too: the same row twice, one is dropped below
+    windows = [mine[start : start + WINDOW] for start in range(0, len(mine), WINDOW)]
+    while together and len(windows) < -(-math.ceil(len(dataset) / world_size) // WINDOW):
+        windows.append(mine[:1])
+    done: list[np.ndarray] = []
+    hidden = rank != 0 or not progress_bar
+    progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, leave=False, disable=hidden)
+    for number, window in enumerate(windows):
+        part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"
+        found = _read_part(part)
+        if all(gather_object([found is not None])) if together else found is not None:
+            done.append(found)
+            progress.update(len(window))
+        else:
+            done.append(
+                _score_window(
+                    scorer,
+                    dataset,
+                    window,
+                    collator,
+                    prepare,
+                    max_tokens,
+                    max_rows,
+                    progress,
+                    together,
+                    prompts_once,
+                )
+            )
+            if part is not None and len(mine) > WINDOW:
+                with atomic_path(part) as temporary:
+                    np.save(temporary, done[-1])
+    progress.close()
+    everyone = gather_object(done) if world_size > 1 else done
+    rows = np.concatenate(everyone)
+    rows = rows[np.unique(rows["id"], return_index=True)[1]]
+    check_finite(rows["id"], rows["loss"])
+    columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    embeddings = columns["embedding"] if columns["embedding"].shape[1] else None
+    return Scores(columns["id"], columns["loss"], columns["n_tokens"], columns["correct"], origin or {}, embeddings)
+
+
+def _read_part(part: Path | None) -> np.ndarray | None:
+    """Return a finished part of an earlier pass, or `None` if there is none that can be read."""
+    if part is None or not part.exists():
+        return None
+    try:
+        return np.load(part, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        logger.warning("%s cannot be read (%s); its samples are scored again", part, error)
+        return None
+
+
+def _row_type(width: int) -> np.dtype:
+    """Return the record of one sample, with an embedding of `width` numbers."""
+    fields = [("id", np.int64), ("loss", np.float32), ("n_tokens", np.int32), ("correct", np.float32)]
+    return np.dtype([*fields, ("embedding", np.float32, (width,))])
+
+
+def _score_window(
+    scorer: BatchScorer,
+    dataset: Any,
+    window: np.ndarray,
+    collator: Callable,
+    prepare: Callable,
+    max_tokens: int,
+    max_rows: int,
+    progress: Any,
+    together: bool,
+    prompts_once: bool,
+) -> np.ndarray:
+    """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
+    positions = window.tolist()
+    items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
+
+    def plain(rows: Sequence[int]) -> SampleLosses:
+        return scorer(prepare(collator([items[i] for i in rows])))
+
+    shared = None if together or not prompts_once else share_prompts(scorer, items, plain)
+    if shared is not None:
+        scored = shared.batches(max_tokens, max_rows)
+    else:
+        lengths = np.array([feature_length(item) for item in items])
+        batches = list(token_batches(lengths, max_tokens, max_rows))
+        if together:
+            batches += [batches[-1][:1]] * (max(gather_object([len(batches)])) - len(batches))
+        scored = ((batch_rows, plain(batch_rows)) for batch_rows in batches)
+    collected = []
+    for batch_rows, samples in scored:
+        embeddings = samples.embeddings
+        rows = np.empty(len(batch_rows), _row_type(0 if embeddings is None else embeddings.shape[1]))
+        rows["id"] = [items[i][ID_KEY] for i in batch_rows]
+        rows["loss"], rows["n_tokens"], rows["correct"] = (values.cpu().numpy() for values in samples[:3])
+        if embeddings is not None:
+            rows["embedding"] = embeddings.cpu().numpy()
+        collected.append(rows)
+        progress.update(len(batch_rows))
+    return np.concatenate(collected)

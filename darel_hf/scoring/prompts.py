@@ -1,0 +1,170 @@
+"""Scoring by prompt: what several samples begin with is computed once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ..data import token_batches
+from .losses import IGNORE, SampleLosses, shift_labels, token_losses
+from .scorer import BatchScorer
+
+logger = logging.getLogger(__name__)
+#: Cached positions of a batch, copied for each sample, relative to the positions that are computed: they take memory.
+CACHED = 2
+#: Fraction of all positions that must be saved: otherwise the simple way is as fast.
+WORTHWHILE = 0.2
+
+
+class SharedPrompts:
+    """
+    Score samples of a causal language model by prompt: several references of one meaning, answers to one question.
+
+    A prompt is what precedes the first label, without its last token (which predicts that label). Its keys and values
+    are computed once, copied for each of its samples, and the rest of the samples is scored after them.
+
+    Args:
+        scorer ([`BatchScorer`]): of a causal language model whose head can be called on its own.
+        items (`Sequence[Mapping]`): n samples with `input_ids` and `labels`, lists of equal length.
+    """
+
+    def __init__(self, scorer: BatchScorer, items: Sequence[Mapping[str, Any]]):
+        self.scorer, self.items = scorer, items
+        self.starts = np.array([max(_label_start(item["labels"]) - 1, 0) for item in items])
+        numbers: dict[tuple[int, ...], int] = {}
+        self.prompt_of = np.array(
+            [
+                numbers.setdefault(tuple(item["input_ids"][:start]), len(numbers))
+                for item, start in zip(items, self.starts, strict=True)
+            ]
+        )
+        self.prompts = list(numbers)
+
+    @property
+    def saving(self) -> float:
+        """Fraction of all positions that need not be computed."""
+        every = sum(len(item["input_ids"]) for item in self.items)
+        return 1 - (every - self.starts.sum() + sum(map(len, self.prompts))) / every
+
+    def batches(self, max_tokens: int, max_rows: int) -> Iterator[tuple[np.ndarray, SampleLosses]]:
+        """
+        Score all samples.
+
+        Args:
+            max_tokens (`int`): positions of a batch that are computed, padding included.
+            max_rows (`int`): samples of a batch.
+
+        Yields:
+            positions in `items`, int64 `[b]`, and their losses; each sample once.
+        """
+        of_prompt: list[list[int]] = [[] for _ in self.prompts]
+        for i, prompt in enumerate(self.prompt_of):
+            of_prompt[prompt].append(i)
+        lengths = np.array([len(prompt) for prompt in self.prompts])
+        rest = np.array([len(item["input_ids"]) for item in self.items]) - self.starts
+        for chosen in token_batches(lengths, max_tokens, max_rows):
+            with self.scorer.scoring():
+                cache, mask = self._read([self.prompts[i] for i in chosen])
+            members = np.array([i for prompt in chosen for i in of_prompt[prompt]])
+            place = {prompt: row for row, prompt in enumerate(chosen.tolist())}
+            cached = rest[members] + mask.shape[1]
+            for part in token_batches(np.maximum(rest[members], cached // CACHED), max_tokens, max_rows):
+                rows = members[part]
+                which = torch.tensor([place[self.prompt_of[i]] for i in rows], device=mask.device)
+                with self.scorer.scoring():
+                    samples = self._score(rows, cache, mask, which)
+                yield rows, samples
+
+    def _read(self, prompts: list[tuple[int, ...]]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Return keys and values `[P, heads, W, d]` of each layer, and the mask `[P, W]`; padded on the left."""
+        width = max(map(len, prompts))
+        device = next(self.scorer.model.parameters()).device
+        ids, mask = torch.zeros((2, len(prompts), width), dtype=torch.int64, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+            mask[row, width - len(prompt) :] = 1
+        if width == 0:
+            return [], mask
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache()
+        self.scorer.hidden(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)
+        return [(layer.keys, layer.values) for layer in cache.layers], mask
+
+    def _score(self, rows: np.ndarray, cache: list, mask: torch.Tensor, which: torch.Tensor) -> SampleLosses:
+        width = int(max(len(self.items[i]["input_ids"]) - self.starts[i] for i in rows))
+        ids = torch.zeros((len(rows), width), dtype=torch.int64)
+        labels, own = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+        for row, i in enumerate(rows):
+            start = self.starts[i]
+            length = len(self.items[i]["input_ids"]) - start
+            ids[row, :length] = torch.as_tensor(self.items[i]["input_ids"][start:])
+            labels[row, :length] = torch.as_tensor(self.items[i]["labels"][start:])
+            own[row, :length] = 1
+        ids, labels, own = (tensor.to(mask.device) for tensor in (ids, labels, own))
+        before = mask[which]
+        positions = before.sum(1, keepdim=True) + (own.cumsum(1) - 1)  # padding stays within the model's positions
+        past = DynamicCache()
+        for layer, (keys, values) in enumerate(cache):
+            past.update(keys[which], values[which], layer)
+        hidden = self.scorer.hidden(
+            input_ids=ids,
+            attention_mask=torch.cat([before, own], dim=1),
+            position_ids=positions,
+            cache=past,
+        )
+        return token_losses(
+            hidden, shift_labels(labels), project=self.scorer.head, want_correct=self.scorer.want_correct
+        )
+
+
+def _label_start(labels: Sequence[int]) -> int:
+    """Return the position of the first label, or the length if there is none."""
+    return next((position for position, label in enumerate(labels) if label != IGNORE), len(labels))
+
+
+def share_prompts(
+    scorer: BatchScorer, items: Sequence[Mapping[str, Any]], plain: Callable[[Sequence[int]], SampleLosses]
+) -> SharedPrompts | None:
+    """
+    Return a [`SharedPrompts`] where that saves much and gives the same losses, shown on a few samples; else `None`.
+
+    Args:
+        scorer ([`BatchScorer`]): as above.
+        items (`Sequence[Mapping]`): the samples.
+        plain (`Callable`): scores samples, named by their position, the plain way.
+    """
+    fits = scorer.per_sample_loss is None and scorer.shift and scorer.head is not None and not scorer.want_embeddings
+    if not fits or not all(_has_lists(item) for item in items):
+        return None
+    shared = SharedPrompts(scorer, items)
+    if shared.saving < WORTHWHILE:
+        return None
+    most = np.flatnonzero(shared.prompt_of == np.bincount(shared.prompt_of).argmax())
+    probe = [*dict.fromkeys([int(shared.starts.argmin()), int(shared.starts.argmax()), *most[:3].tolist()])]
+    wanted = plain(probe).losses
+    found = torch.zeros_like(wanted)
+    try:
+        for rows, samples in SharedPrompts(scorer, [items[i] for i in probe]).batches(10**6, len(probe)):
+            found[torch.as_tensor(rows)] = samples.losses
+    except Exception as error:  # whatever it is, such a model has no cache that works like this
+        logger.info("prompts are not shared: %s", error)
+        return None
+    tolerance = scorer.tolerance / 10  # the same layers on the same tokens: closer than two ways through the head
+    if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
+        logger.info("prompts are not shared: losses would be %s in place of %s", found.tolist(), wanted.tolist())
+        return None
+    return shared
+
+
+def _has_lists(item: Mapping[str, Any]) -> bool:
+    """Whether a sample is nothing but tokens and labels, none of them masked: what we can batch without a collator."""
+    tokens, labels = item.get("input_ids"), item.get("labels")
+    if np.ndim(labels) != 1 or np.ndim(tokens) != 1 or len(tokens) != len(labels) or len(tokens) < 2:
+        return False
+    others = {"input_ids", "labels", "attention_mask"}
+    return all(key in others or np.ndim(item[key]) == 0 for key in item) and all(item.get("attention_mask", [1]))

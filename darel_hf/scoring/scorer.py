@@ -1,0 +1,347 @@
+"""Losses of a batch without gradients, in eval mode, and the model left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from ..data import ID_KEY, WEIGHT_KEY, take_rows
+from ..files import require
+from .losses import SampleLosses, per_sample_losses, shift_labels, token_losses
+
+logger = logging.getLogger(__name__)
+PerSampleLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the model inside `torch.compile` and PEFT wrappers, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters are spread over processes (FSDP, ZeRO 3): then all of them take part in a forward pass."""
+    first = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())  # version 1 hides its own
+    return first or any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def spread_before_training(args: Any, fsdp: bool) -> tuple[str, Any] | None:
+    """Return the setting that leaves processes without whole weights before training, and its value, or `None`."""
+    if fsdp and args.world_size > 1 and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+        return "fsdp_cpu_ram_efficient_loading", True
+    return ("deepspeed zero_stage", 3) if is_deepspeed_zero3_enabled() else None
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether position t of the model's logits predicts label t + 1."""
+    model = base_model(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    if {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return True
+    return LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+
+
+@contextlib.contextmanager
+def preserve_rng_state() -> Iterator[None]:
+    """Leave every global random state as it was: scoring and probing must not change what training draws."""
+    python, legacy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leave the model as it was: its mode, its gradients, and its buffers (running statistics)."""
+    training = model.training
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+class _StopAtHead:
+    """Catch the hidden states that enter a language-model head, and let the head compute nothing."""
+
+    def __init__(self, head: nn.Module):
+        self.head, self.hidden = head, None
+
+    def _catch(self, module: nn.Module, args: tuple) -> tuple:
+        self.hidden = args[0]
+        return (args[0][:, :0], *args[1:])
+
+    def __enter__(self) -> _StopAtHead:
+        self.handle = self.head.register_forward_pre_hook(self._catch)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+
+
+class _CatchEmbeddings:
+    """Catch what enters the last linear layer of a classifier, float32 `[B, D]`."""
+
+    def __init__(self, model: nn.Module):
+        layers = [module for module in base_model(model).modules() if isinstance(module, nn.Linear)]
+        self.head, self.caught = layers[-1] if layers else None, None
+
+    def _catch(self, module: nn.Module, args: tuple) -> None:
+        self.caught = args[0].detach().float()
+
+    def __enter__(self) -> _CatchEmbeddings:
+        self.handle = self.head.register_forward_pre_hook(self._catch) if self.head is not None else None
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+    def of(self, n: int) -> torch.Tensor:
+        if self.caught is None or self.caught.dim() != 2 or len(self.caught) != n:
+            raise ValueError(
+                "offline_rule: this rule looks at embeddings, and the model has no classification head (a last linear "
+                "layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
+            )
+        return self.caught
+
+
+class BatchScorer:
+    """
+    Compute the losses of a batch in eval mode, without gradients.
+
+    For language models only the positions that carry a label pass the head, a few hundred at a time, so that the
+    logits of a whole batch never exist. The first batch is also scored the plain way: where the two differ (a model
+    that does more after its head), the plain way is taken from then on; and where the plain losses are not the model's
+    own, a warning says so.
+
+    Attributes:
+        shift (`bool`): whether position t predicts label t + 1.
+        head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
+
+    Args:
+        model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, for models whose loss we cannot
+            know.
+        want_correct (`bool`): also find out how many positions are predicted right.
+        want_embeddings (`bool`): also catch what enters the classification head (the last linear layer).
+        autocast (`Callable`): returns the context in which the model runs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        per_sample_loss: PerSampleLoss | None = None,
+        want_correct: bool = False,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+        want_embeddings: bool = False,
+    ):
+        self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
+        self.want_correct, self.want_embeddings = want_correct, want_embeddings
+        self.shift = is_causal_lm(model)
+        base = base_model(model)
+        self._takes_labels = "labels" in inspect.signature(base.forward).parameters
+        self.sharded = is_sharded(model)
+        # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
+        whole = self.sharded or not hasattr(base, "get_output_embeddings")
+        self.head = None if whole else base.get_output_embeddings()
+        self.checked = False
+        self.matches_own_loss: bool | None = None  # None: the model gives no loss to compare with
+
+    def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
+        """
+        Score a batch.
+
+        Args:
+            inputs (`Mapping`): the B rows of a batch, on the model's device.
+
+        Raises:
+            ValueError: if there are no labels, the loss cannot be known and there is no `per_sample_loss`, or the
+                model has no classification head to take embeddings from.
+        """
+        inputs = {k: v for k, v in inputs.items() if k not in (ID_KEY, WEIGHT_KEY)}
+        with self.scoring():
+            if not self.want_embeddings:
+                return self._score(inputs)
+            with _CatchEmbeddings(self.model) as embeddings:
+                samples = self._score(inputs)
+            return samples._replace(embeddings=embeddings.of(len(samples.losses)))
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Bring the model into the state in which it scores, and back into the one that it was in."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            self.model.train(training)
+            if isinstance(self.model, FSDPModule):
+                self.model.reshard()  # the root stays whole after a forward pass: no parameters for an optimizer
+
+    def _score(self, inputs: dict[str, Any]) -> SampleLosses:
+        if self.per_sample_loss is not None:
+            losses = self.per_sample_loss(self.model(**inputs), inputs).detach().float()
+            require(losses.dim() == 1, "per_sample_loss", tuple(losses.shape), "return one loss a sample, shape [B]")
+            ones = torch.ones_like(losses, dtype=torch.int64)
+            return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
+        if not torch.is_tensor(inputs.get("labels")):
+            raise ValueError(
+                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
+                "training set (or its collator) must provide labels, or pass per_sample_loss="
+            )
+        if not self.checked:
+            n = len(inputs["labels"])
+            self._check(take_rows(inputs, np.arange(min(n, 4)), n))
+            self.checked = True
+        return self._through_head(inputs) if self.head is not None else self._plain(inputs)[0]
+
+    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, torch.Tensor | None]:
+        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
+        labels = inputs["labels"]
+        if not self._takes_labels:
+            inputs = {k: v for k, v in inputs.items() if k != "labels"}
+        outputs = self.model(**inputs)
+        if isinstance(outputs, Mapping):
+            logits, own = outputs.get("logits"), outputs.get("loss")
+        else:
+            own, logits = (outputs[0], outputs[1]) if self._takes_labels else (None, outputs[0])
+        if not torch.is_tensor(logits):
+            raise ValueError(
+                f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
+                "one sample cannot be read off; switch the fusion off, or pass per_sample_loss="
+            )
+        samples = per_sample_losses(logits, labels, self.shift, want_correct=self.want_correct)
+        if not self.checked and torch.is_tensor(own) and own.numel() == 1 and logits.dim() == 3 and labels.dim() == 2:
+            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
+            other = per_sample_losses(logits, labels, not self.shift, want_correct=self.want_correct)
+            if abs(_mean(other) - own.item()) < abs(_mean(samples) - own.item()):
+                self.shift, samples = not self.shift, other
+        return samples, own
+
+    def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
+        labels = inputs["labels"]
+        rest = {k: v for k, v in with_decoder_inputs(self.model, inputs).items() if k != "labels"}
+        aligned = shift_labels(labels) if self.shift else labels
+        return token_losses(self.hidden(**rest), aligned, project=self.head, want_correct=self.want_correct)
+
+    @property
+    def tolerance(self) -> float:
+        """Differences of losses, relative and absolute, that are rounding in the model's precision."""
+        parameter = next(self.model.parameters())
+        with self.autocast():
+            reduced = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
+        return 2e-2 if reduced or parameter.device.type != "cpu" else 1e-3
+
+    def hidden(self, cache: Any = None, **inputs: Any) -> torch.Tensor:
+        """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values to go on from."""
+        if cache is not None:  # transformers 5.24 has a new name for it
+            known = inspect.signature(base_model(self.model).forward).parameters
+            inputs["cache" if "cache" in known else "past_key_values"] = cache
+        with _StopAtHead(self.head) as stop:
+            self.model(**inputs)
+        return stop.hidden
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        plain, own = self._plain(inputs)
+        tolerance = self.tolerance
+        if self.head is not None and inputs["labels"].dim() == 2:
+            try:
+                same = torch.allclose(self._through_head(inputs).losses, plain.losses, rtol=tolerance, atol=tolerance)
+            except Exception as error:  # any failure of the shortcut only means that this model cannot take it
+                logger.info("scoring with full logits: %s", error)
+                same = False
+            self.head = self.head if same else None
+        else:
+            self.head = None
+        if torch.is_tensor(own) and own.numel() == 1 and plain.n_tokens.sum() > 0 and torch.isfinite(own):
+            mean = _mean(plain)
+            self.matches_own_loss = math.isclose(mean, own.item(), rel_tol=tolerance, abs_tol=tolerance)
+            if not self.matches_own_loss:
+                logger.warning(
+                    "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it "
+                    "adds or weighs something; pass per_sample_loss= to rank by the model's own loss",
+                    mean,
+                    own.item(),
+                )
+
+
+def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None = None) -> BatchScorer:
+    """
+    Make what scores as a trainer trains: in its precision, by its `per_sample_loss`.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        model (`nn.Module`, *optional*): another model than the trainer's.
+        stage (`str`, *optional*): `"offline"` or `"online"`: find out what the rule of that stage needs.
+    """
+    needs = () if stage is None else trainer.darel.rule(stage).needs
+    model = trainer.model if model is None else model
+    autocast = trainer.accelerator.autocast
+    return BatchScorer(model, trainer.per_sample_loss, "correct" in needs, autocast, "embeddings" in needs)
+
+
+def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Add the decoder inputs that an encoder-decoder would make of the labels, for a forward without labels."""
+    base = base_model(model)
+    decodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if not decodes or "decoder_input_ids" in inputs or not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return inputs
+    return {**inputs, "decoder_input_ids": base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])}
+
+
+def _mean(samples: SampleLosses) -> float:
+    """Return the mean over all label positions of a batch."""
+    return ((samples.losses * samples.n_tokens).sum() / samples.n_tokens.sum().clamp(min=1)).item()
+
+
+@contextlib.contextmanager
+def skip_identity_adapters(scorer: BatchScorer, inputs: Mapping[str, Any]) -> Iterator[bool]:
+    """
+    Switch adapters off while they change nothing: shown on a probe batch, not assumed (PiSSA starts elsewhere).
+
+    Yields whether they are off. Prompt learning is never skipped: its virtual tokens always change the loss.
+    """
+    model = scorer.model
+    config = getattr(model, "active_peft_config", None)
+    if config is None or getattr(config, "is_prompt_learning", False):
+        yield False
+        return
+    with_adapters = scorer(inputs).losses
+    # PEFT makes the active adapter trainable when it is switched on again, also what the user has frozen.
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            skipped = torch.allclose(with_adapters, scorer(inputs).losses, rtol=1e-5, atol=1e-6)
+            if skipped:
+                yield True
+    finally:
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+    if not skipped:
+        yield False

@@ -1,0 +1,144 @@
+"""DAREL's part of a checkpoint: written before Trainer makes it complete, checked before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..config import DarelConfig
+from ..files import atomic_path, require, write_json
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "darel"
+
+
+def save(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
+    """Write arrays (safetensors) and all other values (JSON) into the checkpoint folder, each file atomically."""
+    folder = Path(checkpoint) / FOLDER
+    arrays = {name: np.ascontiguousarray(value) for name, value in state.items() if isinstance(value, np.ndarray)}
+    with atomic_path(folder / "ledger.safetensors") as temporary:
+        save_file(arrays, temporary)
+    write_json(folder / "state.json", {name: value for name, value in state.items() if name not in arrays})
+
+
+def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
+    """Read what [`save`] wrote. Raises `ValueError` for a checkpoint without it."""
+    folder = Path(checkpoint) / FOLDER
+    remedy = "made without DAREL (or by another version); resume it with Trainer, or start anew"
+    require((folder / "state.json").is_file(), "resume_from_checkpoint", str(checkpoint), remedy)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return {**state, **load_file(folder / "ledger.safetensors")}
+
+
+def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelConfig) -> None:
+    """Raise `ValueError` if a checkpoint is of other data, or of other settings than these."""
+    remedy = f"made from another data set (fingerprint {state['data']}, this training set has {data})"
+    require(state["data"] == data, "resume_from_checkpoint", str(checkpoint), remedy)
+    before = DarelConfig().to_dict() | state["config"]  # a setting that it does not know was off
+    for name, value in config.to_dict().items():
+        saved = before[name]
+        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
+        require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
+
+
+def problem(checkpoint: str | os.PathLike) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file, or `None` if it is complete and readable."""
+    checkpoint = Path(checkpoint)
+    for name in (TRAINER_STATE_NAME, f"{FOLDER}/state.json"):
+        path = checkpoint / name
+        if path.name != TRAINER_STATE_NAME and not path.parent.exists():
+            continue
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"{path} is missing or cut off"
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{path} is cut off"
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+        if not zipfile.is_zipfile(path):
+            return f"{path} is cut off"
+    return None
+
+
+def all_in(output_dir: str | os.PathLike) -> list[Path]:
+    """Return the checkpoint folders of a run, newest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: -int(path.name.rsplit("-", 1)[1]))
+
+
+def resolve(wanted: str | bool, output_dir: str) -> str:
+    """
+    Return the checkpoint to resume from.
+
+    Args:
+        wanted (`str` or `True`): a checkpoint folder, or the newest complete one in `output_dir`.
+        output_dir (`str`): folder of the run.
+
+    Raises:
+        ValueError: if there is no complete checkpoint, or the one that was named is not; names the newest complete
+            one.
+    """
+    if wanted is True:
+        for path in all_in(output_dir):
+            trouble = problem(path)
+            if trouble is None:
+                return str(path)
+            logger.warning("%s; going back to the checkpoint before it", trouble)
+        raise ValueError(f"output_dir={output_dir!r}: no complete checkpoint in it; train without resuming")
+    trouble = problem(wanted)
+    if trouble is not None:
+        others = [path for path in all_in(Path(wanted).parent) if path != Path(wanted) and problem(path) is None]
+        last = f"the newest complete one is {others[0]}" if others else "there is no complete one beside it"
+        raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
+    return str(wanted)
+
+
+def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
+    """Return an error that names what was being written and the newest complete checkpoint; `None`: no full disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    with contextlib.suppress(OSError):  # safetensors and torch.save raise errors of their own that say little
+        full = full or "No space left" in str(error) or shutil.disk_usage(output_dir).free < 2**16
+    if not full:
+        return None
+    found = all_in(output_dir)
+    broken = next((str(path) for path in found if problem(path) is not None), output_dir)
+    good = next((path for path in found if problem(path) is None), None)
+    last = (
+        f"the newest complete checkpoint is {good}; resume from it" if good else "there is no complete checkpoint yet"
+    )
+    return OSError(
+        errno.ENOSPC, f"{broken}: the disk is full ({type(error).__name__}: {str(error)[:200]}); make room; {last}"
+    )
+
+
+def refuse_other_run(output_dir: str) -> None:
+    """Raise `ValueError` if the output folder holds checkpoints or the report of an earlier run."""
+    held = [str(path) for path in all_in(output_dir) if problem(path) is None][:1]
+    if (Path(output_dir) / FOLDER / "report.json").exists():
+        held.append(str(Path(output_dir) / FOLDER / "report.json"))
+    remedy = f"holds another run ({', '.join(held)}); go on with it (resume_from_checkpoint=True) or name a new folder"
+    require(not held, "output_dir", output_dir, remedy)
+
+
+def short_hash(*values: Any) -> str:
+    """Hash JSON values to 16 hexadecimal digits, for file names."""
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,0 +1,282 @@
+"""`Planner`: measure what training costs, solve the budget, say what will be done, and keep to it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from ..accelerators import Accelerator, make_accelerators
+from ..budget import (
+    SHARE,
+    KeepBudget,
+    Plan,
+    assumed_costs,
+    batch_size_within,
+    budget_plan,
+    measure_costs,
+    measure_memory,
+    measure_slowdown,
+    online_term,
+)
+from .clock import Clock
+from .dataset import TrainingSet
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_SLOWDOWN = 0.9  # rows in smaller batches are not faster than this says; what was measured faster was noise
+
+
+class Planner:
+    """
+    Decide the plan of one `train()`, once, before the loop.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        data ([`TrainingSet`]): the whole training set.
+        clock ([`Clock`]): of the run.
+
+    Attributes:
+        plan ([`Plan`]): what will be done; from [`Planner.draft`] on, or from a checkpoint.
+        accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
+        pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
+    """
+
+    def __init__(self, trainer: Any, data: TrainingSet, clock: Clock):
+        self.trainer, self.args, self.config = trainer, trainer.args, trainer.darel
+        self.data, self.clock = data, clock
+        self.accelerators: list[Accelerator] = []
+        self.pace: KeepBudget | None = None
+        self._decisions: list[list[float]] | None = None  # of a run that goes on
+        self._granted = 1.0
+
+    def draft(self, scores_free: bool) -> None:
+        """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
+        self.plan = Plan(
+            offline_keep=self.config.offline_keep,
+            online_keep=self.config.online_keep,
+            rescore_every=self.config.rescore_every,
+            batch_size=self.trainer._train_batch_size,
+            epochs=self._epochs(),
+            samples=len(self.data),
+            costs=assumed_costs(lora=hasattr(self.trainer.model, "peft_config")),
+            scores_free=scores_free,
+            fixed_steps=self.args.max_steps > 0,
+        )
+        self.plan.check()
+
+    def _epochs(self) -> float:
+        if self.args.max_steps <= 0:
+            return self.args.num_train_epochs
+        if self.data.streams:
+            return 1.0
+        rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return max(1.0, self.args.max_steps * rows / len(self.data))
+
+    def try_accelerators(self) -> None:
+        """Find out which accelerators this model takes, of those that are asked for."""
+        if self.config.accelerators:
+            few_rows = None if self.data.streams else self.data.few_rows
+            with self.clock.count("probe"):
+                self.accelerators = make_accelerators(self.trainer, few_rows, self._first_found)
+
+    def close(self) -> None:
+        """Let accelerators leave the model as a plain trainer would."""
+        for accelerator in self.accelerators:
+            accelerator.detach()
+
+    def _first_found(self, found: Any) -> Any:
+        """Return the first of what the processes found that is not `None`, the same on all."""
+        everyone = gather_object([found]) if self.args.world_size > 1 else [found]
+        return next((one for one in everyone if one is not None), None)
+
+    def measure(self, scorer: Any, scorer_seconds: float) -> None:
+        """
+        Choose the batch size that the memory budget allows, and measure what a step costs at that size.
+
+        Args:
+            scorer (`nn.Module`, *optional*): what scores in the offline pass in place of the model.
+            scorer_seconds (`float`): what making it has cost.
+        """
+        trainer, config, plan = self.trainer, self.config, self.plan
+        full_size = plan.batch_size
+        # Where nothing is decided by it, what the offline pass costs is known when it is over.
+        offline = config.has_budget and not plan.scores_free
+        dataset, collator = self.data.batching
+        scores_online = config.rule("online").reads_losses
+        candidates = 0.0  # relative to the rows that are trained on; none are scored
+        if config.may_select("online") and scores_online:
+            candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
+        with self.clock.count("probe"):
+            if config.budget_memory is not None:
+                memory = partial(measure_memory, trainer, dataset, collator)
+                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory)
+                plan = replace(plan, batch_size=size)
+            plan = self._with_padding(plan)
+            size, total = plan.batch_size, self._micro_batches(plan)
+            rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
+            costs = measure_costs(
+                trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators
+            )
+            costs = self._from_main(costs)  # it may fail on some processes only
+            if costs is not None and size != full_size:
+                slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
+                plan = replace(plan, slowdown=max(self._from_main(slowdown), SMALLEST_SLOWDOWN))
+            if costs is not None:
+                plan = replace(plan, costs=replace(costs, padding=plan.costs.padding))
+            if not scores_online:
+                plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
+            one_forward = any(accelerator.chooses for accelerator in self.accelerators)
+            plan = replace(plan, costs=replace(plan.costs, one_forward=one_forward))
+        if plan.costs.measured:
+            full = plan.costs.step_seconds / plan.slowdown * self._micro_batches(plan)
+            spent = self.clock.seconds["probe"] + scorer_seconds
+            plan = replace(plan, overhead=self._from_main(spent / full))
+        self.plan = plan
+
+    def count_padding(self) -> None:
+        """Count what batches of similar length save, where nothing else is measured."""
+        self.plan = self._with_padding(self.plan)
+
+    def _with_padding(self, plan: Plan) -> Plan:
+        """Count what batches of similar length save of the positions of plain batches."""
+        if self.data.lengths is None:
+            return plan
+        dataset, collator = self.data.batching
+        lengths = self.data.lengths
+        shortest = collator([dataset[int(lengths.argmin())]])["input_ids"]
+        widths = np.maximum(lengths, np.shape(shortest)[-1])  # where the collator always pads to as many
+        candidates = plan.candidate_rows
+        padding = self.data.by_length(widths, candidates).positions(candidates, plan.batch_size)
+        return replace(plan, costs=replace(plan.costs, padding=min(padding, 1.0)))
+
+    def _from_main(self, value: Any) -> Any:
+        return self.trainer.on_main(lambda: value)
+
+    def wants_offline(self) -> bool:
+        """Whether there is to be an offline pass."""
+        if not self.config.rule("offline").reads_losses:
+            return False
+        return (self._within_budget() if self.config.has_budget else self.plan).offline_keep < 1
+
+    def count_offline(self, seconds: float, reused: bool) -> None:
+        """Replace the estimated cost of the offline pass by what it has cost; `reused`: nothing."""
+        if reused:
+            self.plan = replace(self.plan, scores_free=True)
+        elif self.plan.costs.measured:
+            steps = len(self.data) / (self.plan.batch_size * self.args.world_size)
+            share = self._from_main(seconds / (steps * self.plan.costs.step_seconds))
+            self.plan = replace(self.plan, costs=replace(self.plan.costs, offline_share=share))
+
+    def solve(self) -> None:
+        """Choose the fractions that meet the budget, if there is one."""
+        if self.config.has_budget:
+            self.plan = self._within_budget()
+
+    def _within_budget(self) -> Plan:
+        groups = 0 if self.data.groups is None else int(self.data.groups.max()) + 1
+        return self.trainer.on_main(budget_plan, self.plan, self.config, groups)
+
+    def announce(self) -> None:
+        """Print the plan; warn where it saves nothing."""
+        plan = self.plan
+        self.trainer.accelerator.print(plan)
+        if plan.predicted_saving <= 0 and (plan.offline_keep < 1 or plan.online_keep < 1):
+            logger.warning(
+                "no saving is predicted: the run is expected to take %.2f of the plain training time, because scoring "
+                "costs more than the dropped rows save; raise rescore_every, keep fewer, or use saved scores",
+                plan.predicted_time,
+            )
+
+    def warn_about_steps(self) -> None:
+        """Warn of numbers of steps in the arguments that were made for the full run."""
+        if self.data.streams:
+            return
+        rows = self.plan.candidate_rows * self.args.gradient_accumulation_steps * self.args.world_size
+        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs
+        if self.args.max_steps > 0:
+            steps = self.args.max_steps
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
+        for name in ("warmup_steps", "eval_steps", "save_steps"):
+            value = getattr(self.args, name, None)
+            used = name == "warmup_steps" or getattr(self.args, name.replace("_steps", "_strategy")) == "steps"
+            limit = 0.1 * steps if name == "warmup_steps" else steps
+            if used and value is not None and value >= 1 and value > limit and steps < full_steps:
+                logger.warning(
+                    "%s=%g was made for the full run; this one has about %d steps. Give a fraction below 1 instead, "
+                    "of all steps",
+                    name,
+                    value,
+                    steps,
+                )
+
+    # -- keeping to it --
+
+    def keep_budget(self, is_fresh: Callable[[int], bool]) -> None:
+        """
+        Watch the time budget during training, where it was solved for costs that were measured.
+
+        Args:
+            is_fresh (`Callable`): whether candidates are scored in a step.
+        """
+        plan, config = self.plan, self.config
+        if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
+            return
+        # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
+        base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
+        scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
+        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * base / plan.effective_online_keep
+        self._row_seconds = step / plan.batch_size
+        seconds = self.clock.seconds
+        self.pace = KeepBudget(
+            seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
+            elapsed=lambda: self.clock.elapsed - seconds["evaluation"],
+            step_cost=lambda step: 1 + (scoring and scoring * is_fresh(step)),
+            step_seconds=step,
+            scoring=None if plan.costs.one_forward else lambda: seconds["scoring"],
+            decide=self.trainer.on_main,
+            decisions=self._decisions,
+            granted=self._granted,
+        )
+
+    def follow_batch_size(self, batch_size: int) -> None:
+        """Learn that Trainer tries again with smaller batches, whose steps are shorter."""
+        plan = self.plan
+        if self.pace is not None:
+            self.pace.step_seconds = self._row_seconds * batch_size
+        if self.args.auto_find_batch_size and batch_size != plan.batch_size:
+            step = plan.costs.step_seconds * batch_size / plan.batch_size
+            self.plan = replace(plan, batch_size=batch_size, costs=replace(plan.costs, step_seconds=step))
+
+    @property
+    def decisions(self) -> list[list[float]] | None:
+        """What keeping the budget has decided, the plan itself first; `None` where nothing is watched."""
+        return self.pace.progress.decisions if self.pace and self.pace.progress else None
+
+    @property
+    def full_seconds(self) -> float:
+        """Estimate of plain training's seconds from the measured step; NaN if nothing was measured."""
+        if self.data.streams:
+            return math.nan
+        return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches(self.plan)
+
+    def _micro_batches(self, plan: Plan) -> float:
+        """Micro-batches of plain training at the planned batch size, per process."""
+        return len(self.data) / (plan.batch_size * self.args.world_size) * plan.epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint must remember."""
+        granted = self.pace.granted if self.pace else 1.0
+        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
+        self.plan = Plan.from_dict(state["plan"])
+        self._decisions, self._granted = state.get("decisions"), state.get("granted", 1.0)

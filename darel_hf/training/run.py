@@ -1,0 +1,231 @@
+"""`Run`: one `train()` from plan to report; it makes the stages, in order, and does nothing that is theirs."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import set_seed
+
+from ..budget import Plan
+from ..data import select_rows
+from ..files import require, write_json
+from ..report import Report, describe, scoring_seconds, write_html
+from ..scoring import is_sharded, preserve_rng_state
+from ..selection import Selector
+from . import checkpoints
+from .clock import Clock
+from .dataset import TrainingSet
+from .offline import OfflineStage
+from .online import OnlineStage
+from .planner import Planner
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """
+    Conduct one `train()`: data set -> plan -> positions -> loader -> rows -> step -> report.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        checkpoint (`str`, *optional*): folder of the checkpoint to go on from.
+        trial: of a hyperparameter search, for `model_init`.
+
+    Attributes:
+        clock ([`Clock`]): owns the seconds.
+        data ([`TrainingSet`]): the whole training set.
+        planner ([`Planner`]): owns the plan, the accelerators and the time budget.
+        offline ([`OfflineStage`]): owns what was kept of the data set.
+        online ([`OnlineStage`], *optional*): owns whatever lives per micro-batch; from the end of `prepare` on.
+    """
+
+    def __init__(self, trainer: Any, checkpoint: str | None, trial: Any = None):
+        self.trainer, self.args, self.config = trainer, trainer.args, trainer.darel
+        self.checkpoint, self.trial = checkpoint, trial
+        self.clock = Clock(self.args.device)
+        self.stores = self.args.should_save and trainer.hp_search_backend is None  # report and the like, here
+        self.environment = describe(self.args) if self.stores else {}
+        self.folder = Path(self.args.output_dir) / checkpoints.FOLDER
+        self.data = TrainingSet(trainer)
+        self.planner = Planner(trainer, self.data, self.clock)
+        self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
+        self.online: OnlineStage | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What was decided."""
+        return self.planner.plan
+
+    @property
+    def selector(self) -> Selector:
+        """Rules and ledger."""
+        return self.online.selector
+
+    # -- before the loop --
+
+    def prepare(self) -> None:
+        """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
+        trainer, data = self.trainer, self.data
+        self._ready_model()
+        self.planner.try_accelerators()
+        with preserve_rng_state():
+            set_seed(data.seed)  # data that are augmented at random have the same fingerprint again
+            data.take_fingerprint()
+            self.offline.load_reference()
+            if self.checkpoint is None:
+                self._decide()
+            else:
+                self._restore()
+        trainer._train_batch_size = self.plan.batch_size
+        visited = data.with_ids if self.online.in_loop else data.dataset
+        if self.offline.positions is not None:
+            visited = select_rows(visited, self.offline.positions)
+        trainer.train_dataset = visited
+        trainer._signature_columns = None  # to be made again, with or without the id
+        self.planner.warn_about_steps()
+        self.planner.keep_budget(self.online.is_fresh)
+        if self.stores:
+            run = {"plan": self.plan.to_dict(), "config": self.config.to_dict(), "environment": self.environment}
+            write_json(self.folder / f"run{self._suffix('run')}.json", run)
+
+    def _ready_model(self) -> None:
+        """Do to the model what Trainer does only when training starts: it is to be scored and measured as trained."""
+        trainer, args = self.trainer, self.args
+        if trainer.model_init is not None and self.checkpoint is None:
+            set_seed(args.seed)  # as Trainer does before it makes the model anew
+            trainer.model = trainer.call_model_init(self.trial)
+        # Under FSDP and DeepSpeed Trainer leaves the model where it is until it is sharded.
+        waits = (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not is_sharded(trainer.model)
+        waits |= trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval
+        if waits and not trainer.is_model_parallel:  # else it is spread over devices already
+            trainer.model.to(args.device)
+        if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
+            for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+                if hasattr(trainer.model, name):
+                    getattr(trainer.model, name)()
+                    break
+
+    def _decide(self) -> None:
+        """Go from the settings to a plan, and from scores to what is kept."""
+        config, planner, offline, streams = self.config, self.planner, self.offline, self.data.streams
+        scores = offline.load_scores()
+        planner.draft(scores_free=scores is not None or not config.rule("offline").reads_losses)
+        if config.batch_by_length and not streams:
+            self.data.measure_lengths()
+        if not streams and (config.may_select("offline") or config.may_select("online") or planner.accelerators):
+            offline.make_scorer(needed=scores is None)
+            planner.measure(offline.scorer, offline.scorer_seconds)
+            if scores is None and planner.wants_offline():
+                scores = offline.score()
+                spent = self.clock.seconds["offline"] - offline.scorer_seconds
+                planner.count_offline(spent, offline.scores_reused)
+            planner.solve()
+            planner.announce()
+        elif streams or self.data.lengths is not None:
+            planner.count_padding()
+            planner.announce()
+        selector = self._selector()
+        if self.plan.offline_keep < 1:
+            offline.select(selector, scores)
+        self._make_online(selector)
+
+    def _restore(self) -> None:
+        """Take everything over from the checkpoint."""
+        state = checkpoints.load(self.checkpoint)
+        checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
+        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that, or start anew"
+        size = self.trainer._train_batch_size
+        same = size == state["batch_size"] or self.args.auto_find_batch_size
+        require(same, "per_device_train_batch_size", size, remedy)
+        for part in (self.clock, self.data, self.planner, self.offline):
+            part.load_state_dict(state)
+        self._make_online(self._selector())
+        self.online.load_state_dict(state)
+
+    def _selector(self) -> Selector:
+        return Selector(self.plan.settings(self.config), self.data.ids, self.data.seed, self.offline.reference)
+
+    def _make_online(self, selector: Selector) -> None:
+        data, positions = self.data, self.offline.positions
+        make_sampler = None
+        if data.lengths is not None:
+            lengths = data.lengths if positions is None else data.lengths[positions]
+            make_sampler = partial(data.by_length, lengths)
+        self.online = OnlineStage(
+            self.trainer,
+            selector,
+            self.clock,
+            batch_size=self.plan.batch_size,
+            streams=data.streams,
+            offline_weights=self.offline.weights,
+            accelerators=self.planner.accelerators,
+            make_sampler=make_sampler,
+        )
+
+    # -- during the loop, and at its end --
+
+    def logs(self) -> dict[str, float]:
+        """Return the values to log, global over ranks."""
+        share = scoring_seconds(self.clock.seconds) / max(self.clock.elapsed, 1e-9)
+        return {"darel/scoring_share": share, **self.online.logs(self.plan.offline_keep)}
+
+    def save(self, folder: str) -> None:
+        """Write ledger and plan into a checkpoint; every rank returns only when the files are there."""
+        self.online.merge()
+        if self.args.should_save:
+            state = {"config": self.config.to_dict(), "batch_size": self.args.train_batch_size}
+            for part in (self.clock, self.data, self.planner, self.offline, self.online):
+                state |= part.state_dict()
+            checkpoints.save(folder, state)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def finish(self) -> Report:
+        """Make the report, and store it in the output folder."""
+        online, offline, planner, state = self.online, self.offline, self.planner, self.trainer.state
+        online.merge()
+        ledger = online.selector.ledger
+        kept = offline.kept(ledger)
+        if online.in_loop:
+            rows, times = online.total_trained, ledger.times_trained.astype(float)
+        else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch
+            rows, times = round(kept.sum() * state.epoch), kept * state.epoch
+        report = Report(
+            plan=planner.plan,
+            config=self.config,
+            seconds={**self.clock.seconds, "total": self.clock.elapsed},
+            full_seconds=planner.full_seconds,
+            steps=state.global_step,
+            rows_backpropagated=int(rows),
+            times_trained=times,
+            ledger=ledger,
+            kept=kept,
+            offline_losses=np.full(len(ledger), np.nan) if offline.losses is None else offline.losses,
+            scores_reused=offline.scores_reused,
+            decisions=(planner.decisions or [])[1:],
+        )
+        if self.stores:
+            suffix = self._suffix("report")
+            report.write_samples(self.folder / f"samples{suffix}.parquet")
+            write_json(self.folder / f"report{suffix}.json", {**report.to_dict(), "environment": self.environment})
+            page = self.folder / f"report{suffix}.html"
+            try:
+                write_html(report, page, state.log_history, self.environment, self.data.text_of)
+            except Exception as error:  # it shows samples as the user's data and tokenizer give them; training is done
+                logger.warning("%s could not be written: %s", page, error)
+        return report
+
+    def _suffix(self, name: str) -> str:
+        """Return what to add to a file's name: a second `train()` or a resumed run leaves the first file alone."""
+        suffixes = ("", *(f"-{number}" for number in range(2, 10_000)))
+        return next(suffix for suffix in suffixes if not (self.folder / f"{name}{suffix}.json").exists())
+
+    def close(self) -> None:
+        """Leave model and trainer as a plain trainer would."""
+        self.trainer._signature_columns = None
+        self.planner.close()
+        if self.online is not None:
+            self.online.close()

@@ -1,0 +1,254 @@
+"""`DarelMixin` and the trainers made with it: thin, they join the model, the `Selector` and Trainer's hooks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer
+
+from ..accelerators import CannotAccelerate
+from ..config import DarelConfig
+from ..data import ID_KEY, CarryIds
+from ..files import require, write_text
+from ..report import Report
+from ..scoring import PerSampleLoss
+from . import checkpoints
+from .checks import check_arguments
+from .run import Run
+
+logger = logging.getLogger(__name__)
+
+
+class DarelMixin:
+    """
+    Add DAREL to a `Trainer` subclass: `class Mine(DarelMixin, AnyTrainerSubclass)`.
+
+    Args:
+        darel ([`DarelConfig`], *optional*): the settings; by default all off, and training is exactly that of the
+            class below.
+        scorer (`nn.Module` or `Callable`, *optional*): a model that scores in the offline stage in place of the one
+            being trained, and takes the same batches; or a function without arguments that makes one, whose time is
+            counted: it is called only if there is an offline pass, by all processes.
+        per_sample_loss (`Callable`, *optional*): `(outputs, inputs) -> float [B]`, the loss of each sample in nats,
+            for models whose loss cannot be read off logits and labels.
+        *args, **kwargs: as for the trainer below.
+
+    Attributes:
+        report ([`darel_hf.report.Report`]): after `train()`, what was planned, kept, dropped and measured.
+
+    Raises:
+        ValueError, TypeError: at construction for settings that cannot work, in `train()` for data that cannot.
+
+    Example:
+
+    ```python
+    trainer = DarelTrainer(model=model, args=args, train_dataset=data, darel=DarelConfig(offline_keep=0.7))
+    trainer.train()
+    print(trainer.report)
+    ```
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        darel: DarelConfig | None = None,
+        scorer: nn.Module | Callable[[], nn.Module] | None = None,
+        per_sample_loss: PerSampleLoss | None = None,
+        **kwargs: Any,
+    ):
+        require(darel is None or isinstance(darel, DarelConfig), "darel", darel, "give a DarelConfig", TypeError)
+        self.darel = darel or DarelConfig()
+        self.scorer = scorer
+        self.per_sample_loss = per_sample_loss
+        self.report: Report | None = None
+        self._run: Run | None = None  # the stages of the `train()` in progress; None: plain Trainer
+        super().__init__(*args, **kwargs)
+        if self.darel.active:
+            check_arguments(self)
+
+    # ---- Offline stage ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Run the offline stage (skipped on resume), then train as the class below does, on what was kept."""
+        if not self.darel.active or self.train_dataset is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        trial = args[0] if args else kwargs.get("trial")
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
+        elif self._run_count == 0 and trial is None:
+            self.on_main(checkpoints.refuse_other_run, self.args.output_dir)
+        self._run_count += 1
+        dataset, batch_size = self.train_dataset, self._train_batch_size
+        self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments
+        self._run = Run(self, resume_from_checkpoint or None, trial)
+        try:
+            self._prepare_run()
+            pace = self._run.planner.pace
+            if pace is not None:
+                self.add_callback(pace)
+            result = super().train(resume_from_checkpoint or None, *args, **kwargs)
+            self.report = self._run.finish()
+            return result
+        except Exception as error:  # torch and safetensors name neither file nor way out when a disk is full
+            full = checkpoints.explain_full_disk(error, self.args.output_dir)
+            if full is None:
+                raise
+            raise full from error
+        finally:
+            self._run.close()
+            pace, self._run = self._run.planner.pace, None
+            self.train_dataset, self._train_batch_size = dataset, batch_size
+            if pace in self.callback_handler.callbacks:
+                self.remove_callback(pace)
+
+    _run_count = 0
+
+    def _prepare_run(self) -> None:
+        self._run.prepare()
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set a trial's arguments as the class below does, but for the batch size, where one is planned."""
+        super()._hp_search_setup(trial)
+        if self._run is not None:
+            self._train_batch_size = self._run.plan.batch_size
+
+    def on_main(self, function: Any, *args: Any) -> Any:
+        """Call a function on the main process; all processes get its result or raise its error."""
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = function(*args)
+            except Exception as error:  # whatever it is, the other processes wait for it
+                outcome[1] = error
+        if self.args.world_size > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    # ---- Online stage ----
+
+    def get_train_dataloader(self) -> Any:
+        """Return Trainer's own loader, with a larger batch where candidates are chosen from, and with sample ids."""
+        if self._run is None:
+            return super().get_train_dataloader()
+        collator, batch_size, online = self.data_collator, self._train_batch_size, self._run.online
+        self._run.planner.follow_batch_size(batch_size)
+        if online.in_loop:
+            self.data_collator = CarryIds(collator)
+            self._train_batch_size = online.selector.candidate_rows(batch_size)
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator, self._train_batch_size = collator, batch_size
+        online.begin(loader)
+        return loader
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the sampler of the class below, or with `batch_by_length` ours."""
+        online = None if self._run is None else self._run.online
+        ours = None if online is None else online.sampler_for(self._train_batch_size)
+        return super()._get_train_sampler(*args, **kwargs) if ours is None else ours
+
+    def plain_train_dataloader(self) -> Any:
+        """Return the loader of the class below, over whatever `train_dataset` is now."""
+        return super().get_train_dataloader()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self._run is not None and ID_KEY not in self._signature_columns:
+            self._signature_columns.append(ID_KEY)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Take the candidates of one optimizer step, hand on the rows to train on; Trainer counts their tokens."""
+        if self._run is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        online = self._run.online
+        online.start_step()
+        if online.in_loop:
+            epoch_iterator = map(online.select, epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def training_step(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Do the training step of the class below, on inputs without ids and weights, as accelerators want them."""
+        if self._run is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        online = self._run.online
+        try:
+            loss = super().training_step(model, online.begin_row(inputs), *args, **kwargs)
+        except CannotAccelerate as error:  # found later than when it was tried out
+            raise online.explain(error) from error
+        finally:
+            settle = online.end_row()
+        return settle(loss)
+
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute the loss as the class below does; where a rule gives weights or rows are chosen here, that loss."""
+        online = None if self._run is None else self._run.online
+        loss = None
+        if online is not None:
+            model, inputs, loss = online.own_loss(model, inputs)
+        if loss is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.compute_loss_func = loss  # the class below counts, scales and logs it
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None
+
+    def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
+        """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""
+        return None
+
+    # ---- The time budget ----
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Create the scheduler of the class below; with a time budget it goes by progress, not by steps."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        pace = None if self._run is None else self._run.planner.pace
+        if pace is not None:
+            pace.schedule(scheduler, num_training_steps)
+        return scheduler
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the class below does; during training, its time counts for no budget."""
+        if self._run is None:
+            return super().evaluate(*args, **kwargs)
+        with self._run.clock.count("evaluation", wait=False):
+            return super().evaluate(*args, **kwargs)
+
+    # ---- Logs and checkpoints ----
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add `darel/` values, global over all processes, to the logs of training steps."""
+        if self._run is not None and "loss" in logs and "learning_rate" in logs:
+            logs = {**logs, **self._run.logs()}
+        super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card of the class below; after training with DAREL, with a section on it."""
+        super().create_model_card(*args, **kwargs)
+        card = Path(self.args.output_dir) / "README.md"
+        if self.report is not None and self.is_world_process_zero() and card.exists():
+            text = card.read_text(encoding="utf-8").rstrip()
+            write_text(card, f"{text}\n\n{self.report.card()}")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; in a checkpoint, ledger and plan too, before Trainer's own state makes it complete."""
+        super().save_model(output_dir, _internal_call)
+        if self._run is not None and _internal_call and output_dir is not None:
+            self._run.save(output_dir)
+
+
+class DarelTrainer(DarelMixin, Trainer):
+    """`transformers.Trainer` with DAREL, see [`DarelMixin`]."""
+
+
+class DarelSeq2SeqTrainer(DarelMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` with DAREL, see [`DarelMixin`]."""

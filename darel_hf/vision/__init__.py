@@ -1,0 +1,9 @@
+"""
+Images: networks as Trainer models, files as data sets, hypercomplex layers, the CIFAR task.
+
+Stands on `jobs` and `training/`. Needs torchvision (`pip install 'darel_hf[vision]'`).
+"""
+
+from .images import ImageClassifier, load_images, small_image_stem
+
+__all__ = ["ImageClassifier", "load_images", "small_image_stem"]

@@ -1,0 +1,194 @@
+"""The cost model and the budget equations, by hand-worked numbers and by invariants."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darel_hf import DarelConfig
+from darel_hf.budget.plan import (
+    Costs,
+    Plan,
+    batch_size_within,
+    budget_plan,
+    candidate_rows,
+    fresh_epochs,
+    online_term,
+    paper_budget,
+    smallest_budget,
+    solve_budget,
+)
+
+
+def plan(offline_keep=1.0, online_keep=1.0, rescore_every=1, epochs=5, f=0.5, cf=0.3, d=0.0, one=False, p=1.0, **more):
+    costs = Costs(step_seconds=0.1, forward_share=f, offline_share=cf, data_share=d, one_forward=one, padding=p)
+    settings = {"batch_size": 8, "samples": 1000, "costs": costs, **more}
+    return Plan(offline_keep, online_keep, rescore_every, epochs=epochs, **settings)
+
+
+# By hand: S / E + alpha * (f * ceil(E / eta) / E + d + (1 - d) A), S = c f.
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (plan(), 1.0),
+        (plan(0.8), 0.3 / 5 + 0.8),
+        (plan(1.0, 0.5), 0.5 + 0.5),
+        (plan(1.0, 0.5, 2), 0.5 * 3 / 5 + 0.5),
+        (plan(0.8, 0.25, 5), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.25)),
+        (plan(0.8, 0.25, 5, scores_free=True), 0.8 * (0.5 / 5 + 0.25)),
+        (plan(0.8, 0.25, 5, d=0.2), 0.3 / 5 + 0.8 * (0.5 / 5 + 0.2 + 0.8 * 0.25)),
+        (plan(1.0, 0.5, one=True), 0.5 + 0.5 * (1 - 0.5)),  # f + A (1 - f)
+        (plan(0.8, 0.25, 5, one=True), 0.3 / 5 + 0.8 * (0.75 * 0.5 / 5 + 0.25)),
+        (plan(0.8, d=0.2), 0.3 / 5 + 0.8),
+        (plan(0.8, epochs=1), 0.3 + 0.8),
+        (plan(1.0, 0.5, fixed_steps=True), (0.5 + 0.5) / 0.5),
+        (plan(0.8, slowdown=1.5), 1.5 * (0.3 / 5 + 0.8)),
+        (plan(p=0.7), 0.7),  # the offline pass is sorted by length anyway
+        (plan(0.8, 0.25, 5, d=0.2, p=0.7), 0.3 / 5 + 0.8 * (0.7 * (0.5 / 5 + 0.8 * 0.25) + 0.2)),
+        (plan(0.8, d=0.2, p=0.7), 0.3 / 5 + 0.8 * (0.7 * 0.8 + 0.2)),
+    ],
+)
+def test_predicted_time(made, expected):
+    assert made.predicted_time == pytest.approx(expected)
+    assert made.predicted_saving == pytest.approx(1 - expected)
+
+
+def test_fresh_epochs():
+    assert [fresh_epochs(eta, 5) for eta in (1, 2, 3, 5, 9)] == [5, 3, 2, 1, 1]
+    assert fresh_epochs(1, 2.5) == 3
+    assert online_term(1.0, 1, 5, Costs(0.1, 0.5, 0.5)) == 1.0
+
+
+# Equations (1) to (4), T = 100 s, T_new as given; A before clipping decides eta.
+@pytest.mark.parametrize(
+    ("t", "new", "alpha", "online", "eta"),
+    [
+        (0.32, 100, 0.8, 0.4, 3),  # A = 32 / 80 = 0.4 <= 0.5
+        (0.48, 100, 0.8, 0.5, 2),  # A = 0.6, between 0.5 and 0.8: eta 2, then clipped
+        (0.40, 100, 0.8, 0.5, 3),  # A = 0.5 exactly
+        (0.64, 100, 0.8, 0.5, 1),  # A = 0.8 exactly: no longer below 0.8
+        (1.00, 100, 0.8, 0.5, 1),  # A = 1.25, clipped
+        (0.04, 100, 0.4, 0.1, 3),  # T t = 4 <= 8: A = 0.1; T t < 0.8 * 100 * 0.1: alpha = 4 / 10
+        (0.08, 100, 0.8, 0.1, 3),  # T t = 8, not above 0.1 T_new alpha = 8: A = 0.1; alpha stays
+        (0.32, 200, 0.8, 0.2, 3),  # twice the time at the smaller batch: A = 32 / 160
+    ],
+)
+def test_paper_equations(t, new, alpha, online, eta):
+    assert paper_budget(100, t, new) == pytest.approx((alpha, online, eta))
+
+
+@given(
+    budget=st.floats(0.05, 1.0),
+    f=st.one_of(st.just(0.0), st.floats(0.05, 0.6)),
+    cf=st.floats(0.02, 1.2),
+    epochs=st.integers(1, 10),
+    batch=st.integers(1, 64),
+    free=st.booleans(),
+    d=st.floats(0.0, 0.3),
+    one=st.booleans(),
+    p=st.floats(0.5, 1.0),
+)
+@settings(max_examples=300, deadline=None)
+def test_solved_budgets_meet_the_cost_model(budget, f, cf, epochs, batch, free, d, one, p):
+    start = plan(epochs=epochs, f=f, cf=cf, d=d, one=one, p=p, batch_size=batch, scores_free=free, samples=100_000)
+    with_offline, online_alone = smallest_budget(start.costs, epochs, free)
+    smallest = min(with_offline, online_alone)
+    if budget < smallest:
+        with pytest.raises(ValueError, match=re.escape(f"smallest possible here is {smallest:.3f}")):
+            solve_budget(start, budget)
+        return
+    if budget < with_offline:
+        solved = solve_budget(start, budget)
+        assert solved.offline_keep == 1 and 0.1 <= solved.online_keep <= 1
+        assert solved.predicted_time <= budget * 1.001
+        return
+    solved = solve_budget(start, budget)
+    assert 0 < solved.offline_keep <= 1 and 0 < solved.online_keep <= 1
+    assert 1 <= solved.rescore_every <= epochs
+    assert solved.predicted_time <= budget * 1.001
+    if solved.offline_keep * solved.online_keep < 1:  # less padding alone may be within the budget
+        assert solved.predicted_time >= budget * 0.9
+
+
+def test_the_cost_of_measuring_is_made_up_for():
+    solved = solve_budget(plan(overhead=0.03), 0.6)
+    assert solved.predicted_time == pytest.approx(0.6, rel=0.01)
+    tiny = solve_budget(plan(overhead=2.0), 0.6)  # a run shorter than its own probe: said, not hidden
+    assert tiny.predicted_time > 2
+
+
+@pytest.mark.parametrize(
+    ("made", "budget"),
+    [
+        (plan(p=0.7), 0.75),
+        (plan(p=0.4, f=0.0, cf=0.45, epochs=1), 0.5),
+        (plan(p=0.5, f=0.0, cf=1.2, epochs=1), 0.8),  # the offline pass alone would not fit
+    ],
+)
+def test_nothing_is_dropped_where_less_padding_is_enough(made, budget):
+    solved = solve_budget(made, budget)
+    assert (solved.offline_keep, solved.online_keep) == (1, 1)
+    assert solved.predicted_time == made.costs.padding
+
+
+def test_every_group_keeps_a_place():
+    config = DarelConfig(budget_time=0.5, group_column="mr")
+    few, many = (budget_plan(plan(), config, groups) for groups in (700, 900))
+    assert few == solve_budget(plan(), 0.5) and few.offline_keep < 0.9
+    assert many.offline_keep == 1 and many.online_keep < 1 and many.predicted_time <= 0.501
+    with pytest.raises(ValueError, match=r"smallest possible here is 0\.200"):  # 0.5 / 5 + 0.1
+        budget_plan(plan(), DarelConfig(budget_time=0.15, group_column="mr"), 900)
+    with pytest.raises(ValueError, match="group_column='mr': has 900 values, but the budget leaves 800 places"):
+        budget_plan(plan(), DarelConfig(budget_time=0.5, budget_method="paper", group_column="mr"), 900)
+
+
+def test_nothing_is_dropped_where_it_saves_no_step():
+    made = plan(fixed_steps=True, slowdown=1.2)
+    assert solve_budget(made, None) == replace(made, method="measured")
+
+
+def test_a_slower_batch_size_leaves_less():
+    fast, slow = solve_budget(plan(), 0.6), solve_budget(plan(slowdown=1.2), 0.6)
+    assert slow.predicted_time == pytest.approx(fast.predicted_time, rel=0.02)
+    assert slow.offline_keep * slow.online_keep < fast.offline_keep * fast.online_keep
+
+
+def test_memory_alone_asks_for_no_time():
+    made = plan(slowdown=1.2)
+    assert solve_budget(made, None) == solve_budget(made, 1.0)
+    hopeless = plan(slowdown=20.0)
+    with pytest.raises(ValueError, match=r"budget_time=1\.0: cannot be met"):
+        solve_budget(hopeless, 1.0)
+    solved = solve_budget(hopeless, None)
+    assert (solved.offline_keep, solved.online_keep) == (1, 1)
+    assert solved.predicted_time == pytest.approx(20)
+
+
+def test_candidates():
+    assert [candidate_rows(8, keep) for keep in (1.0, 0.5, 0.3, 0.99)] == [8, 16, 27, 8]
+
+
+def test_batch_size_within_memory():
+    def memory(rows):
+        return 100 + 10 * rows
+
+    assert batch_size_within(memory, 32, 1.0) == 32
+    assert batch_size_within(memory, 32, 0.5) == 11  # 100 + 10 b <= 210
+    with pytest.raises(ValueError, match=r"one row needs 0\.262"):
+        batch_size_within(memory, 32, 0.2)
+    assert batch_size_within(lambda rows: 100, 32, 1.0) == 32
+
+
+def test_plan_survives_json():
+    made = plan(0.8, 0.3, 2)
+    assert Plan.from_dict(made.to_dict()) == made
+    assert math.isclose(made.predicted_time, Plan.from_dict(made.to_dict()).predicted_time)
+
+
+def test_the_printed_plan_has_what_a_reader_needs():
+    text = str(plan(0.8, 0.3, 3))
+    for part in ("keep 0.800: 800 of 1,000 samples", "8 of 27 candidates", "every 3 epoch", "measured", "0.46 of"):
+        assert part in text
