@@ -148,8 +148,8 @@ class DarelConfig:
         online_backward (`str`, defaults to `"subset"`):
             How candidates that are scored afresh are trained on. `"subset"`: a forward pass in eval mode scores them,
             then the kept rows get a training step. `"sliced"`: one forward pass in train mode does both, the backward
-            pass is for the kept rows only (see [`darel_hf.accelerators.SlicedStep`]); the model is compiled ahead of time,
-            with Inductor where `torch_compile=True`. Where a model cannot be, a warning says why, and it is
+            pass is for the kept rows only (see [`darel_hf.accelerators.SlicedStep`]); the model is compiled ahead of
+            time, with Inductor where `torch_compile=True`. Where a model cannot be, a warning says why, and it is
             `"subset"`.
 
     Parameters that control the **budget**, which derives the three fractions above and the batch size:

@@ -7,16 +7,3 @@ Stands on `scoring/`. The trainer, the planner and the report know the contract 
 from .base import ACCELERATORS, Accelerator, CannotAccelerate, Choosing, make_accelerators, register_accelerator
 from .sliced import CannotSlice, SlicedStep
 from .unpad import PaddingFree, flatten
-
-__all__ = [
-    "ACCELERATORS",
-    "Accelerator",
-    "CannotAccelerate",
-    "CannotSlice",
-    "Choosing",
-    "PaddingFree",
-    "SlicedStep",
-    "flatten",
-    "make_accelerators",
-    "register_accelerator",
-]

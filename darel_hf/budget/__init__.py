@@ -17,22 +17,6 @@ if TYPE_CHECKING:
 _LATER = dict.fromkeys(("SHARE", "clock", "measure_costs", "measure_memory", "measure_slowdown"), "measure")
 _LATER |= {"KeepBudget": "pace"}
 
-__all__ = [
-    "SHARE",
-    "Costs",
-    "KeepBudget",
-    "Plan",
-    "assumed_costs",
-    "batch_size_within",
-    "budget_plan",
-    "clock",
-    "measure_costs",
-    "measure_memory",
-    "measure_slowdown",
-    "online_term",
-    "paper_budget",
-]
-
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:

@@ -141,8 +141,8 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> Plan:
         """Restore what [`Plan.to_dict`] returned."""
         costs = {name: math.nan if value is None else value for name, value in values["costs"].items()}
-        if (factor := costs.pop("padding_free", 1.0)) != 1.0:  # of a checkpoint from before accelerators had factors
-            costs["factors"] = {"padding_free": factor}
+        factor = costs.pop("padding_free", 1.0)  # of a checkpoint from before each accelerator had its own
+        costs.setdefault("factors", {} if factor == 1.0 else {"padding_free": factor})
         return cls(**{**values, "costs": Costs(**costs)})
 
     def settings(self, config: DarelConfig) -> DarelConfig:
@@ -175,8 +175,9 @@ class Plan:
         if self.costs.padding != 1:
             batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
         for name, factor in self.costs.factors.items():
-            phrase = ACCELERATOR_FACTS[name].phrase if name in ACCELERATOR_FACTS else name
-            batches.append(f"  batches   {phrase}: a step takes {factor:.2f} of a plain one")
+            facts = ACCELERATOR_FACTS.get(name)
+            said = name if facts is None else f"{facts.phrase} ({facts.exactness})"
+            batches.append(f"  batches   {said}: a step takes {factor:.2f} of a plain one")
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",

@@ -9,25 +9,3 @@ from .columns import feature_length, group_numbers, is_stream, read_column, samp
 from .fingerprint import code_fingerprint, data_fingerprint
 from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, sample_ids, select_rows
 from .rows import ID_KEY, WEIGHT_KEY, take_rows
-
-__all__ = [
-    "ID_KEY",
-    "WEIGHT_KEY",
-    "CarryIds",
-    "ShuffledByLength",
-    "StreamWithIds",
-    "WithIds",
-    "add_ids",
-    "add_stream_ids",
-    "code_fingerprint",
-    "data_fingerprint",
-    "feature_length",
-    "group_numbers",
-    "is_stream",
-    "read_column",
-    "sample_ids",
-    "sample_lengths",
-    "select_rows",
-    "take_rows",
-    "token_batches",
-]

@@ -7,5 +7,3 @@ Stands on `budget/` and `selection/`.
 from .environment import describe
 from .html import write_html
 from .report import DROPPED, KEPT, Report, scoring_seconds
-
-__all__ = ["DROPPED", "KEPT", "Report", "describe", "scoring_seconds", "write_html"]

@@ -7,19 +7,3 @@ Stands on `config` and `files`.
 from .ledger import LossLedger, OpenLedger, check_finite
 from .rules import RULES, Rule, Samples, candidate_rows, kept_count, length_corrected, register_rule
 from .selector import OfflineSelection, Scores, Selector
-
-__all__ = [
-    "RULES",
-    "LossLedger",
-    "OfflineSelection",
-    "OpenLedger",
-    "Rule",
-    "Samples",
-    "Scores",
-    "Selector",
-    "candidate_rows",
-    "check_finite",
-    "kept_count",
-    "length_corrected",
-    "register_rule",
-]

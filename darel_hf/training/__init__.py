@@ -6,5 +6,3 @@ Stands on everything below it: `report/`, `budget/`, `accelerators/`, `scoring/`
 
 from . import checkpoints
 from .trainer import DarelMixin, DarelSeq2SeqTrainer, DarelTrainer
-
-__all__ = ["DarelMixin", "DarelSeq2SeqTrainer", "DarelTrainer", "checkpoints"]

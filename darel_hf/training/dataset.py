@@ -92,14 +92,12 @@ class TrainingSet:
     def batching(self) -> tuple[Any, CarryIds]:
         """The data set with ids, unused columns removed, and Trainer's own collator around ids."""
         trainer = self.trainer
-        dataset, collator, signature = trainer.train_dataset, trainer.data_collator, trainer._signature_columns
+        dataset, collator = trainer.train_dataset, trainer.data_collator
         trainer.train_dataset, trainer.data_collator = self.with_ids, CarryIds(collator)
-        trainer._signature_columns = None
         try:
             loader = trainer.plain_train_dataloader()
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
-            trainer._signature_columns = signature
         return loader.dataset, loader.collate_fn
 
     def few_rows(self) -> dict[str, Any]:

@@ -85,7 +85,6 @@ class Run:
         if self.offline.positions is not None:
             visited = select_rows(visited, self.offline.positions)
         trainer.train_dataset = visited
-        trainer._signature_columns = None  # to be made again, with or without the id
         self.planner.warn_about_steps()
         self.planner.keep_budget(self.online.is_fresh)
         if self.stores:
@@ -224,8 +223,7 @@ class Run:
         return next(suffix for suffix in suffixes if not (self.folder / f"{name}{suffix}.json").exists())
 
     def close(self) -> None:
-        """Leave model and trainer as a plain trainer would."""
-        self.trainer._signature_columns = None
+        """Leave the model as a plain trainer would."""
         self.planner.close()
         if self.online is not None:
             self.online.close()

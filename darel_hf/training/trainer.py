@@ -162,7 +162,7 @@ class DarelMixin:
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._run is not None and ID_KEY not in self._signature_columns:
+        if self.darel.active and ID_KEY not in self._signature_columns:
             self._signature_columns.append(ID_KEY)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:

@@ -5,5 +5,3 @@ Stands on `jobs` and `training/`. Needs torchvision (`pip install 'darel_hf[visi
 """
 
 from .images import ImageClassifier, load_images, small_image_stem
-
-__all__ = ["ImageClassifier", "load_images", "small_image_stem"]

@@ -6,20 +6,3 @@ from .nist import NIST
 from .rouge import RougeL, lcs_length
 from .suite import NAMES, PROTOCOLS, NLGMetrics, paired_p_value, score_table
 from .ter import FastTER
-
-__all__ = [
-    "METEOR",
-    "NAMES",
-    "NIST",
-    "PROTOCOLS",
-    "FastTER",
-    "JavaMETEOR",
-    "NLGMetrics",
-    "RougeL",
-    "find_wordnet",
-    "lcs_length",
-    "open_wordnet",
-    "paired_p_value",
-    "ptb_words",
-    "score_table",
-]
