@@ -24,11 +24,16 @@ from transformers import Trainer
 from ..config import ACCELERATOR_FACTS
 from ..files import require
 from ..scoring import (
+    BatchScorer,
     PerSampleLoss,
     SampleLosses,
+    Trial,
     base_model,
+    counts_items,
+    first_of,
     is_causal_lm,
     is_sharded,
+    moved,
     per_sample_losses,
     scorer_for,
     untouched,
@@ -171,11 +176,6 @@ class SlicedStep:
         if len(chosen) == 1 and self._kept.of > 1:  # a batch of one is a special case to the compiler
             chosen = sorted({*chosen, 0 if chosen[0] else 1})
         self._kept.rows = chosen
-
-
-def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
-    """Return the first tensor of a batch."""
-    return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
 def _refuse(model: nn.Module) -> None:
@@ -468,6 +468,7 @@ class SlicedTraining(Choosing):
     def __init__(self, trainer: Any):
         super().__init__(trainer)
         self.step: SlicedStep | None = None
+        self.counts = True  # whether the model's loss is divided by the count that Trainer tells it
         self.start_step()
 
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
@@ -480,13 +481,17 @@ class SlicedTraining(Choosing):
         with untouched(self.trainer.model):
             batch, scorer = few_rows(), scorer_for(self.trainer, stage="online")
             scorer(batch)
-            if scorer.matches_own_loss is False:
+            if scorer.reading.matches_own_loss is False:
                 return "the model's loss is more than cross-entropy"
             if batch["labels"].is_floating_point():
                 return "labels are floating-point numbers, which Trainer counts in another way than rows"
+            problem = self._unlike_own_step(batch, scorer)
+            if problem is not None:
+                return problem
             try:
-                self._compile(scorer.want_correct, scorer.shift)
-                self._try_out(batch)
+                self._compile(scorer.want_correct, scorer.reading.shift)
+                with moved(self.trainer.model):
+                    self._try_out(batch)
             except Exception as error:  # whatever the compiler has to say, there is another way to train
                 return str(error) if isinstance(error, CannotSlice) else f"{type(error).__name__}: {first_line(error)}"
         return None
@@ -511,6 +516,27 @@ class SlicedTraining(Choosing):
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return "FSDP and DeepSpeed spread parameters or gradients over processes"
         return None
+
+    def _unlike_own_step(self, batch: Mapping[str, Any], scorer: BatchScorer) -> str | None:
+        """Return what differs between the trainer's own step on a few rows and the losses of ours, or `None`."""
+        trainer = self.trainer
+        items = trainer._get_num_items_in_batch([batch], trainer.args.device)
+        own = functools.partial(trainer.own_loss, batch, smoothed=True)
+        if items is not None:
+            self.counts = counts_items(own, int(items))
+        smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
+
+        def ours() -> torch.Tensor:
+            inputs = with_decoder_inputs(trainer.model, dict(batch))
+            outputs = trainer.model(**{key: value for key, value in inputs.items() if key != "labels"})
+            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            samples = scorer.read(logits, batch["labels"], label_smoothing=smoothing)
+            loss = weighted_loss(samples, torch.ones_like(samples.losses), items if self.counts else None)
+            scaled = trainer.args.average_tokens_across_devices and items is not None  # as Trainer does with its own
+            return loss * trainer.accelerator.num_processes if scaled else loss
+
+        return Trial(trainer, functools.partial(own, items)).difference(ours)
 
     def _try_out(self, batch: Mapping[str, Any]) -> None:
         """Do a step on a batch that is not trained on."""
@@ -575,6 +601,7 @@ class SlicedTraining(Choosing):
         self.step.keep(rows)
         index = torch.as_tensor(rows, device=samples.losses.device)
         kept = SampleLosses(*(values[index] for values in samples[:3]))
+        counted = counted if self.counts else None
         loss = weighted_loss(kept, torch.ones_like(kept.losses) if weights is None else weights, counted)
         if counted is None:  # a mean over the micro-batch, which Trainer divides by their number
             return loss

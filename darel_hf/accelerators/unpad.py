@@ -14,7 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import ACCELERATOR_FACTS
-from ..scoring import IGNORE, base_model, is_causal_lm, preserve_rng_state, scorer_for
+from ..scoring import IGNORE, Trial, base_model, is_causal_lm
 from .base import Accelerator, first_line, register_accelerator
 
 #: The name of our attention in transformers' registry.
@@ -191,40 +191,37 @@ class PaddingFree(Accelerator):
         return self._named("its batches have labels that padding on the left predicts") if first.any() else None
 
     def try_out(self, inputs: Mapping[str, Any]) -> str | None:
-        """Compute a batch in both ways, in eval mode; return what would change, or `None` where nothing does."""
+        """Do the step of a batch in both ways, in eval mode; return what would change, or `None`."""
         trainer = self.trainer
         wrong = self._unlike_a_padded_batch(inputs)
         if wrong is not None:
             return wrong
-        model, scorer = trainer.model, scorer_for(trainer)
+        if not inputs["labels"][:, 1:].ne(IGNORE).any():
+            return self._named("the samples that were tried have no label left (prompts cut at the maximal length?)")
+        model, inputs = trainer.model, trainer._prepare_inputs(inputs)
+        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         # A loss that is not the model's own (of a class besides Trainer and DarelMixin, say) wants all logits.
-        plain = self.label_positions_only is not False
-        plain &= sum("compute_loss" in vars(cls) for cls in type(trainer).__mro__) == 2
-        plain &= trainer.label_smoother is None and trainer.compute_loss_func is None
-        plain &= "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
-        inputs = trainer._prepare_inputs(inputs)
-        row, tolerance = flatten(inputs), scorer.tolerance
+        fewer = self.label_positions_only is not False
+        fewer &= sum("compute_loss" in vars(cls) for cls in type(trainer).__mro__) == 2
+        fewer &= trainer.label_smoother is None and trainer.compute_loss_func is None
+        fewer &= "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
+
+        def flat(label_positions_only: bool) -> torch.Tensor:
+            base_model(model).set_attn_implementation(ATTENTION)
+            return trainer.own_loss(flatten(inputs, label_positions_only), items, smoothed=True)
+
+        trial = Trial(trainer, lambda: trainer.own_loss(inputs, items, smoothed=True))
         try:
-            with scorer.scoring(), preserve_rng_state():
-                padded = model(**inputs)
-                if not isinstance(padded, Mapping) or "loss" not in padded:
-                    return self._named("it returns no loss by that name")
-                base_model(model).set_attn_implementation(ATTENTION)
-                try:
-                    found = model(**row)
-                    fewer = model(**flatten(inputs, True))["loss"] if plain else None
-                except Exception as error:  # whatever it is, such a model does not take a batch like this
-                    return self._named(f"{type(error).__name__}: {first_line(error)}")
+            problem = trial.difference(lambda: flat(True)) if fewer else "it has to pass all positions"
+            if problem is not None:
+                fewer, problem = False, trial.difference(lambda: flat(False))
+        except Exception as error:  # whatever it is, such a model does not take a batch like this
+            problem = f"{type(error).__name__}: {first_line(error)}"
         finally:
             self.detach()
-        pairs = {"losses": (found["loss"], padded["loss"])}
-        if torch.is_tensor(found.get("logits")):
-            pairs["logits"] = (found["logits"], padded["logits"][_used(inputs)][None])
-        for what, (ours, wanted) in pairs.items():
-            distance = _distance(ours, wanted)
-            if not distance <= tolerance:
-                return self._named(f"its {what} would change by {distance:.2g}")
-        self.label_positions_only = fewer is not None and _distance(fewer, padded["loss"]) <= tolerance
+        if problem is not None:
+            return self._named(problem)
+        self.label_positions_only = fewer
         self.tried = max(self.tried, inputs["labels"].shape[1])
         return None
 
@@ -248,10 +245,6 @@ def _used(inputs: Mapping[str, Any]) -> torch.Tensor:
 def _first_used(used: torch.Tensor) -> torch.Tensor:
     """Return where each sample begins, bool `[B, L]`; true at unused positions right after its first one, too."""
     return used.cumsum(1).eq(1)
-
-
-def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
 
 AttentionInterface.register(ATTENTION, attention)

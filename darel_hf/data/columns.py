@@ -89,6 +89,12 @@ def is_stream(dataset: Any) -> bool:
     return isinstance(dataset, torch.utils.data.IterableDataset)
 
 
+def has_labels(feature: Mapping[str, Any]) -> bool:
+    """Whether a sample has anything to learn: no labels of its own (a collator may make them), or one that counts."""
+    labels = feature.get("labels")
+    return np.ndim(labels) == 0 or any(label != -100 for label in np.ravel(labels))
+
+
 def group_numbers(values: list[Any]) -> np.ndarray:
     """Number the distinct values of a column: int64 `[n]`."""
     numbers: dict[Any, int] = {}

@@ -11,7 +11,9 @@ from .saved import load_scores, match_scores, model_fingerprint, save_scores
 from .scorer import (
     BatchScorer,
     PerSampleLoss,
+    Reading,
     base_model,
+    first_of,
     is_causal_lm,
     is_sharded,
     preserve_rng_state,
@@ -21,3 +23,4 @@ from .scorer import (
     untouched,
     with_decoder_inputs,
 )
+from .trial import Trial, counts_items, moved

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORE = -100
+#: How float labels of the shape of the logits, `[B, K]`, are read; the first that gives a model's own loss is taken.
+FORMS = ("several labels", "several numbers", "probabilities")
 #: Label positions whose logits exist at the same time in float32: 512 x 50,257 x 4 bytes is 103 MB.
 CHUNK = 512
 
@@ -102,6 +104,7 @@ def per_sample_losses(
     label_smoothing: float = 0.0,
     want_correct: bool = False,
     dense: bool = False,
+    form: str = FORMS[0],
 ) -> SampleLosses:
     """
     Compute the loss of each sample of a batch, whatever the task.
@@ -113,6 +116,8 @@ def per_sample_losses(
         label_smoothing (`float`): as in `TrainingArguments.label_smoothing_factor`; not for float labels.
         want_correct (`bool`): also fill [`SampleLosses.correct`].
         dense (`bool`): compute all positions at once, see [`dense_token_losses`].
+        form (`str`): one of [`FORMS`], for float labels: binary cross-entropy, squared errors, or cross-entropy with
+            the probabilities of the classes.
 
     Returns:
         [`SampleLosses`], differentiable.
@@ -138,7 +143,14 @@ def per_sample_losses(
         return of_tokens(logits[:, None], labels[:, None])
     ones = torch.ones(labels.shape[0], dtype=torch.int64, device=logits.device)
     if labels.is_floating_point() and logits.dim() == 2 and labels.dim() == 2 and labels.shape == logits.shape:
-        losses = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(1)
+        logits, labels = logits.float(), labels.float()
+        if form == "several numbers":
+            losses = F.mse_loss(logits, labels, reduction="none").mean(1)
+            return SampleLosses(losses, ones, torch.zeros_like(losses))
+        if form == "probabilities":
+            losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+            return SampleLosses(losses, ones, logits.argmax(1).eq(labels.argmax(1)).float())
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
         return SampleLosses(losses, ones, logits.gt(0).eq(labels.gt(0.5)).float().mean(1))
     if logits.dim() == 2 and logits.shape[1] == 1:
         losses = F.mse_loss(logits[:, 0].float(), labels.reshape(-1).float(), reduction="none")
@@ -167,4 +179,4 @@ def weighted_loss(
     """
     count = samples.n_tokens.sum() if num_items_in_batch is None else num_items_in_batch
     total = (samples.losses * samples.n_tokens * weights.to(samples.losses)).sum()
-    return total / (count.to(total.device) if torch.is_tensor(count) else count)
+    return total / (count.to(total.device).clamp(min=1) if torch.is_tensor(count) else max(count, 1))

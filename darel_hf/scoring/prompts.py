@@ -138,7 +138,12 @@ def share_prompts(
         items (`Sequence[Mapping]`): the samples.
         plain (`Callable`): scores samples, named by their position, the plain way.
     """
-    fits = scorer.per_sample_loss is None and scorer.shift and scorer.head is not None and not scorer.want_embeddings
+    fits = (
+        scorer.per_sample_loss is None
+        and scorer.reading.shift
+        and scorer.head is not None
+        and not scorer.want_embeddings
+    )
     if not fits or not all(_has_lists(item) for item in items):
         return None
     shared = SharedPrompts(scorer, items)
@@ -154,7 +159,9 @@ def share_prompts(
     except Exception as error:  # whatever it is, such a model has no cache that works like this
         logger.info("prompts are not shared: %s", error)
         return None
-    tolerance = scorer.tolerance / 10  # the same layers on the same tokens: closer than two ways through the head
+    tolerance = min(
+        scorer.tolerance, 2e-3
+    )  # the same layers on the same tokens: closer than two ways through the head
     if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
         logger.info("prompts are not shared: losses would be %s in place of %s", found.tolist(), wanted.tolist())
         return None

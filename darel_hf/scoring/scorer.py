@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..data import ID_KEY, WEIGHT_KEY, take_rows
 from ..files import require
-from .losses import SampleLosses, per_sample_losses, shift_labels, token_losses
+from .losses import FORMS, SampleLosses, per_sample_losses, shift_labels, token_losses
 
 logger = logging.getLogger(__name__)
 PerSampleLoss = Callable[[Any, Mapping[str, Any]], torch.Tensor]
@@ -130,18 +130,42 @@ class _CatchEmbeddings:
         return self.caught
 
 
+class Reading:
+    """
+    How the losses of samples are read off a model: guessed from its class, then found out on a first batch.
+
+    Attributes:
+        shift (`bool`): whether position t predicts label t + 1.
+        head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
+        form (`str`): how float labels are read, see [`darel_hf.scoring.losses.FORMS`].
+        keys (`frozenset[str]`, *optional*): what the trainer's own step hands the model; `None`: not known, all.
+        checked (`bool`): whether a batch has been looked at.
+        matches_own_loss (`bool`, *optional*): whether the losses add up to the one that trains; `None`: there is none.
+    """
+
+    def __init__(self, model: nn.Module):
+        base = base_model(model)
+        self.model, self.shift, self.sharded = model, is_causal_lm(model), is_sharded(model)
+        self.takes_labels = "labels" in inspect.signature(base.forward).parameters
+        # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
+        whole = self.sharded or not hasattr(base, "get_output_embeddings")
+        self.head = None if whole else base.get_output_embeddings()
+        self.form, self.keys = FORMS[0], None
+        self.checked, self.matches_own_loss = False, None
+
+
 class BatchScorer:
     """
     Compute the losses of a batch in eval mode, without gradients.
 
     For language models only the positions that carry a label pass the head, a few hundred at a time, so that the
     logits of a whole batch never exist. The first batch is also scored the plain way: where the two differ (a model
-    that does more after its head), the plain way is taken from then on; and where the plain losses are not the model's
-    own, a warning says so.
+    that does more after its head), the plain way is taken from then on. Its rows are also computed one by one, as a
+    trainer does: their losses are what ours must be. Where they are not, that is an error for labels that may have
+    been misread (numbers), and a warning where there is more to the loss than cross-entropy.
 
     Attributes:
-        shift (`bool`): whether position t predicts label t + 1.
-        head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
+        reading ([`Reading`]): what has been found out; scorers of one model share it.
 
     Args:
         model (`nn.Module`): takes a batch's keys, returns logits. PEFT models welcome.
@@ -150,6 +174,8 @@ class BatchScorer:
         want_correct (`bool`): also find out how many positions are predicted right.
         want_embeddings (`bool`): also catch what enters the classification head (the last linear layer).
         autocast (`Callable`): returns the context in which the model runs.
+        own_loss (`Callable`, *optional*): `inputs -> loss`, the one that trains; default: the model's own.
+        reading ([`Reading`], *optional*): what another scorer of the model has found out.
     """
 
     def __init__(
@@ -159,18 +185,22 @@ class BatchScorer:
         want_correct: bool = False,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         want_embeddings: bool = False,
+        own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None,
+        reading: Reading | None = None,
     ):
         self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
-        self.want_correct, self.want_embeddings = want_correct, want_embeddings
-        self.shift = is_causal_lm(model)
-        base = base_model(model)
-        self._takes_labels = "labels" in inspect.signature(base.forward).parameters
-        self.sharded = is_sharded(model)
-        # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
-        whole = self.sharded or not hasattr(base, "get_output_embeddings")
-        self.head = None if whole else base.get_output_embeddings()
-        self.checked = False
-        self.matches_own_loss: bool | None = None  # None: the model gives no loss to compare with
+        self.want_correct, self.want_embeddings, self.own_loss = want_correct, want_embeddings, own_loss
+        self.reading = reading or Reading(model)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The language-model head, where it can be called on its own."""
+        return self.reading.head
+
+    @property
+    def sharded(self) -> bool:
+        """Whether all processes take part in a forward pass."""
+        return self.reading.sharded
 
     def __call__(self, inputs: Mapping[str, Any]) -> SampleLosses:
         """
@@ -205,58 +235,63 @@ class BatchScorer:
                 self.model.reshard()  # the root stays whole after a forward pass: no parameters for an optimizer
 
     def _score(self, inputs: dict[str, Any]) -> SampleLosses:
-        if self.per_sample_loss is not None:
-            losses = self.per_sample_loss(self.model(**inputs), inputs).detach().float()
-            require(losses.dim() == 1, "per_sample_loss", tuple(losses.shape), "return one loss a sample, shape [B]")
-            ones = torch.ones_like(losses, dtype=torch.int64)
-            return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
-        if not torch.is_tensor(inputs.get("labels")):
+        has_labels, reading = torch.is_tensor(inputs.get("labels")), self.reading
+        if self.per_sample_loss is None and not has_labels:
             raise ValueError(
                 f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
                 "training set (or its collator) must provide labels, or pass per_sample_loss="
             )
-        if not self.checked:
-            n = len(inputs["labels"])
-            self._check(take_rows(inputs, np.arange(min(n, 4)), n))
-            self.checked = True
+        if not reading.checked:
+            self._check(inputs)
+            reading.checked = True
+        if self.per_sample_loss is not None:
+            losses = self.per_sample_loss(self.model(**self._handed(inputs)), inputs).detach().float()
+            require(losses.dim() == 1, "per_sample_loss", tuple(losses.shape), "return one loss a sample, shape [B]")
+            ones = torch.ones_like(losses, dtype=torch.int64)
+            return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
+        inputs = self._handed(inputs)
         return self._through_head(inputs) if self.head is not None else self._plain(inputs)[0]
 
-    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, torch.Tensor | None]:
-        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
-        labels = inputs["labels"]
-        if not self._takes_labels:
+    def _handed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return what the trainer's own step hands the model, and the labels."""
+        keys = self.reading.keys
+        return inputs if keys is None else {k: v for k, v in inputs.items() if k in keys or k == "labels"}
+
+    def _outputs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, float | None]:
+        """Return the logits, and the model's own loss if it gives one."""
+        if not self.reading.takes_labels:
             inputs = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = self.model(**inputs)
         if isinstance(outputs, Mapping):
             logits, own = outputs.get("logits"), outputs.get("loss")
         else:
-            own, logits = (outputs[0], outputs[1]) if self._takes_labels else (None, outputs[0])
+            own, logits = (outputs[0], outputs[1]) if self.reading.takes_labels else (None, outputs[0])
         if not torch.is_tensor(logits):
             raise ValueError(
                 f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
                 "one sample cannot be read off; switch the fusion off, or pass per_sample_loss="
             )
-        samples = per_sample_losses(logits, labels, self.shift, want_correct=self.want_correct)
-        if not self.checked and torch.is_tensor(own) and own.numel() == 1 and logits.dim() == 3 and labels.dim() == 2:
-            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
-            other = per_sample_losses(logits, labels, not self.shift, want_correct=self.want_correct)
-            if abs(_mean(other) - own.item()) < abs(_mean(samples) - own.item()):
-                self.shift, samples = not self.shift, other
-        return samples, own
+        return logits, _number(own)
+
+    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, float | None]:
+        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
+        logits, own = self._outputs(inputs)
+        return self.read(logits, inputs["labels"], want_correct=self.want_correct), own
+
+    def read(self, logits: torch.Tensor, labels: torch.Tensor, **more: Any) -> SampleLosses:
+        """Read losses off logits, see [`per_sample_losses`], as has been found out."""
+        return per_sample_losses(logits, labels, self.reading.shift, form=self.reading.form, **more)
 
     def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
         labels = inputs["labels"]
         rest = {k: v for k, v in with_decoder_inputs(self.model, inputs).items() if k != "labels"}
-        aligned = shift_labels(labels) if self.shift else labels
+        aligned = shift_labels(labels) if self.reading.shift else labels
         return token_losses(self.hidden(**rest), aligned, project=self.head, want_correct=self.want_correct)
 
     @property
     def tolerance(self) -> float:
         """Differences of losses, relative and absolute, that are rounding in the model's precision."""
-        parameter = next(self.model.parameters())
-        with self.autocast():
-            reduced = parameter.dtype != torch.float32 or torch.is_autocast_enabled(parameter.device.type)
-        return 2e-2 if reduced or parameter.device.type != "cpu" else 1e-3
+        return {"exact": 1e-4, "float32": 2e-3, "reduced": 2e-2}[precision(self.model, self.autocast)]
 
     def hidden(self, cache: Any = None, **inputs: Any) -> torch.Tensor:
         """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values to go on from."""
@@ -268,27 +303,110 @@ class BatchScorer:
         return stop.hidden
 
     def _check(self, inputs: dict[str, Any]) -> None:
-        plain, own = self._plain(inputs)
-        tolerance = self.tolerance
-        if self.head is not None and inputs["labels"].dim() == 2:
-            try:
-                same = torch.allclose(self._through_head(inputs).losses, plain.losses, rtol=tolerance, atol=tolerance)
-            except Exception as error:  # any failure of the shortcut only means that this model cannot take it
-                logger.info("scoring with full logits: %s", error)
-                same = False
-            self.head = self.head if same else None
-        else:
-            self.head = None
-        if torch.is_tensor(own) and own.numel() == 1 and plain.n_tokens.sum() > 0 and torch.isfinite(own):
-            mean = _mean(plain)
-            self.matches_own_loss = math.isclose(mean, own.item(), rel_tol=tolerance, abs_tol=tolerance)
-            if not self.matches_own_loss:
+        """Find out how losses are read: on up to four rows together, and on two of them one by one."""
+        reading, n = self.reading, len(first_of(inputs))
+        batch = take_rows(inputs, np.arange(min(n, 4)), n)
+        rows = [take_rows(inputs, np.array([i]), n) for i in range(min(n, 2))]
+        # Of the trainer, which also shows what it hands the model. (Sharded models: as many passes in every process.)
+        own = [None] if reading.sharded else self._own_losses([batch, *rows])
+        rows = [] if reading.sharded else rows
+        if self.per_sample_loss is not None:
+            return
+        batch, rows = self._handed(batch), [self._handed(row) for row in rows]
+        logits, model_own = self._outputs(batch)
+        labels = batch["labels"]
+        known = model_own is None or (own[0] is not None and self._same(own[0], model_own))
+        alone = own[1:] if known else [self._outputs(row)[1] for row in rows]
+        if labels.is_floating_point():
+            self._find_form(logits, labels, alone)
+        elif logits.dim() == 3 and labels.dim() == 2 and model_own is not None:
+            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
+            ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - model_own) for shift in (True, False)}
+            reading.shift = reading.shift if ways[reading.shift] <= ways[not reading.shift] else not reading.shift
+        plain = self.read(logits, labels)
+        reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
+        trained = own if own[0] is not None else [model_own, *alone]
+        found = [_mean(plain), *plain.losses.tolist()]
+        counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
+        pairs = [(a, b) for a, b, k in zip(found, trained, counted, strict=False) if b is not None and k]
+        if pairs:
+            reading.matches_own_loss = all(self._same(a, b) for a, b in pairs)
+            if not reading.matches_own_loss:
                 logger.warning(
-                    "samples are ranked by cross-entropy (%.4f on a first batch), the model's own loss is %.4f: it "
-                    "adds or weighs something; pass per_sample_loss= to rank by the model's own loss",
-                    mean,
-                    own.item(),
+                    "samples are ranked by %s (%.4f on a first batch), the loss that trains is %.4f: it adds or "
+                    "weighs something; pass per_sample_loss= to rank by another",
+                    "the model's own loss" if batch["labels"].is_floating_point() else "cross-entropy",
+                    found[0],
+                    next((value for value in trained if value is not None), float("nan")),
                 )
+
+    def _same(self, found: float, wanted: float) -> bool:
+        return math.isclose(found, wanted, rel_tol=self.tolerance, abs_tol=self.tolerance)
+
+    def _own_losses(self, batches: list[dict[str, Any]]) -> list[float | None]:
+        """Return the trainer's own losses of some batches, and learn what it hands the model."""
+        if self.own_loss is None:
+            return [None] * len(batches)
+        seen: set[str] = set()
+
+        def remember(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen.update(kwargs if not args else ())
+
+        hook = self.model.register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            losses = [_number(self.own_loss(batch)) for batch in batches]
+        except Exception as error:  # a loss of the user's that needs a run in progress, or a model without any
+            logger.info("the loss that trains could not be tried: %s", error)
+            return [None] * len(batches)
+        finally:
+            hook.remove()
+        if seen:
+            self.reading.keys = frozenset(seen)
+        return losses
+
+    def _find_form(self, logits: torch.Tensor, labels: torch.Tensor, alone: list[float | None]) -> None:
+        """Find the way to read float labels that gives the model's own loss of each row; raise where none does."""
+        for form in FORMS if alone and None not in alone else ():
+            found = per_sample_losses(logits, labels, self.reading.shift, form=form).losses[: len(alone)].tolist()
+            if all(map(self._same, found, alone)):
+                self.reading.form = form
+                return
+        require(
+            None in alone or not alone,
+            "labels",
+            f"{labels.dtype} {tuple(labels.shape)}",
+            f"read in no way that gives the loss that trains, {alone} of single rows; pass per_sample_loss=",
+        )
+
+    def _head_does(self, batch: dict[str, Any], plain: SampleLosses) -> bool:
+        """Whether the shortcut through the head gives the same losses."""
+        if self.head is None or batch["labels"].is_floating_point():
+            return False
+        try:
+            found = self._through_head(batch).losses
+        except Exception as error:  # any failure of the shortcut only means that this model cannot take it
+            logger.info("scoring with full logits: %s", error)
+            return False
+        return torch.allclose(found, plain.losses, rtol=self.tolerance, atol=self.tolerance)
+
+
+def precision(model: nn.Module, autocast: Callable[[], contextlib.AbstractContextManager]) -> str:
+    """Return in what a model computes: `"exact"` (float32 on a CPU, or more), `"float32"` elsewhere, `"reduced"`."""
+    parameter = next(model.parameters())
+    with autocast():
+        reduced = parameter.dtype.itemsize < 4 or torch.is_autocast_enabled(parameter.device.type)
+    return "reduced" if reduced else "exact" if parameter.device.type == "cpu" else "float32"
+
+
+def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the first tensor of a batch."""
+    return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def _number(loss: Any) -> float | None:
+    """Return a loss as a number, or `None` where it is none (no single number, or not finite)."""
+    one = torch.is_tensor(loss) and loss.numel() == 1 and bool(torch.isfinite(loss))
+    return loss.item() if one else None
 
 
 def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None = None) -> BatchScorer:
@@ -302,8 +420,16 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
     """
     needs = () if stage is None else trainer.darel.rule(stage).needs
     model = trainer.model if model is None else model
-    autocast = trainer.accelerator.autocast
-    return BatchScorer(model, trainer.per_sample_loss, "correct" in needs, autocast, "embeddings" in needs)
+    own = model is trainer.model
+    return BatchScorer(
+        model,
+        trainer.per_sample_loss,
+        "correct" in needs,
+        trainer.accelerator.autocast,
+        "embeddings" in needs,
+        trainer.own_loss if own else None,
+        trainer.reading() if own else None,
+    )
 
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..data import (
     data_fingerprint,
     feature_length,
     group_numbers,
+    has_labels,
     is_stream,
     read_column,
     sample_ids,
@@ -104,8 +105,9 @@ class TrainingSet:
         """Return a batch of four samples, without ids: the shortest and the longest of some, and two others."""
         dataset, collator = self.batching
         some = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
-        by_length = sorted(some, key=feature_length)  # what differs may depend on lengths
-        items = [by_length[0], by_length[-1], *(dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, 4)[2:])]
+        taught = [item for item in some if has_labels(item)] or some
+        by_length = sorted(taught, key=feature_length)  # what differs may depend on lengths
+        items = [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
         batch = self.trainer._prepare_inputs(collator(items))
         return {key: value for key, value in batch.items() if key != ID_KEY}
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..accelerators import Accelerator, CannotAccelerate
 from ..data import ID_KEY, WEIGHT_KEY, ShuffledByLength, take_rows
 from ..files import require
-from ..scoring import SampleLosses, per_sample_losses, scorer_for, weighted_loss, with_decoder_inputs
+from ..scoring import SampleLosses, Trial, counts_items, scorer_for, weighted_loss, with_decoder_inputs
 from ..selection import Selector
 from .clock import Clock
 
@@ -64,6 +64,7 @@ class OnlineStage:
         self._unlogged: list[np.ndarray] = []
         self._weights: torch.Tensor | None = None  # of the rows in the training step in progress
         self._weights_honoured = False
+        self._counts: bool | None = None  # whether the model's loss is divided by Trainer's count; None: not tried yet
         self._tracked: tuple[np.ndarray, dict[str, Any]] | None = None
         self._number: int | None = None  # of the micro-batch in progress, where it is one of candidates to choose from
         self._numbers: deque[int] = deque()  # likewise, of those of the optimizer step in progress
@@ -166,14 +167,39 @@ class OnlineStage:
             batch[WEIGHT_KEY] = weights
         if weights is None and not self.config.track:
             del batch[ID_KEY]
-        elif not self.scorer.checked and self.trainer.per_sample_loss is None:
+        elif weights is not None and self._counts is None:
+            self._try_weights(take_rows(batch, np.arange(min(len(rows), 4)), len(rows)))
+        elif not self.scorer.reading.checked and self.trainer.per_sample_loss is None:
             self.scorer(take_rows(self.trainer._prepare_inputs(batch), np.arange(min(len(rows), 4)), len(rows)))
-            remedy = (
-                "its loss is more than cross-entropy, so the rule's weights cannot be honoured; choose another rule"
-            )
-            honoured = weights is None or self.scorer.matches_own_loss is not False
-            require(honoured, "model", type(self.trainer.model).__name__, remedy)
         return batch
+
+    def _try_weights(self, batch: Mapping[str, Any]) -> None:
+        """Show, the first time that there are weights, that with weights of 1 ours is the trainer's own step."""
+        trainer, scorer = self.trainer, self.scorer
+        inputs = {k: v for k, v in trainer._prepare_inputs(batch).items() if k not in (ID_KEY, WEIGHT_KEY)}
+        if trainer.per_sample_loss is None:
+            scorer(inputs)
+        self._counts, problem = True, None
+        if scorer.sharded:  # no backward pass by itself
+            problem = "its loss is more than cross-entropy" if scorer.reading.matches_own_loss is False else None
+        else:
+            items = trainer._get_num_items_in_batch([inputs], self.args.device)
+            own = partial(trainer.own_loss, inputs, smoothed=True)
+            if items is not None:
+                self._counts = counts_items(own, int(items))
+
+            def ours() -> torch.Tensor:
+                self._weights = torch.ones(len(batch[ID_KEY]), device=self.args.device)
+                try:
+                    return own(items)
+                finally:
+                    self._weights = None
+
+            if trainer.per_sample_loss is None:  # else it is the user who says what each row's loss is
+                problem = Trial(trainer, partial(own, items)).difference(ours)
+        self._weights_honoured = False
+        remedy = f"{problem}, so the rule's weights cannot be honoured; choose a rule without weights"
+        require(problem is None, "model", type(trainer.model).__name__, remedy)
 
     def _loss_weights(self, ids: np.ndarray, weights: np.ndarray | None, device: torch.device) -> torch.Tensor | None:
         """Return the weights of kept rows from both stages, or `None` where all are 1."""
@@ -289,18 +315,15 @@ class OnlineStage:
         weights: torch.Tensor,
     ) -> torch.Tensor:
         trainer, self._weights_honoured = self.trainer, True
+        # Some heads ignore the count that they are told: the mean over the micro-batch then, as in Trainer's own step.
+        count = num_items_in_batch if self._counts else None
         if trainer.per_sample_loss is None:
             logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
             smoothing = trainer.label_smoother.epsilon if trainer.label_smoother is not None else 0.0
-            samples = per_sample_losses(logits, labels, self.scorer.shift, smoothing)
-            if not labels.is_floating_point():
-                return weighted_loss(samples, weights, num_items_in_batch)
-        else:
-            losses = trainer.per_sample_loss(outputs, inputs)
-            samples = SampleLosses(losses, torch.ones_like(losses), torch.zeros_like(losses))
-        # A mean over rows, not over counted labels: undo what Trainer takes for already done where it has counted.
-        loss = weighted_loss(samples, weights, None)
-        if num_items_in_batch is not None:
+            return weighted_loss(self.scorer.read(logits, labels, label_smoothing=smoothing), weights, count)
+        losses = trainer.per_sample_loss(outputs, inputs)
+        loss = (losses * weights.to(losses)).mean()
+        if count is not None:  # a mean over rows: undo what Trainer takes for already done where labels are counted
             loss = loss / trainer.current_gradient_accumulation_steps
             if self.args.average_tokens_across_devices:
                 loss = loss / trainer.accelerator.num_processes
@@ -320,7 +343,7 @@ class OnlineStage:
                 logits = outputs.get("logits") if isinstance(outputs, Mapping) else outputs[after_loss]
                 if not torch.is_tensor(logits):
                     raise ValueError("track=True: the model returns no logits (a fused loss?); set track=False")
-                losses = per_sample_losses(logits.detach(), inputs["labels"], self.scorer.shift).losses
+                losses = self.scorer.read(logits.detach(), inputs["labels"]).losses
         self.selector.ledger.record_train_losses(ids, losses.cpu().numpy())
 
     # -- what is known of it all --

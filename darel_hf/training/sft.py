@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +25,24 @@ class DarelSFTTrainer(DarelMixin, SFTTrainer):
     `DarelConfig(unpad=True)` takes the padding away later.
     """
 
-    def _prepare_run(self) -> None:
-        """Prepare as the class below; what is measured on the way is kept out of trl's metrics of training."""
+    @contextlib.contextmanager
+    def _without_metrics(self) -> Iterator[None]:
+        """Keep what is measured and tried out of trl's metrics."""
         metrics, tokens = self._metrics, self._total_train_tokens
         self._metrics = {mode: defaultdict(list) for mode in metrics}
         try:
-            super()._prepare_run()
+            yield
         finally:
             self._metrics, self._total_train_tokens = metrics, tokens
+
+    def _prepare_run(self) -> None:
+        with self._without_metrics():
+            super()._prepare_run()
+
+    def own_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the loss as the class below."""
+        with self._without_metrics():
+            return super().own_loss(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Do the training step of the class below; remember its tokens, before accelerators change the batch."""

@@ -17,7 +17,7 @@ from ..config import DarelConfig
 from ..data import ID_KEY, CarryIds
 from ..files import require, write_text
 from ..report import Report
-from ..scoring import PerSampleLoss
+from ..scoring import PerSampleLoss, Reading
 from . import checkpoints
 from .checks import check_arguments
 from .run import Run
@@ -84,6 +84,7 @@ class DarelMixin:
         elif self._run_count == 0 and trial is None:
             self.on_main(checkpoints.refuse_other_run, self.args.output_dir)
         self._run_count += 1
+        self._reading = None
         dataset, batch_size = self.train_dataset, self._train_batch_size
         self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments
         self._run = Run(self, resume_from_checkpoint or None, trial)
@@ -201,6 +202,29 @@ class DarelMixin:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.compute_loss_func = None
+
+    def own_loss(self, inputs: Mapping[str, Any], items: Any = None, smoothed: bool = False) -> torch.Tensor:
+        """
+        Compute the loss that a plain step of this trainer would have; trials compare with it.
+
+        Args:
+            inputs (`Mapping`): a micro-batch as the model gets it.
+            items (`torch.Tensor`, *optional*): Trainer's `num_items_in_batch`.
+            smoothed (`bool`): with label smoothing, if the arguments ask for it; what ranks is never smoothed.
+        """
+        smoother, self.label_smoother = self.label_smoother, self.label_smoother if smoothed else None
+        try:
+            return self.compute_loss(self.model, dict(inputs), num_items_in_batch=items)
+        finally:
+            self.label_smoother = smoother
+
+    def reading(self) -> Reading:
+        """Return what has been found out of how losses are read off the model, in this `train()`."""
+        if self._reading is None or self._reading.model is not self.model:
+            self._reading = Reading(self.model)
+        return self._reading
+
+    _reading: Reading | None = None
 
     def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
         """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""

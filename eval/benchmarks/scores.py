@@ -55,7 +55,7 @@ def main() -> None:
     ) -> Callable[[], Any]:
         scorer = BatchScorer(scored, autocast=autocast)
         if whole_head:
-            scorer.head = None
+            scorer.reading.head = None
 
         def score() -> Any:
             return score_dataset(scorer, dataset, collator, trainer._prepare_inputs, progress_bar=False, **options)
