@@ -21,7 +21,8 @@ from transformers import Trainer
 
 from darel_hf import DarelConfig, DarelMixin
 
-METHODS = ("get_train_dataloader", "get_batch_samples", "compute_loss", "log", "_set_signature_columns_if_needed")
+METHODS = ("get_train_dataloader", "get_batch_samples", "training_step", "compute_loss", "log", "create_scheduler")
+METHODS += ("_get_train_sampler", "_set_signature_columns_if_needed")
 
 
 def timed(cls: type, clock: list[float]) -> type:
