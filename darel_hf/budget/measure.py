@@ -127,8 +127,7 @@ def measure_costs(
     count = min(max(int(most), 2), BATCHES)
     started = time.perf_counter()
     batches = _batches(trainer, dataset, collator, rows, count + 1)
-    # Workers load while the loop computes; without them the loop waits.
-    loading = 0.0 if trainer.args.dataloader_num_workers else (time.perf_counter() - started) / len(batches)
+    loading, workers = (time.perf_counter() - started) / len(batches), trainer.args.dataloader_num_workers
     scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
     accumulation = trainer.args.gradient_accumulation_steps
     with untouched(trainer.model):
@@ -157,7 +156,10 @@ def measure_costs(
         # Texts differ in length; batches of images do not, and what makes one take longer is the machine. What the
         # loop adds to the fastest step is found out on the way, see `pacing`.
         typical = statistics.mean if "input_ids" in batches[0] else min
-        step = loading + typical(steps) + min(updates) / accumulation
+        step = typical(steps) + min(updates) / accumulation
+        # Workers load while the loop computes, which waits for what they do not manage; without them it always waits.
+        loading = max(loading / workers - step, 0.0) if workers else loading
+        step += loading
     return Costs(
         step_seconds=step,
         forward_share=typical(forwards) / candidates * rows / step if candidates else 0.0,

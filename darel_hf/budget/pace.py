@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,9 @@ logger = logging.getLogger(__name__)
 
 CHECKS = 20  # times a run is looked at, besides after 4, 8, 16, ... steps
 TOLERANCE = 0.01  # of all planned steps: smaller changes are not worth a decision
-EARLY_TOLERANCE = 0.25  # likewise, at the first looks, when a few steps say little
+EARLY_TOLERANCE = 0.25  # likewise for a cut at the first looks, when a few steps say little
+SLOW = 5  # times the median: a step that takes longer was slow for a reason of its own (compiling, start-up, saving)
+ONCE = 2  # so many of them are taken for what does not come again; more, for what does
 GRANTED = 1.25  # how much slower or faster than measured a plain step may be taken to be
 GRANTING = 0.25  # part of the run in which that is found out
 
@@ -79,6 +82,8 @@ class KeepBudget(TrainerCallback):
         scoring (`Callable`, *optional*): `() -> float`, the seconds among them that went into scoring; `None` where
             that is part of the steps (`online_backward="sliced"`).
         granted (`float`): of a run that goes on: how much slower than measured its steps have turned out to be.
+        share (`float`): the part of plain training's time that the budget is: of what steps are slow for once
+            (compiling, start-up), which plain training meets as well, so much is added to the budget.
     """
 
     def __init__(
@@ -91,10 +96,11 @@ class KeepBudget(TrainerCallback):
         decisions: list[list[float]] | None = None,
         scoring: Callable[[], float] | None = None,
         granted: float = 1.0,
+        share: float = 0.0,
     ):
         self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
-        self.step_seconds, self.scoring, self.granted = step_seconds, scoring, granted
-        self.saved = decisions
+        self.step_seconds, self.scoring, self.granted, self.share = step_seconds, scoring, granted, share
+        self.saved, self.over = decisions, False  # whether a run that goes on has nothing left to do
         self.progress: Progress | None = None
 
     def schedule(self, scheduler: Any, steps: int) -> None:
@@ -114,6 +120,8 @@ class KeepBudget(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; go on with earlier decisions."""
         self.begun, self.begun_step = self.elapsed(), state.global_step
+        self.seen, self._times = self.begun, []
+        self.over = bool(self.progress and self.saved) and state.global_step >= self.progress.end
         self.scored = 0.0 if self.scoring is None else self.scoring()
         if self.progress is not None:
             state.max_steps = self.progress.end
@@ -123,32 +131,43 @@ class KeepBudget(TrainerCallback):
         progress, step = self.progress, state.global_step
         if progress is None or not self.begun_step < step < progress.end:
             return
+        now = self.elapsed()
+        self._times.append((now - self.seen) / self.step_cost(step - 1))
+        self.seen = now
         done = step - self.begun_step
         early = done < progress.planned // CHECKS
         if step % max(4, progress.planned // CHECKS) and not (done >= 4 and done & (done - 1) == 0):
             return  # neither one of the looks that are evenly spaced, nor after a power of two
         end = self.decide(lambda: self._affordable_end(step, early))
-        if abs(end - progress.end) > (EARLY_TOLERANCE if early else TOLERANCE) * progress.planned:
+        cut = progress.end - end  # below 0: what was cut comes back, as soon as it can be had
+        if abs(cut) > (EARLY_TOLERANCE if early and cut > 0 else TOLERANCE) * progress.planned:
             progress.end_at(end, step)
             state.max_steps = end
             logger.info("time budget: training now ends at step %d of %d planned", end, progress.planned)
 
     def _affordable_end(self, step: int, early: bool) -> int:
-        now = self.elapsed()
+        now, unit = self.elapsed(), usual_step(self._times)
         units = sum(self.step_cost(s) for s in range(self.begun_step, step))
-        unit = (now - self.begun) / units
+        once = sum(time - unit for time in self._times if time > SLOW * unit)
         if not early and step <= GRANTING * self.progress.planned:
             training = unit
             if self.scoring is not None:
-                training = (now - self.begun - (self.scoring() - self.scored)) / (step - self.begun_step)
+                training = (unit * units - (self.scoring() - self.scored)) / (step - self.begun_step)
             self.granted = min(max(training / self.step_seconds, 1 / GRANTED), GRANTED)
-        left, end = self.granted * self.seconds - now, step
+        left, end = self.granted * self.seconds + self.share * once - now, step
         while end < self.progress.planned:
             left -= unit * self.step_cost(end)
             if left < 0:
                 break
             end += 1
         return max(end, step + 1)
+
+
+def usual_step(times: list[float]) -> float:
+    """Return what a step takes on average, without the few that were slow once: what those took is spent, no price."""
+    limit = SLOW * statistics.median(times)
+    usual = [time for time in times if time <= limit]
+    return statistics.mean(usual if len(times) - len(usual) <= ONCE else times)
 
 
 def _by_progress(planned: Callable[[float], float], progress: Progress) -> Callable[[int], float]:

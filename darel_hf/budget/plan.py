@@ -18,6 +18,8 @@ USUAL_OFFLINE_KEEP = 0.8
 LARGEST_SCORING_SHARE = 0.25
 #: Of the budget, at most so much of what measuring and making a scorer have cost is made up for.
 LARGEST_OVERHEAD = 0.25
+#: Plans that keep less by this fraction of the rows count as keeping as much: costs are known no better.
+NO_LESS = 0.01
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,16 @@ class Plan:
         factor = costs.pop("padding_free", 1.0)  # of a checkpoint from before each accelerator had its own
         costs.setdefault("factors", {} if factor == 1.0 else {"padding_free": factor})
         return cls(**{**values, "costs": Costs(**costs)})
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the rows of plain training that get a backward pass: alpha A."""
+        return self.offline_keep * self.effective_online_keep
+
+    def too_short(self, budget_time: float) -> bool:
+        """Whether measuring alone has taken so much that no plan keeps the budget: then nothing is dropped for it."""
+        smallest = min(smallest_budget(self.costs, self.epochs, self.scores_free))
+        return self.costs.measured and budget_time - self.overhead < self.slowdown * smallest
 
     def settings(self, config: DarelConfig) -> DarelConfig:
         """Return settings with the fractions that were decided, and no budget."""
@@ -272,12 +284,11 @@ def smallest_budget(costs: Costs, epochs: float, scores_free: bool) -> tuple[flo
 
 def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) -> Plan:
     """
-    Choose alpha, A and eta so that the cost model meets the time budget.
+    Choose alpha, A and eta so that the cost model meets the time budget: the plan that keeps most of the rows.
 
-    In this order: selection offline only, if that keeps 0.8 or more; else alpha = 0.8 and the smallest eta with which
-    scoring takes at most a quarter of the online stage (or, failing that, the largest); else, where a forward pass
-    costs too much for the online stage (one epoch with LoRA), fewer samples offline. Where the offline pass alone
-    costs too much (a dear scorer, few epochs), the online stage alone.
+    Plans that are looked at: samples dropped offline only; online only, with each eta; and both, with alpha = 0.8 (the
+    paper's) or what is left of it. Of plans that keep as much, the first of these is taken, and the smallest eta with
+    which scoring takes at most a quarter of the online stage.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
@@ -286,13 +297,16 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
             dropped.
         offline (`bool`): whether samples may be dropped offline.
 
+    Returns:
+        [`Plan`]; one that drops nothing where measuring has eaten so much of the budget that none can be met any more.
+
     Raises:
         ValueError: if the budget cannot be met; says what the smallest possible one is.
     """
     memory_only = budget_time is None
     budget_time = 1.0 if memory_only else budget_time
     everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
-    plan, whole = everything, online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
+    whole = online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
     if plan.fixed_steps:  # dropping samples saves none of them
         return everything
     # All of the time is plain training; or less padding is enough.
@@ -310,48 +324,59 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     elif not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
+    if plan.too_short(budget_time):
+        return everything
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
-    if not offline or budget_time - overhead < with_offline:
-        return _online_alone(plan, (budget_time - overhead) / plan.slowdown)
-    left = (budget_time - overhead) / plan.slowdown - (
-        0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
-    )
-    alpha = left / whole
-    offline_only = replace(plan, offline_keep=min(alpha, 1.0), online_keep=1.0, rescore_every=1)
+    left = (budget_time - overhead) / plan.slowdown
+    plans = [*(_with_offline(everything, left) if offline else ()), *_online_alone(everything, left)]
+    if not plans:
+        rows, eta = math.floor(plan.batch_size / SMALLEST_KEEP + 1e-9), math.ceil(plan.epochs)
+        plans = [replace(everything, online_keep=plan.batch_size / rows, rescore_every=eta)]
+    most = max(made.kept for made in plans)
+    return next(made for made in plans if made.kept >= most - NO_LESS)
+
+
+def _with_offline(plan: Plan, left: float) -> list[Plan]:
+    """Return the plans with an offline stage that fit into `left`: offline alone, or both stages and each eta."""
+    left -= 0.0 if plan.scores_free else plan.costs.offline_share / plan.epochs
+    alpha = left / online_term(1.0, 1, plan.epochs, plan.costs)
+    plans = [replace(plan, offline_keep=min(alpha, 1.0))] if alpha >= SMALLEST_KEEP else []
     if alpha >= USUAL_OFFLINE_KEEP:
-        return offline_only
+        return plans
     possible = []
     for eta in range(1, math.ceil(plan.epochs) + 1):
         online = _keep_for(left / USUAL_OFFLINE_KEEP, eta, plan.epochs, plan.costs)
-        if online >= SMALLEST_KEEP:
-            # A batch has whole rows: take the A that they make, and alpha for what is then left.
-            online = plan.batch_size / candidate_rows(plan.batch_size, online)
-            needed = online_term(online, eta, plan.epochs, plan.costs)
-            fraction = left / needed
-            if online < 1 and fraction <= 1:
-                made = replace(plan, offline_keep=fraction, online_keep=online, rescore_every=eta)
-                free = replace(plan.costs, forward_share=0.0)
-                scoring = needed - online_term(online, eta, plan.epochs, free)
-                possible.append((scoring <= LARGEST_SCORING_SHARE * needed, made))
-    if possible:
-        return next((made for cheap, made in possible if cheap), possible[-1][1])
-    if alpha >= SMALLEST_KEEP:
-        return offline_only
-    eta = math.ceil(plan.epochs)
-    fraction = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
-    return replace(plan, offline_keep=min(fraction, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)
+        if online < SMALLEST_KEEP:
+            continue
+        # A batch has whole rows: take the A that they make, and alpha for what is then left.
+        online = plan.batch_size / candidate_rows(plan.batch_size, online)
+        needed = online_term(online, eta, plan.epochs, plan.costs)
+        if online < 1 and left / needed <= 1:
+            made = replace(plan, offline_keep=left / needed, online_keep=online, rescore_every=eta)
+            free = replace(plan.costs, forward_share=0.0)
+            scoring = needed - online_term(online, eta, plan.epochs, free)
+            possible.append((scoring > LARGEST_SCORING_SHARE * needed, made))
+    if possible:  # first those in which scoring is cheap
+        return [*plans, *(made for _, made in sorted(possible, key=lambda pair: pair[0]))]
+    if not plans and left > 0:
+        eta = math.ceil(plan.epochs)
+        fraction = left / online_term(SMALLEST_KEEP, eta, plan.epochs, plan.costs)
+        plans = [replace(plan, offline_keep=min(fraction, 1.0), online_keep=SMALLEST_KEEP, rescore_every=eta)]
+    return plans
 
 
-def _online_alone(plan: Plan, budget_time: float) -> Plan:
-    """Choose A and eta for a budget without an offline stage: the smallest eta with which it can be met."""
+def _online_alone(plan: Plan, left: float) -> list[Plan]:
+    """Return the plans without an offline stage that fit into `left`, by eta."""
+    plans = []
     for eta in range(1, math.ceil(plan.epochs) + 1):
-        online = _keep_for(budget_time, eta, plan.epochs, plan.costs)
-        candidates = math.ceil(plan.batch_size / online - 1e-9) if online > 0 else 0  # whole rows, rather too many
+        online = _keep_for(left, eta, plan.epochs, plan.costs)
+        candidates = math.ceil(plan.batch_size / online - 1e-9) if online > 0 else math.inf  # rather too many
         if plan.batch_size < candidates <= plan.batch_size / SMALLEST_KEEP:
-            break
-    online = plan.batch_size / candidates if candidates else SMALLEST_KEEP
-    return replace(plan, offline_keep=1.0, online_keep=min(max(online, SMALLEST_KEEP), 1.0), rescore_every=eta)
+            plans.append(replace(plan, online_keep=plan.batch_size / candidates, rescore_every=eta))
+        elif candidates <= plan.batch_size:
+            plans.append(plan)
+    return plans
 
 
 def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0) -> Plan:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import decimal
 import functools
 import hashlib
 import inspect
@@ -11,6 +14,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +22,8 @@ import torch
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
-from .columns import is_plain
+LOOKED_AT = 64  # items of a data set that is no table
+PLAIN = (str, int, float, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 
 
 def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
@@ -26,20 +31,37 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
     Hash the ids and the content of a data set: 32 hexadecimal digits.
 
     The same rows give the same fingerprint, however they are stored. (`datasets`' own fingerprints are random once a
-    function that cannot be hashed was mapped over the data.) Items that are augmented at random are looked at with the
-    global random states as they are: set them before, as the trainer does, for a fingerprint that stays.
+    function that cannot be hashed was mapped over the data.) A `datasets.Dataset` is hashed as a whole, below its
+    transform; of other data sets, whose items may be slow to read, [`LOOKED_AT`] items, and of those what two readings
+    give alike (no augmentation drawn anew) and what is plain data (no objects that only their address tells apart).
     """
     digest = hashlib.blake2b(ids.tobytes(), digest_size=16)
-    if is_plain(dataset):
+    if isinstance(dataset, datasets.Dataset):
         table = dataset.with_format("arrow")
         for name in sorted(dataset.column_names):
             digest.update(name.encode())
             for start in range(0, len(dataset), 10_000):
                 _hash_array(digest, table.select_columns([name])[start : start + 10_000][name].combine_chunks())
-    else:
-        for i in range(len(dataset)):
-            _hash_item(digest, dataset[i])
+        return digest.hexdigest()
+    positions = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)).tolist()
+    readings = [[_cells(dataset[i]) for i in positions] for _ in range(2)]
+    alike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] == two.get(key)}
+    alike -= {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
+    for item in readings[0]:
+        digest.update(repr(sorted((key, value) for key, value in item.items() if key in alike)).encode())
     return digest.hexdigest()
+
+
+def _cells(item: Any) -> dict[str, str]:
+    """Return a hash of each cell of an item that is plain data."""
+    cells = item if isinstance(item, Mapping) else dict(enumerate(item if isinstance(item, (tuple, list)) else [item]))
+    found = {}
+    for key, value in cells.items():
+        digest = hashlib.blake2b(digest_size=16)
+        with contextlib.suppress(TypeError):
+            _hash_item(digest, value)
+            found[str(key)] = digest.hexdigest()
+    return found
 
 
 def code_fingerprint(*values: Any) -> str:
@@ -96,6 +118,8 @@ def _is_function(value: Any) -> bool:
 def _hash_array(digest: Any, array: pa.Array) -> None:
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
     kind = array.type
     numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     if array.null_count == 0 and numeric:
@@ -103,6 +127,12 @@ def _hash_array(digest: Any, array: pa.Array) -> None:
     elif array.null_count == 0 and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         _hash_array(digest, pc.list_value_length(array))
         _hash_array(digest, array.flatten())
+    elif array.null_count == 0 and pa.types.is_fixed_size_list(kind):
+        digest.update(f"x{kind.list_size}".encode())
+        _hash_array(digest, array.flatten())
+    elif array.null_count == 0 and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        _hash_array(digest, pc.binary_length(array))
+        digest.update(b"".join(array.to_pylist()))
     else:
         for value in array.to_pylist():
             _hash_item(digest, value)
@@ -127,5 +157,7 @@ def _hash_item(digest: Any, value: Any) -> None:
         digest.update(value)
     elif hasattr(value, "tobytes"):  # a PIL image
         digest.update(value.tobytes())
-    else:
+    elif value is None or isinstance(value, PLAIN):
         digest.update(repr(value).encode() + b"\0")
+    else:  # its text may hold an address
+        raise TypeError(f"{type(value).__name__} is no plain data")

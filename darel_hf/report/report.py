@@ -14,6 +14,7 @@ from ..config import DarelConfig
 from ..files import atomic_path
 from ..selection import RULES, LossLedger, Samples, length_corrected
 
+BLANK = "no label: nothing to learn from it"
 KEPT, DROPPED = "#2a6f97", "#e07a5f"  # colours, in every picture
 
 
@@ -70,6 +71,12 @@ class Report:
         return round(float((self.times_trained * self.ledger.n_tokens).sum()))
 
     @property
+    def without_labels(self) -> np.ndarray:
+        """Which samples have been scored and have no label to learn from, bool `[n]`; rules drop them first."""
+        tokens = self.ledger.n_tokens
+        return (tokens == 0) & ~np.isnan(self._ranked_losses) & np.any(tokens)
+
+    @property
     def _ranked_losses(self) -> np.ndarray:
         """What the offline stage went by, or the latest losses where there was none."""
         return self.ledger.loss if np.isnan(self.offline_losses).all() else self.offline_losses
@@ -103,7 +110,7 @@ class Report:
             for dropped ones, `why`.
         """
         percentiles = self.percentiles
-        losses = self._ranked_losses
+        losses, blank = self._ranked_losses, self.without_labels
         rows = np.flatnonzero(self.kept == kept)
         extremeness = np.nan_to_num(np.abs(percentiles[rows] - 0.5))  # a rule that reads no losses knows none
         rows = rows[np.argsort(-extremeness, kind="stable")][:limit]
@@ -113,7 +120,7 @@ class Report:
                 "loss": float(losses[row]),
                 "n_tokens": int(self.ledger.n_tokens[row]),
                 "percentile": float(percentiles[row]),
-                **({} if kept else {"why": self._why(percentiles[row])}),
+                **({} if kept else {"why": BLANK if blank[row] else self._why(percentiles[row])}),
             }
             for row in rows
         ]
@@ -142,6 +149,7 @@ class Report:
             "samples": len(self.ledger),
             "kept": int(self.kept.sum()),
             "dropped": int((~self.kept).sum()),
+            "without_labels": int(self.without_labels.sum()),
             "rows_backpropagated": self.rows_backpropagated,
             "tokens_backpropagated": self.tokens_backpropagated,
             "coverage": float(np.count_nonzero(self.times_trained)) / max(len(self.ledger), 1),
@@ -203,10 +211,12 @@ class Report:
     def __str__(self) -> str:
         seconds, numbers = self.seconds, self.to_dict()
         parts = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("probe", "offline", "scoring") if seconds[name])
-        measured = numbers["measured_time"]
+        measured, blank = numbers["measured_time"], ""
+        if numbers["without_labels"]:
+            blank = f" ({numbers['without_labels']:,} have no label and are dropped first)"
         lines = [
             str(self.plan),
-            f"  kept      {numbers['kept']:,} of {numbers['samples']:,} samples offline",
+            f"  kept      {numbers['kept']:,} of {numbers['samples']:,} samples offline" + blank,
             f"  trained   {self.rows_backpropagated:,} rows ({self.tokens_backpropagated:,} label tokens) in "
             f"{self.steps:,} steps",
             f"  time      {seconds['total']:.1f} s" + (f" (of it {parts})" if parts else ""),

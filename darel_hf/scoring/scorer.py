@@ -72,17 +72,21 @@ def preserve_rng_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Leave the model as it was: its mode, its gradients, and its buffers (running statistics)."""
+    """
+    Leave the model as it was: its mode, its gradients, its buffers (running statistics), and what a forward pass may
+    update though it is not trained (a momentum teacher). The frozen weights of a PEFT model are no such thing.
+    """
     training = model.training
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    frozen = () if hasattr(model, "peft_config") else [p for p in model.parameters() if not p.requires_grad]
+    before = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *frozen)]
     try:
         yield
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for tensor, value in before:
+                tensor.copy_(value)
 
 
 class _StopAtHead:
@@ -303,20 +307,26 @@ class BatchScorer:
         return stop.hidden
 
     def _check(self, inputs: dict[str, Any]) -> None:
-        """Find out how losses are read: on up to four rows together, and on two of them one by one."""
-        reading, n = self.reading, len(first_of(inputs))
-        batch = take_rows(inputs, np.arange(min(n, 4)), n)
-        rows = [take_rows(inputs, np.array([i]), n) for i in range(min(n, 2))]
-        # Of the trainer, which also shows what it hands the model. (Sharded models: as many passes in every process.)
-        own = [None] if reading.sharded else self._own_losses([batch, *rows])
+        """Find out how losses are read: on up to four rows together, and on the two shortest of them one by one."""
+        reading, n, mask = self.reading, len(first_of(inputs)), inputs.get("attention_mask")
+        few = np.arange(min(n, 4))
+        if torch.is_tensor(mask) and mask.dim() == 2:
+            few = few[np.argsort(mask[: len(few)].sum(1).cpu().numpy(), kind="stable")]
+        batch, rows = take_rows(inputs, few, n), [take_rows(inputs, few[i : i + 1], n) for i in range(min(n, 2))]
+        # By the trainer, which also shows what it hands the model. (Sharded models: as many passes in every process.)
+        own = [None] if reading.sharded else self._own_losses([batch])
         rows = [] if reading.sharded else rows
         if self.per_sample_loss is not None:
             return
         batch, rows = self._handed(batch), [self._handed(row) for row in rows]
         logits, model_own = self._outputs(batch)
         labels = batch["labels"]
-        known = model_own is None or (own[0] is not None and self._same(own[0], model_own))
-        alone = own[1:] if known else [self._outputs(row)[1] for row in rows]
+        alone = [self._outputs(row)[1] for row in rows] if model_own is not None else []
+        if own[0] is not None and (model_own is None or not self._same(own[0], model_own)):
+            own += self._own_losses(rows)  # it is another than the model's
+        else:
+            own = [model_own, *alone]
+        alone = alone or own[1:]
         if labels.is_floating_point():
             self._find_form(logits, labels, alone)
         elif logits.dim() == 3 and labels.dim() == 2 and model_own is not None:
@@ -325,10 +335,9 @@ class BatchScorer:
             reading.shift = reading.shift if ways[reading.shift] <= ways[not reading.shift] else not reading.shift
         plain = self.read(logits, labels)
         reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
-        trained = own if own[0] is not None else [model_own, *alone]
         found = [_mean(plain), *plain.losses.tolist()]
         counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
-        pairs = [(a, b) for a, b, k in zip(found, trained, counted, strict=False) if b is not None and k]
+        pairs = [(a, b) for a, b, k in zip(found, own, counted, strict=False) if b is not None and k]
         if pairs:
             reading.matches_own_loss = all(self._same(a, b) for a, b in pairs)
             if not reading.matches_own_loss:
@@ -337,7 +346,7 @@ class BatchScorer:
                     "weighs something; pass per_sample_loss= to rank by another",
                     "the model's own loss" if batch["labels"].is_floating_point() else "cross-entropy",
                     found[0],
-                    next((value for value in trained if value is not None), float("nan")),
+                    next((value for value in own if value is not None), float("nan")),
                 )
 
     def _same(self, found: float, wanted: float) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isqrt
 
 import numpy as np
@@ -45,6 +45,17 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def teaching(self) -> np.ndarray:
+        """Which samples have a label, bool `[n]`; all, where lengths are not known."""
+        known = self.lengths is not None and np.any(self.lengths)
+        return np.asarray(self.lengths) > 0 if known else np.ones(len(self), bool)
+
+    def part(self, positions: np.ndarray) -> Samples:
+        """Return the samples at some positions."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Samples(**{name: None if values is None else values[positions] for name, values in arrays.items()})
 
 
 Priority = Callable[[Samples, float, np.random.Generator], np.ndarray]
@@ -103,6 +114,20 @@ class Rule:
             ValueError: for NaN or infinite losses (names the ids), a missing field, or more groups than kept samples.
         """
         require(0 < keep <= 1, "keep", keep, "give a fraction in (0, 1]")
+        if (teaching := samples.teaching).all():
+            return self._select(samples, keep, generator)
+        # What has no label cannot teach: it is kept only where there are not enough others.
+        count, others = kept_count(keep, len(samples)), np.flatnonzero(teaching)
+        if count >= len(others):
+            blank = np.flatnonzero(~teaching)
+            blank = blank[np.argsort(samples.ids[blank], kind="stable")][: count - len(others)]
+            return np.sort(np.concatenate([others, blank])), None
+        positions, weights = self._select(samples.part(others), count / len(others), generator)
+        return others[positions], weights
+
+    def _select(
+        self, samples: Samples, keep: float, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         if self.reads_losses:
             check_finite(samples.ids, samples.losses)
         for name in self.needs:

@@ -25,15 +25,34 @@ from ..files import atomic_path, require, write_json
 logger = logging.getLogger(__name__)
 
 FOLDER = "darel"
+TORCH_FILES = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "*_model*.bin")
 
 
 def save(checkpoint: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write arrays (safetensors) and all other values (JSON) into the checkpoint folder, each file atomically."""
     folder = Path(checkpoint) / FOLDER
+    for leftover in folder.glob(".*"):  # of a process that was killed while it wrote here; nobody else writes now
+        leftover.unlink()
     arrays = {name: np.ascontiguousarray(value) for name, value in state.items() if isinstance(value, np.ndarray)}
     with atomic_path(folder / "ledger.safetensors") as temporary:
         save_file(arrays, temporary)
     write_json(folder / "state.json", {name: value for name, value in state.items() if name not in arrays})
+
+
+def expected_files(args: Any, sharded: bool) -> list[str]:
+    """
+    Return the names of what Trainer writes into a checkpoint after us, and what a resumed run cannot do without.
+
+    Args:
+        args (`TrainingArguments`): of the run that writes it.
+        sharded (`bool`): whether optimizer states are spread over processes, in files of other names.
+    """
+    if args.save_only_model:
+        return []
+    # Hosts that share no folder have their own processes' files only.
+    ranks = min(args.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
+    states = ["rng_state.pth"] if args.world_size <= 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    return states if sharded else ["optimizer.pt", "scheduler.pt", *states]
 
 
 def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
@@ -58,22 +77,28 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
 
 def problem(checkpoint: str | os.PathLike) -> str | None:
     """Return what is wrong with a checkpoint, naming the file, or `None` if it is complete and readable."""
-    checkpoint = Path(checkpoint)
+    checkpoint, expected = Path(checkpoint), []
     for name in (TRAINER_STATE_NAME, f"{FOLDER}/state.json"):
         path = checkpoint / name
         if path.name != TRAINER_STATE_NAME and not path.parent.exists():
             continue
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            expected = json.loads(path.read_text(encoding="utf-8")).get("files", [])
         except (OSError, ValueError):
             return f"{path} is missing or cut off"
+    for name in expected:
+        if not (checkpoint / name).is_file():
+            return f"{checkpoint / name} is missing"
     for path in sorted(checkpoint.rglob("*.safetensors")):
+        if path.name.startswith("."):  # a temporary file of a process that was killed
+            continue
         try:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError):
             return f"{path} is cut off"
-    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), *checkpoint.glob("*.bin")]):
+    # Of Trainer's and PEFT's own files; what else lies there is the user's.
+    for path in sorted(path for pattern in TORCH_FILES for path in checkpoint.glob(pattern)):
         if not zipfile.is_zipfile(path):
             return f"{path} is cut off"
     return None
@@ -89,6 +114,9 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
     """
     Return the checkpoint to resume from.
 
+    A folder that is the newest of its run but not complete stands for the newest complete one: that is what scripts
+    find with `get_last_checkpoint` after a run was killed while it saved.
+
     Args:
         wanted (`str` or `True`): a checkpoint folder, or the newest complete one in `output_dir`.
         output_dir (`str`): folder of the run.
@@ -97,19 +125,19 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
         ValueError: if there is no complete checkpoint, or the one that was named is not; names the newest complete
             one.
     """
-    if wanted is True:
-        for path in all_in(output_dir):
-            trouble = problem(path)
-            if trouble is None:
-                return str(path)
-            logger.warning("%s; going back to the checkpoint before it", trouble)
-        raise ValueError(f"output_dir={output_dir!r}: no complete checkpoint in it; train without resuming")
-    trouble = problem(wanted)
-    if trouble is not None:
-        others = [path for path in all_in(Path(wanted).parent) if path != Path(wanted) and problem(path) is None]
-        last = f"the newest complete one is {others[0]}" if others else "there is no complete one beside it"
-        raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
-    return str(wanted)
+    found = all_in(output_dir if wanted is True else Path(wanted).parent)
+    first = found[0] if wanted is True and found else wanted
+    trouble = None if first is True else problem(first)
+    if first is not True and trouble is None:
+        return str(first)
+    complete = next((path for path in found if problem(path) is None), None)
+    if found and Path(str(first)) == found[0] and complete is not None:
+        logger.warning("%s; going back to the checkpoint before it that is complete, %s", trouble, complete)
+        return str(complete)
+    remedy = f"no complete checkpoint in it{f' ({trouble})' if trouble else ''}; train without resuming"
+    require(wanted is not True, "output_dir", output_dir, remedy)
+    last = "there is no complete one beside it" if complete is None else f"the newest complete one is {complete}"
+    raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
 
 
 def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
@@ -128,15 +156,6 @@ def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
     return OSError(
         errno.ENOSPC, f"{broken}: the disk is full ({type(error).__name__}: {str(error)[:200]}); make room; {last}"
     )
-
-
-def refuse_other_run(output_dir: str) -> None:
-    """Raise `ValueError` if the output folder holds checkpoints or the report of an earlier run."""
-    held = [str(path) for path in all_in(output_dir) if problem(path) is None][:1]
-    if (Path(output_dir) / FOLDER / "report.json").exists():
-        held.append(str(Path(output_dir) / FOLDER / "report.json"))
-    remedy = f"holds another run ({', '.join(held)}); go on with it (resume_from_checkpoint=True) or name a new folder"
-    require(not held, "output_dir", output_dir, remedy)
 
 
 def short_hash(*values: Any) -> str:

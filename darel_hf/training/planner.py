@@ -185,13 +185,32 @@ class Planner:
 
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""
-        plan = self.plan
+        plan, asked = self.plan, self.config.budget_time
         self.trainer.accelerator.print(plan)
-        if plan.predicted_saving <= 0 and (plan.offline_keep < 1 or plan.online_keep < 1):
+        if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
-                "no saving is predicted: the run is expected to take %.2f of the plain training time, because scoring "
-                "costs more than the dropped rows save; raise rescore_every, keep fewer, or use saved scores",
+                "budget_time=%g: measuring has taken %.2f of plain training already, so short is this run; it trains "
+                "on everything",
+                asked,
+                plan.overhead,
+            )
+        if plan.predicted_saving <= 0 and (plan.offline_keep < 1 or plan.online_keep < 1):
+            scored = plan.offline_keep < 1 and not plan.scores_free
+            scored |= plan.online_keep < 1 and plan.costs.forward_share > 0
+            if plan.fixed_steps:
+                why = "max_steps fixes the number of steps; give num_train_epochs"
+            elif replace(plan, overhead=0.0).predicted_saving > 0:
+                why = f"trying out and measuring take {plan.overhead:.2f} of it in a run this short; train plainly"
+            elif scored:
+                why = (
+                    "scoring costs more than the dropped rows save; raise rescore_every, keep fewer, use saved scores"
+                )
+            else:
+                why = "loading all candidates costs more than the dropped rows save; select offline instead"
+            logger.warning(
+                "no saving is predicted: the run is expected to take %.2f of the plain training time, because %s",
                 plan.predicted_time,
+                why,
             )
 
     def warn_about_steps(self) -> None:
@@ -204,11 +223,19 @@ class Planner:
             steps = self.args.max_steps
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
+        if self.trainer.ready_made_scheduler and steps < full_steps:
+            logger.warning(
+                "the scheduler in optimizers= was made before it was known that this run has about %d steps of %d, "
+                "and may not reach its end; give the optimizer alone, and lr_scheduler_type",
+                steps,
+                full_steps,
+            )
         for name in ("warmup_steps", "eval_steps", "save_steps"):
             value = getattr(self.args, name, None)
             used = name == "warmup_steps" or getattr(self.args, name.replace("_steps", "_strategy")) == "steps"
-            limit = 0.1 * steps if name == "warmup_steps" else steps
-            if used and value is not None and value >= 1 and value > limit and steps < full_steps:
+            # What the full run would not have reached either is no matter of the selection (500 is a default).
+            limit, reached = (0.1 * steps, True) if name == "warmup_steps" else (steps, (value or 0) <= full_steps)
+            if used and value is not None and value >= 1 and value > limit and reached and steps < full_steps:
                 logger.warning(
                     "%s=%g was made for the full run; this one has about %d steps. Give a fraction below 1 instead, "
                     "of all steps",
@@ -244,6 +271,7 @@ class Planner:
             decide=self.trainer.on_main,
             decisions=self._decisions,
             granted=self._granted,
+            share=config.budget_time,
         )
 
     def follow_batch_size(self, batch_size: int) -> None:
@@ -279,4 +307,13 @@ class Planner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
+        epochs = self._epochs()
+        if epochs != self.plan.epochs:
+            logger.warning(
+                "the checkpoint was planned for %g epochs, this run is for %g: what was chosen stays, a time budget "
+                "is that fraction of the new length",
+                self.plan.epochs,
+                epochs,
+            )
+            self.plan = replace(self.plan, epochs=epochs)
         self._decisions, self._granted = state.get("decisions"), state.get("granted", 1.0)

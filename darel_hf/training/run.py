@@ -176,7 +176,9 @@ class Run:
         """Write ledger and plan into a checkpoint; every rank returns only when the files are there."""
         self.online.merge()
         if self.args.should_save:
+            sharded = self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled
             state = {"config": self.config.to_dict(), "batch_size": self.args.train_batch_size}
+            state["files"] = checkpoints.expected_files(self.args, sharded)
             for part in (self.clock, self.data, self.planner, self.offline, self.online):
                 state |= part.state_dict()
             checkpoints.save(folder, state)

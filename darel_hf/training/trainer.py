@@ -69,6 +69,7 @@ class DarelMixin:
         self.report: Report | None = None
         self._run: Run | None = None  # the stages of the `train()` in progress; None: plain Trainer
         super().__init__(*args, **kwargs)
+        self.ready_made_scheduler = self.lr_scheduler is not None  # for as many steps as its maker thought of
         if self.darel.active:
             check_arguments(self)
 
@@ -76,14 +77,12 @@ class DarelMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Run the offline stage (skipped on resume), then train as the class below does, on what was kept."""
-        if not self.darel.active or self.train_dataset is None:
+        nothing = self.train_dataset is None or max(self.args.num_train_epochs, self.args.max_steps) <= 0
+        if not self.darel.active or nothing:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         trial = args[0] if args else kwargs.get("trial")
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
-        elif self._run_count == 0 and trial is None:
-            self.on_main(checkpoints.refuse_other_run, self.args.output_dir)
-        self._run_count += 1
         self._reading = None
         dataset, batch_size = self.train_dataset, self._train_batch_size
         self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments
@@ -107,8 +106,6 @@ class DarelMixin:
             self.train_dataset, self._train_batch_size = dataset, batch_size
             if pace in self.callback_handler.callbacks:
                 self.remove_callback(pace)
-
-    _run_count = 0
 
     def _prepare_run(self) -> None:
         self._run.prepare()
@@ -170,7 +167,9 @@ class DarelMixin:
         """Take the candidates of one optimizer step, hand on the rows to train on; Trainer counts their tokens."""
         if self._run is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        online = self._run.online
+        online, pace = self._run.online, self._run.planner.pace
+        if pace is not None and pace.over:  # a budget had ended this run: there is no further step
+            return [], None
         online.start_step()
         if online.in_loop:
             epoch_iterator = map(online.select, epoch_iterator)
