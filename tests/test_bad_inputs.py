@@ -265,13 +265,6 @@ def _(folder):
     scores_file(folder, {"sample_id": list(range(24)), "loss": [np.inf if i == 3 else 1.0 for i in range(24)]})
 
 
-@case("folder of another run", "output_dir='.*': holds another run")
-def _(folder):
-    (folder / "darel").mkdir()
-    (folder / "darel" / "report.json").write_text("{}")
-    trainer(folder).train()
-
-
 @case("nothing to resume from", "output_dir='.*': no complete checkpoint in it")
 def _(folder):
     trainer(folder).train(resume_from_checkpoint=True)

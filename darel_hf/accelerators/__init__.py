@@ -4,6 +4,14 @@ Whatever makes a training step cheaper: one file each, behind the contract in `b
 Stands on `scoring/`. The trainer, the planner and the report know the contract only, no accelerator by name.
 """
 
-from .base import ACCELERATORS, Accelerator, CannotAccelerate, Choosing, make_accelerators, register_accelerator
+from .base import (
+    ACCELERATORS,
+    Accelerator,
+    CannotAccelerate,
+    Choosing,
+    first_line,
+    make_accelerators,
+    register_accelerator,
+)
 from .sliced import CannotSlice, SlicedStep
 from .unpad import PaddingFree, flatten

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..accelerators import Accelerator
+from ..accelerators import Accelerator, first_line
 from ..data import ID_KEY, feature_length, token_batches
 from ..scoring import (
     WINDOW,
@@ -21,6 +21,7 @@ from ..scoring import (
     rows_without_tokens,
     scorer_for,
     share_prompts,
+    to_device,
     untouched,
 )
 from .plan import Costs
@@ -122,7 +123,7 @@ def measure_costs(
     device = trainer.args.device
     scorer, first = (
         scorer_for(trainer, model)
-        for model in (trainer.model, trainer.model if offline_scorer is None else offline_scorer.to(device))
+        for model in (trainer.model, trainer.model if offline_scorer is None else to_device(offline_scorer, device))
     )
     count = min(max(int(most), 2), BATCHES)
     started = time.perf_counter()
@@ -148,11 +149,14 @@ def measure_costs(
                 for accelerator, found in zip(accelerators, with_it, strict=True):
                     found.append(accelerator.measure(seconds, inputs))
                     inputs = accelerator.transform(inputs)
+            del inputs
+            trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
+            optimizer_step = _optimizer_step(trainer)
+            updates = [_seconds(optimizer_step, device) for _ in batches][1:]
         except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
-            logger.warning("what a training step costs could not be measured (%s); assuming it", error)
+            logger.warning("what a training step costs could not be measured (%s); assuming it", first_line(error))
             return None
         del steps[0]
-        updates = [_seconds(optimizer_step, device) for _ in batches][1:]
         # Texts differ in length; batches of images do not, and what makes one take longer is the machine. What the
         # loop adds to the fastest step is found out on the way, see `pacing`.
         typical = statistics.mean if "input_ids" in batches[0] else min
@@ -176,9 +180,7 @@ def _factors(
     factors, before = {}, 1.0
     for accelerator, found in zip(accelerators, with_it, strict=True):
         if None not in found:
-            share = (
-                1 - (plain - statistics.mean(found)) / step
-            )  # of what takes as long with all of them, the update, too
+            share = 1 - (plain - statistics.mean(found)) / step  # the update takes as long with all of them
             factors[accelerator.facts.name], before = share / before, share
     return factors
 

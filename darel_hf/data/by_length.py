@@ -24,6 +24,8 @@ def token_batches(lengths: np.ndarray, max_tokens: int, max_rows: int) -> Iterat
     start = 0
     while start < len(order):
         rows = int(np.clip(max_tokens // max(lengths[order[start]], 1), 1, max_rows))
+        if start + rows < len(order) and lengths[order[start + rows]] == 0:  # a batch of empty texts has no columns
+            rows = len(order) - start
         yield order[start : start + rows]
         start += rows
 

@@ -60,6 +60,7 @@ def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
     if column is not None and column in (getattr(dataset, "column_names", None) or ()):
         return np.array(read_column(dataset, column, "length_column_name"), np.int64)
     stored = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
+    stored = stored and np.ndim(dataset[0]["input_ids"]) == 1
     remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
     require(stored or "input_ids" in dataset[0], "batch_by_length", True, remedy)
     if not stored:
@@ -76,9 +77,11 @@ def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
 
 def feature_length(feature: Mapping[str, Any]) -> int:
     """Return a sample's length in tokens, source and target together for seq2seq, or 1 if it has none."""
-    tokens = feature.get("input_ids")
+    tokens = feature.get("input_ids") if isinstance(feature, Mapping) else None
     if tokens is None:
         return 1
+    if len(tokens) and np.ndim(tokens[0]) > 0:  # choices: each is a row of the batch
+        return len(tokens) * max(map(len, tokens))
     labels = feature.get("labels")
     target = len(labels) if np.ndim(labels) > 0 and len(labels) != len(tokens) else 0
     return len(tokens) + target
@@ -91,7 +94,7 @@ def is_stream(dataset: Any) -> bool:
 
 def has_labels(feature: Mapping[str, Any]) -> bool:
     """Whether a sample has anything to learn: no labels of its own (a collator may make them), or one that counts."""
-    labels = feature.get("labels")
+    labels = feature.get("labels") if isinstance(feature, Mapping) else None
     return np.ndim(labels) == 0 or any(label != -100 for label in np.ravel(labels))
 
 

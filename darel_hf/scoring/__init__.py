@@ -20,6 +20,7 @@ from .scorer import (
     scorer_for,
     skip_identity_adapters,
     spread_before_training,
+    to_device,
     untouched,
     with_decoder_inputs,
 )

@@ -34,13 +34,13 @@ class SharedPrompts:
     """
 
     def __init__(self, scorer: BatchScorer, items: Sequence[Mapping[str, Any]]):
-        self.scorer, self.items = scorer, items
-        self.starts = np.array([max(_label_start(item["labels"]) - 1, 0) for item in items])
+        self.scorer, self.items = scorer, [_as_lists(item) for item in items]
+        self.starts = np.array([max(_label_start(item["labels"]) - 1, 0) for item in self.items])
         numbers: dict[tuple[int, ...], int] = {}
         self.prompt_of = np.array(
             [
                 numbers.setdefault(tuple(item["input_ids"][:start]), len(numbers))
-                for item, start in zip(items, self.starts, strict=True)
+                for item, start in zip(self.items, self.starts, strict=True)
             ]
         )
         self.prompts = list(numbers)
@@ -168,10 +168,16 @@ def share_prompts(
     return shared
 
 
+def _as_lists(item: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return tokens and labels as lists, whatever a data set is formatted as."""
+    return {key: np.asarray(item[key]).tolist() for key in ("input_ids", "labels")}
+
+
 def _has_lists(item: Mapping[str, Any]) -> bool:
     """Whether a sample is nothing but tokens and labels, none of them masked: what we can batch without a collator."""
     tokens, labels = item.get("input_ids"), item.get("labels")
     if np.ndim(labels) != 1 or np.ndim(tokens) != 1 or len(tokens) != len(labels) or len(tokens) < 2:
         return False
     others = {"input_ids", "labels", "attention_mask"}
-    return all(key in others or np.ndim(item[key]) == 0 for key in item) and all(item.get("attention_mask", [1]))
+    whole = all(np.asarray(item.get("attention_mask", [1])))
+    return whole and all(key in others or np.ndim(item[key]) == 0 for key in item)

@@ -34,6 +34,12 @@ def base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to a device, but for one that is spread over devices or quantised: it stays where it was put."""
+    placed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
+    return model if placed else model.to(device)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters are spread over processes (FSDP, ZeRO 3): then all of them take part in a forward pass."""
     first = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())  # version 1 hides its own
@@ -455,6 +461,12 @@ def _mean(samples: SampleLosses) -> float:
     return ((samples.losses * samples.n_tokens).sum() / samples.n_tokens.sum().clamp(min=1)).item()
 
 
+def _changes_tokens(model: nn.Module) -> bool:
+    """Whether adapters act on the rows of single tokens, which a probe may not have: then no probe tells."""
+    indices = ("trainable_token_indices", "token_indices")  # of LoRA and its like, and of PEFT's TrainableTokens
+    return any(getattr(config, name, None) for config in model.peft_config.values() for name in indices)
+
+
 @contextlib.contextmanager
 def skip_identity_adapters(scorer: BatchScorer, inputs: Mapping[str, Any]) -> Iterator[bool]:
     """
@@ -473,6 +485,7 @@ def skip_identity_adapters(scorer: BatchScorer, inputs: Mapping[str, Any]) -> It
     try:
         with model.disable_adapter():
             skipped = torch.allclose(with_adapters, scorer(inputs).losses, rtol=1e-5, atol=1e-6)
+            skipped = skipped and not _changes_tokens(model)
             if skipped:
                 yield True
     finally:

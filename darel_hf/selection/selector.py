@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import DarelConfig
+from ..files import require
 from .ledger import LossLedger, OpenLedger, check_finite
 from .rules import RULES, Samples, candidate_rows, kept_count, length_corrected
 
@@ -162,6 +163,8 @@ class Selector:
         ids = np.asarray(ids, np.int64)
         rule = RULES[self.config.online_rule]
         losses = np.zeros(len(ids)) if losses is None else np.asarray(losses, np.float64)
+        remedy = f"there are {len(ids)} ids: one loss a sample is wanted (reduction='none')"
+        require(losses.shape == ids.shape, "losses", f"shape {losses.shape}", remedy)
         self.ledger.rows(ids)  # raises for ids of other data
         reference = self._reference("online", ids)
         check_finite(ids, losses)

@@ -90,11 +90,17 @@ class TrainingSet:
         return add_ids(self.dataset, self.ids)
 
     @cached_property
-    def batching(self) -> tuple[Any, CarryIds]:
-        """The data set with ids, unused columns removed, and Trainer's own collator around ids."""
-        trainer = self.trainer
+    def batching(self) -> tuple[Any, Any]:
+        """
+        The data set as Trainer trains on it, unused columns removed, and its collator.
+
+        Where samples are scored, or chosen in the loop, with an id in every item: items must be mappings then.
+        """
+        trainer, config = self.trainer, self.config
         dataset, collator = trainer.train_dataset, trainer.data_collator
-        trainer.train_dataset, trainer.data_collator = self.with_ids, CarryIds(collator)
+        scores = config.may_select("offline") and config.rule("offline").reads_losses
+        if scores or config.may_select("online") or config.track:
+            trainer.train_dataset, trainer.data_collator = self.with_ids, CarryIds(collator)
         try:
             loader = trainer.plain_train_dataloader()
         finally:

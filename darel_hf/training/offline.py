@@ -21,6 +21,7 @@ from ..scoring import (
     score_dataset,
     scorer_for,
     skip_identity_adapters,
+    to_device,
 )
 from ..selection import LossLedger, Scores, Selector
 from . import checkpoints
@@ -100,7 +101,7 @@ class OfflineStage:
         dataset, collator = self.data.batching
         model = self.scorer if self.scorer is not None else trainer.model
         if self.scorer is not None:
-            model.to(self.args.device)
+            to_device(model, self.args.device)
         scorer = scorer_for(trainer, model, "offline")
         items, size = [dataset[i] for i in range(min(8, len(dataset)))], trainer._train_batch_size
         probe = trainer._prepare_inputs(collator(items))

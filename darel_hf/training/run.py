@@ -102,11 +102,13 @@ class Run:
         waits |= trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval
         if waits and not trainer.is_model_parallel:  # else it is spread over devices already
             trainer.model.to(args.device)
-        if getattr(args, "activation_checkpointing", False) or getattr(args, "gradient_checkpointing", False):
-            for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
-                if hasattr(trainer.model, name):
-                    getattr(trainer.model, name)()
-                    break
+        for name in ("activation", "gradient"):  # the second is the older name of the first
+            enable = getattr(trainer.model, f"{name}_checkpointing_enable", None)
+            if getattr(args, f"{name}_checkpointing", False) and enable is not None:
+                given = dict(getattr(args, f"{name}_checkpointing_kwargs", None) or {})
+                apart = {key: given.pop(key) for key in ("every_n_layers", "offload") if key in given}
+                enable(**{f"{name}_checkpointing_kwargs": given or None}, **apart)
+                break
 
     def _decide(self) -> None:
         """Go from the settings to a plan, and from scores to what is kept."""

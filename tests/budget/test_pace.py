@@ -109,6 +109,23 @@ def test_dear_epochs_are_not_taken_for_all():
     assert len(progress.decisions) == 1
 
 
+@pytest.mark.parametrize("slow", [30.0, 300.0])
+def test_a_step_that_is_slow_once_is_spent_once(slow):
+    """Start-up, compiling: so much of a budget of 200 s is gone, the rest is used up; the first cut comes back."""
+    step, _ = keep(200.0, lambda step: 1.0, 1.0, lambda step: slow if step == 0 else 1.0)
+    assert step == pytest.approx(min(200 - slow, 100) if slow < 200 else 5, abs=2)
+
+
+def test_what_a_cut_took_comes_back_at_once():
+    step, progress = keep(100.0, lambda step: 1.0, 1.0, lambda step: 4.0 if step < 6 else 0.5)
+    assert step == 100 and len(progress.decisions) > 1
+
+
+def test_steps_that_are_slow_again_and_again_count():
+    step, _ = keep(100.0, lambda step: 1.0, 1.0, lambda step: 11.0 if step % 10 == 5 else 1.0)
+    assert step == pytest.approx(50, abs=4)  # 2 s on average
+
+
 class Slower(TrainerCallback):
     """
     A machine on which training steps take five times as long as was measured before, by a clock of their own.

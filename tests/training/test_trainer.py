@@ -658,12 +658,6 @@ def test_budget_that_cannot_be_met(tmp_path):
         trainer.train()
 
 
-def test_output_folder_of_another_run(tmp_path):
-    make(DarelTrainer, tmp_path, darel=DarelConfig(0.5)).train()
-    with pytest.raises(ValueError, match="holds another run"):
-        make(DarelTrainer, tmp_path, darel=DarelConfig(0.5)).train()
-
-
 def test_compute_loss_func_and_weights(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func"):
         make(

@@ -1,0 +1,178 @@
+"""Data and collators that Trainer takes: what trains there trains here, too."""
+
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from helpers import PadCollator, arguments, tiny_gpt2, token_data
+from torch.utils.data import TensorDataset
+
+from darel_hf import DarelConfig, DarelTrainer, Selector
+from darel_hf.data import feature_length, token_batches
+from darel_hf.data.fingerprint import data_fingerprint
+from darel_hf.scoring import BatchScorer, share_prompts, to_device
+
+
+class Net(torch.nn.Module):
+    """A classifier of vectors."""
+
+    def __init__(self, normalized=False):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8) if normalized else torch.nn.Tanh()
+        )
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x, labels=None):
+        logits = self.head(self.layers(x))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def vectors(n):
+    draw = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(n, 6, generator=draw), torch.randint(0, 3, (n,), generator=draw))
+
+
+def pairs(items):
+    return {"x": torch.stack([x for x, _ in items]), "labels": torch.stack([y for _, y in items])}
+
+
+def test_items_that_are_no_mappings_where_nothing_needs_ids_in_them(tmp_path):
+    trainer = DarelTrainer(
+        model=Net(),
+        args=arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=vectors(40),
+        data_collator=pairs,
+        darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
+    )
+    trainer.train()
+    assert trainer.report.kept.sum() == 20 and trainer.state.global_step == 10
+    with pytest.raises(TypeError, match="items must be mappings"):
+        DarelTrainer(
+            model=Net(),
+            args=arguments(tmp_path, remove_unused_columns=False),
+            train_dataset=vectors(40),
+            data_collator=pairs,
+            darel=DarelConfig(online_keep=0.5),
+        ).train()
+
+
+def test_positions_are_what_is_counted():
+    choices = {"input_ids": [[1, 2], [1, 2, 3], [4]], "labels": 0}
+    assert feature_length(choices) == 9  # three choices, padded to three tokens
+    assert feature_length((torch.ones(3), 1)) == 1
+    lengths = np.array([feature_length(choices)] * 256)
+    assert max(len(batch) for batch in token_batches(lengths, 1024, 256)) == 1024 // 9
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 5, 0], [2, 0], [4] * 9 + [0] * 40])
+def test_empty_texts_are_scored_beside_others(lengths):
+    batches = list(token_batches(np.array(lengths), 8, 4))
+    assert sorted(np.concatenate(batches)) == list(range(len(lengths)))
+    assert all(np.array(lengths)[batch].max() > 0 for batch in batches)
+
+
+def test_an_empty_text_among_others(tmp_path):
+    data = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in token_data(16)]
+    data[5] = {"input_ids": [], "attention_mask": [], "labels": []}
+    trainer = DarelTrainer(
+        model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=data, data_collator=PadCollator(),
+        darel=DarelConfig(offline_keep=0.5),
+    )  # fmt: skip
+    trainer.train()
+    assert not trainer.report.kept[5]
+
+
+def test_torch_formatted_data_share_prompts():
+    rows = [{"input_ids": [5, 6, 7, 8, 9, 10, i], "labels": [-100] * 6 + [i]} for i in range(11, 31)]
+    data, scorer = datasets.Dataset.from_list(rows), BatchScorer(tiny_gpt2())
+
+    def plain(items):
+        def rows(positions):
+            return {k: torch.tensor([np.asarray(items[i][k]).tolist() for i in positions]) for k in items[0]}
+
+        return lambda positions: scorer(rows(positions))
+
+    for items in (list(data), list(data.with_format("torch"))):
+        assert share_prompts(scorer, items, plain(items)) is not None
+
+
+def test_nothing_is_read_where_nothing_is_scored(tmp_path):
+    class Counting(torch.utils.data.Dataset):
+        reads = 0
+
+        def __init__(self):
+            self.rows = [{k: v for k, v in row.items() if k != "group"} for row in token_data(600)]
+
+        def __len__(self):
+            return 600
+
+        def __getitem__(self, index):
+            Counting.reads += 1
+            return self.rows[index]
+
+    before = []
+
+    class Trainer(DarelTrainer):
+        def _prepare_run(self):
+            super()._prepare_run()
+            before.append(Counting.reads)
+
+    Trainer(
+        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1), train_dataset=Counting(),
+        data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
+    ).train()  # fmt: skip
+    assert before[0] <= 2 * 64 + 8 * 4  # looked at twice for the fingerprint, and a few batches that are measured
+
+
+def test_columns_of_fixed_shape_are_hashed_as_arrays():
+    arrays = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    features = datasets.Features({"x": datasets.Array2D((2, 3), "float32")})
+    one = datasets.Dataset.from_dict({"x": arrays.tolist()}, features=features)
+    arrays[3, 1, 2] += 1
+    other = datasets.Dataset.from_dict({"x": arrays.tolist()}, features=features)
+    ids = np.arange(4)
+    assert data_fingerprint(one, ids) == data_fingerprint(one, ids) != data_fingerprint(other, ids)
+
+
+def test_a_model_that_was_placed_stays_where_it_is():
+    class Placed(Net):
+        hf_device_map = {"": "cpu"}
+
+        def to(self, *args):
+            raise RuntimeError("must not be moved")
+
+    placed = Placed()
+    assert to_device(placed, torch.device("cpu")) is placed
+
+
+@pytest.mark.parametrize("losses", [2.0, [[1.0], [2.0], [3.0], [4.0]]])
+def test_losses_of_a_wrong_shape(losses):
+    selector = Selector(DarelConfig(online_keep=0.5, online_rule="hardest"), ids=range(4))
+    with pytest.raises(ValueError, match="one loss a sample is wanted"):
+        selector.select(ids=range(4), losses=losses, batch_size=2, batch=0)
+
+
+def test_a_command_line_that_is_no_utf8(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", b"data-\xe9.csv".decode("utf-8", "surrogateescape")])
+    trainer = DarelTrainer(
+        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1), train_dataset=token_data(8),
+        data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
+    )  # fmt: skip
+    trainer.train()
+    assert "data-" in json.loads((tmp_path / "darel" / "run.json").read_text())["environment"]["command"][1]
+
+
+def test_default_steps_are_no_ones_setting(tmp_path, caplog):
+    """save_steps is 500 by default; a full run of 8 steps would not have reached it either."""
+    DarelTrainer(
+        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, save_strategy="steps"),
+        train_dataset=token_data(32), data_collator=PadCollator(),
+        darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
+    ).train()  # fmt: skip
+    assert "made for the full run" not in caplog.text
+    assert tf.TrainingArguments(str(tmp_path)).save_steps == 500
