@@ -141,6 +141,7 @@ class Selector:
         batch: int,
         lengths: np.ndarray | None = None,
         correct: np.ndarray | None = None,
+        least: int = 1,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """
         Choose the rows of a candidate batch that are trained on.
@@ -153,6 +154,7 @@ class Selector:
             batch (`int`): number of this candidate batch, counted over the run and over all processes.
             lengths (`np.ndarray`, *optional*): int `[n]`, label positions, for `length_correction`.
             correct (`np.ndarray`, *optional*): float `[n]`, for rules that need it.
+            least (`int`): rows to keep at least, of a batch that has as many.
 
         Returns:
             `positions` (int64 `[k]`, ascending) and `weights` (float `[k]`, or `None` where all are 1).
@@ -170,6 +172,7 @@ class Selector:
         check_finite(ids, losses)
         candidates = self.candidate_rows(batch_size)
         count = batch_size if len(ids) >= candidates else kept_count(batch_size / candidates, len(ids))
+        count = max(count, min(least, len(ids), batch_size))
         # Data loaders repeat samples to even out batches, so rows, not ids, are what must differ; ties still go by id.
         order = np.argsort(ids, kind="stable")
         row_ids = np.empty(len(ids), np.int64)

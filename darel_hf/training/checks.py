@@ -23,6 +23,11 @@ def check_arguments(trainer: Any) -> None:
         args.n_gpu,
         "one process drives several GPUs (DataParallel); start one process a GPU with `accelerate launch`",
     )
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("tp_size", "cp_size", "sp_size"):
+        size = max(getattr(parallel, name, None) or 1, trainer.get_tp_size() if name == "tp_size" else 1)
+        remedy = "its processes share rows, and samples are chosen by each process from its own; use data parallelism"
+        require(size == 1, name, size, remedy)
     if is_stream(trainer.train_dataset):
         _check_stream(config, args)
     elif trainer.train_dataset is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..accelerators import Accelerator, CannotAccelerate
 from ..data import ID_KEY, WEIGHT_KEY, ShuffledByLength, take_rows
@@ -107,6 +108,8 @@ class OnlineStage:
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
         self.scorer = scorer_for(self.trainer, stage="online")
+        # Batch normalization cannot do a single row, which is all that may be left of a last batch.
+        self._least = 2 if any(isinstance(m, _BatchNorm) for m in self.trainer.model.modules()) else 1
         if self.config.track and self._hook is None:
             self._hook = self.trainer.model.register_forward_hook(self._track, with_kwargs=True)
 
@@ -157,7 +160,7 @@ class OnlineStage:
                 self._interval.append(losses)
             with self.clock.count("selection", wait=False):
                 rows, weights = self.selector.select(
-                    ids, losses, self.trainer._train_batch_size, number, lengths=lengths, correct=correct
+                    ids, losses, self.trainer._train_batch_size, number, lengths, correct, self._least
                 )
                 multiple = getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
                 batch = take_rows(batch, rows, len(ids), multiple)

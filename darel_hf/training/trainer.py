@@ -82,7 +82,8 @@ class DarelMixin:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         trial = args[0] if args else kwargs.get("trial")
         if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoints.resolve(resume_from_checkpoint, self.args.output_dir)
+            wanted = resume_from_checkpoint
+            resume_from_checkpoint = self.on_main(checkpoints.resolve, wanted, self.args.output_dir)
         self._reading = None
         dataset, batch_size = self.train_dataset, self._train_batch_size
         self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments

@@ -20,11 +20,9 @@ from darel_hf.scoring import BatchScorer, share_prompts, to_device
 class Net(torch.nn.Module):
     """A classifier of vectors."""
 
-    def __init__(self, normalized=False):
+    def __init__(self, between=torch.nn.Tanh):
         super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8) if normalized else torch.nn.Tanh()
-        )
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 8), between())
         self.head = torch.nn.Linear(8, 3)
 
     def forward(self, x, labels=None):
@@ -59,6 +57,27 @@ def test_items_that_are_no_mappings_where_nothing_needs_ids_in_them(tmp_path):
             data_collator=pairs,
             darel=DarelConfig(online_keep=0.5),
         ).train()
+
+
+@pytest.mark.parametrize("rule", ["random", "hardest"])
+def test_a_last_batch_for_batch_normalization(tmp_path, rule):
+    """34 samples in batches of 8 of 16 candidates: the last 2 would leave 1 row, which has no variance."""
+    data = [{"x": x.numpy(), "labels": int(y)} for x, y in vectors(34)]
+    trainer = DarelTrainer(
+        model=Net(lambda: torch.nn.BatchNorm1d(8)),
+        args=arguments(tmp_path, remove_unused_columns=False, per_device_train_batch_size=8, num_train_epochs=1),
+        train_dataset=data,
+        darel=DarelConfig(online_keep=0.5, online_rule=rule),
+    )
+    trainer.train()
+    assert trainer.report.rows_backpropagated == 8 + 8 + 2
+
+
+def test_processes_that_share_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(DarelTrainer, "get_tp_size", lambda self: 2)
+    darel = DarelConfig(online_keep=0.5)
+    with pytest.raises(ValueError, match="tp_size=2: its processes share rows"):
+        DarelTrainer(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=token_data(8), darel=darel)
 
 
 def test_positions_are_what_is_counted():
