@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..files import require
+
 ID_KEY = "darel_sample_id"  # name of the id in features and batches; never reaches the model
 WEIGHT_KEY = "darel_sample_weight"  # likewise, the weight of the row in the loss
 #: Trailing columns of these may be cut where they are masked in every row, each with the value that fills them.
@@ -17,7 +19,7 @@ SEQUENCE_KEYS = ("input_ids", "attention_mask", "token_type_ids", "position_ids"
 
 def check_rows(batch: Mapping, n: int) -> None:
     """Raise `ValueError` unless a collated batch of `n` samples has one row a sample."""
-    for key in ("input_ids", "labels", "pixel_values"):
+    for key in ("input_ids", "labels"):
         value = batch.get(key)
         if torch.is_tensor(value) and value.dim() > 0 and value.shape[0] != n:
             raise ValueError(
@@ -27,7 +29,33 @@ def check_rows(batch: Mapping, n: int) -> None:
             )
 
 
-def take_rows(batch: Mapping, rows: np.ndarray, n: int, pad_to_multiple_of: int | None = None) -> dict[str, Any]:
+def shared_keys(two: Mapping, three: Mapping) -> frozenset[str]:
+    """
+    Return which keys of a batch belong to all of its rows alike, found on batches of 2 and of 3 samples.
+
+    Raises:
+        ValueError: for a tensor whose first size is neither the number of rows nor always the same (the patches of all
+            images of a batch, say): rows cannot be cut out of it.
+    """
+    shared = set()
+    for key, value in two.items():
+        sizes = [len(b[key]) if torch.is_tensor(b.get(key)) and b[key].dim() else None for b in (two, three)]
+        if None in sizes or sizes == [2, 3]:
+            continue
+        remedy = f"its first size is {sizes[0]} and {sizes[1]} in batches of 2 and 3 samples, so "
+        remedy += "rows cannot be cut out of it; select offline"
+        require(sizes[0] == sizes[1], key, tuple(value.shape), remedy)
+        shared.add(key)
+    return frozenset(shared)
+
+
+def take_rows(
+    batch: Mapping,
+    rows: np.ndarray,
+    n: int,
+    pad_to_multiple_of: int | None = None,
+    shared: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """
     Return the batch of just the chosen rows, without trailing columns that are masked in all of them.
 
@@ -36,6 +64,7 @@ def take_rows(batch: Mapping, rows: np.ndarray, n: int, pad_to_multiple_of: int 
         rows (`np.ndarray`): int64 `[k]`, row positions.
         n (`int`): rows of `batch`.
         pad_to_multiple_of (`int`, *optional*): as in the collator; the width stays a multiple of it.
+        shared (`frozenset[str]`): keys that stay whole, see [`shared_keys`].
 
     Returns:
         `dict`: as if the collator had got the chosen samples alone. Left padding stays: cutting it would move the
@@ -43,7 +72,9 @@ def take_rows(batch: Mapping, rows: np.ndarray, n: int, pad_to_multiple_of: int 
     """
     taken: dict[str, Any] = {}
     for key, value in batch.items():
-        if isinstance(value, Mapping):
+        if key in shared:
+            pass
+        elif isinstance(value, Mapping):
             value = take_rows(value, rows, n, pad_to_multiple_of)
         elif torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == n:
             value = value.index_select(0, torch.as_tensor(rows, device=value.device))

@@ -21,6 +21,7 @@ from ..data import (
     read_column,
     sample_ids,
     sample_lengths,
+    shared_keys,
 )
 from ..files import require
 from ..selection import kept_count
@@ -106,6 +107,15 @@ class TrainingSet:
         finally:
             trainer.train_dataset, trainer.data_collator = dataset, collator
         return loader.dataset, loader.collate_fn
+
+    @cached_property
+    def shared_keys(self) -> frozenset[str]:
+        """What of a batch belongs to no single row; raises for what belongs to rows in a way that we do not know."""
+        if self.streams or len(self) < 3:
+            return frozenset()
+        dataset, collator = self.batching
+        items = [dataset[i] for i in range(3)]
+        return shared_keys(collator(items[:2]), collator(items))
 
     def few_rows(self) -> dict[str, Any]:
         """Return a batch of four samples, without ids: the shortest and the longest of some, and two others."""

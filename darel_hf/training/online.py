@@ -37,6 +37,7 @@ class OnlineStage:
         streams (`bool`): whether the data are a stream: what it holds is known once it has gone by.
         offline_weights (`np.ndarray`, *optional*): float32 `[n]`, of the offline stage, in the order of the ledger.
         accelerators (`Sequence[Accelerator]`): what makes steps cheaper, in the order in which they act.
+        shared_keys (`frozenset[str]`): what of a batch belongs to no single row.
         make_sampler (`Callable`, *optional*): `rows of a micro-batch -> sampler`, where the order is ours.
     """
 
@@ -49,11 +50,12 @@ class OnlineStage:
         streams: bool = False,
         offline_weights: np.ndarray | None = None,
         accelerators: Sequence[Accelerator] = (),
+        shared_keys: frozenset[str] = frozenset(),
         make_sampler: Callable[[int], ShuffledByLength] | None = None,
     ):
         self.trainer, self.args, self.selector, self.clock = trainer, trainer.args, selector, clock
         self.batch_size, self.streams, self.offline_weights = batch_size, streams, offline_weights
-        self.accelerators = accelerators
+        self.accelerators, self.shared_keys = accelerators, shared_keys
         self.choosing = next((a for a in accelerators if a.chooses), None)  # chooses in the forward pass that trains
         config = self.config = selector.config
         self.in_loop = config.online_keep < 1 or config.track or offline_weights is not None or streams
@@ -163,7 +165,7 @@ class OnlineStage:
                     ids, losses, self.trainer._train_batch_size, number, lengths, correct, self._least
                 )
                 multiple = getattr(self.trainer.data_collator, "pad_to_multiple_of", None)
-                batch = take_rows(batch, rows, len(ids), multiple)
+                batch = take_rows(batch, rows, len(ids), multiple, self.shared_keys)
         self.trained_rows += len(rows)
         weights = self._loss_weights(ids[rows], weights, batch[ID_KEY].device)
         if weights is not None:
@@ -222,7 +224,9 @@ class OnlineStage:
                 unknown[:1] = True  # the others need this process in their forward pass
         if unknown.any():
             with self.clock.count("scoring"):
-                part = batch if unknown.all() else take_rows(batch, np.flatnonzero(unknown), len(ids))
+                part = batch
+                if not unknown.all():
+                    part = take_rows(batch, np.flatnonzero(unknown), len(ids), shared=self.shared_keys)
                 scored = self.scorer(self.trainer._prepare_inputs(part))
                 ledger.record_scores(
                     ids[unknown],

@@ -113,6 +113,8 @@ class Run:
     def _decide(self) -> None:
         """Go from the settings to a plan, and from scores to what is kept."""
         config, planner, offline, streams = self.config, self.planner, self.offline, self.data.streams
+        if config.may_select("online"):
+            _ = self.data.shared_keys  # raises for batches that rows cannot be cut out of
         scores = offline.load_scores()
         planner.draft(scores_free=scores is not None or not config.rule("offline").reads_losses)
         if config.batch_by_length and not streams:
@@ -164,6 +166,7 @@ class Run:
             streams=data.streams,
             offline_weights=self.offline.weights,
             accelerators=self.planner.accelerators,
+            shared_keys=data.shared_keys if selector.config.online_keep < 1 else frozenset(),
             make_sampler=make_sampler,
         )
 
@@ -194,8 +197,11 @@ class Run:
         kept = offline.kept(ledger)
         if online.in_loop:
             rows, times = online.total_trained, ledger.times_trained.astype(float)
-        else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch
-            rows, times = round(kept.sum() * state.epoch), kept * state.epoch
+        else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch, but for a dropped batch
+            size, seen = (state.train_batch_size or 1) * self.args.world_size, state.epoch
+            if self.args.dataloader_drop_last:
+                seen *= kept.sum() // size * size / kept.sum()
+            rows, times = round(kept.sum() * seen), kept * seen
         report = Report(
             plan=planner.plan,
             config=self.config,

@@ -80,6 +80,48 @@ def test_processes_that_share_rows_are_refused(tmp_path, monkeypatch):
         DarelTrainer(model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=token_data(8), darel=darel)
 
 
+class Patches(PadCollator):
+    """As vision-language models have them: the patches of all images of a batch in one tensor."""
+
+    def __call__(self, features):
+        sizes = [2 + len(feature["input_ids"]) % 3 for feature in features]
+        return {**super().__call__(features), "pixel_values": torch.ones(sum(sizes), 5)}
+
+
+class Shared(PadCollator):
+    """A tensor that is the same for all rows, and has by chance as many as a batch of candidates."""
+
+    def __call__(self, features):
+        return {**super().__call__(features), "scale": torch.arange(8.0)}
+
+
+class Scaled(tf.GPT2LMHeadModel):
+    def forward(self, *args, scale=None, **kwargs):
+        assert scale.shape == (8,)
+        return super().forward(*args, **kwargs)
+
+
+def test_what_of_a_batch_belongs_to_rows(tmp_path):
+    settings = {"args": arguments(tmp_path, num_train_epochs=1), "train_dataset": token_data(32)}
+    with pytest.raises(ValueError, match=r"pixel_values=.*rows cannot be cut out of it"):
+        DarelTrainer(
+            model=tiny_gpt2(), data_collator=Patches(), darel=DarelConfig(online_keep=0.5), **settings
+        ).train()
+    model = Scaled(tiny_gpt2().config)
+    DarelTrainer(model=model, data_collator=Shared(), darel=DarelConfig(online_keep=0.5), **settings).train()
+
+
+def test_rows_of_a_last_batch_that_is_dropped(tmp_path):
+    for keep in ({"offline_keep": 0.5, "offline_rule": "random"}, {"online_keep": 0.5}):
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path, dataloader_drop_last=True), train_dataset=token_data(20),
+            data_collator=PadCollator(), darel=DarelConfig(**keep),
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.report.rows_backpropagated == 4 * trainer.state.global_step
+        assert trainer.report.times_trained.sum() == pytest.approx(4 * trainer.state.global_step)
+
+
 def test_positions_are_what_is_counted():
     choices = {"input_ids": [[1, 2], [1, 2, 3], [4]], "labels": 0}
     assert feature_length(choices) == 9  # three choices, padded to three tokens
