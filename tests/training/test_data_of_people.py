@@ -96,13 +96,14 @@ class Shared(PadCollator):
 
 
 class Scaled(tf.GPT2LMHeadModel):
-    def forward(self, *args, scale=None, **kwargs):
+    def forward(self, input_ids=None, scale=None, **kwargs):
         assert scale.shape == (8,)
-        return super().forward(*args, **kwargs)
+        return super().forward(input_ids, **kwargs)
 
 
 def test_what_of_a_batch_belongs_to_rows(tmp_path):
-    settings = {"args": arguments(tmp_path, num_train_epochs=1), "train_dataset": token_data(32)}
+    data = token_data(32).remove_columns("group")
+    settings = {"args": arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False), "train_dataset": data}
     with pytest.raises(ValueError, match=r"pixel_values=.*rows cannot be cut out of it"):
         DarelTrainer(
             model=tiny_gpt2(), data_collator=Patches(), darel=DarelConfig(online_keep=0.5), **settings
