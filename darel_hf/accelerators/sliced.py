@@ -523,7 +523,8 @@ class SlicedTraining(Choosing):
         items = trainer._get_num_items_in_batch([batch], trainer.args.device)
         own = functools.partial(trainer.own_loss, batch, smoothed=True)
         if items is not None:
-            self.counts = counts_items(own, int(items))
+            with scorer.scoring():
+                self.counts = counts_items(own, int(items))
         smoothing = 0.0 if trainer.label_smoother is None else trainer.label_smoother.epsilon
 
         def ours() -> torch.Tensor:

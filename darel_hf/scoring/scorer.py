@@ -252,7 +252,8 @@ class BatchScorer:
                 "training set (or its collator) must provide labels, or pass per_sample_loss="
             )
         if not reading.checked:
-            self._check(inputs)
+            with preserve_rng_state():  # a loss of the user's may draw
+                self._check(inputs)
             reading.checked = True
         if self.per_sample_loss is not None:
             losses = self.per_sample_loss(self.model(**self._handed(inputs)), inputs).detach().float()

@@ -17,7 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..accelerators import Accelerator, CannotAccelerate
 from ..data import ID_KEY, WEIGHT_KEY, ShuffledByLength, take_rows
 from ..files import require
-from ..scoring import SampleLosses, Trial, counts_items, scorer_for, weighted_loss, with_decoder_inputs
+from ..scoring import (
+    SampleLosses,
+    Trial,
+    counts_items,
+    preserve_rng_state,
+    scorer_for,
+    weighted_loss,
+    with_decoder_inputs,
+)
 from ..selection import Selector
 from .clock import Clock
 
@@ -103,9 +111,8 @@ class OnlineStage:
             self.load_state_dict(self._start)
             self._interval, self._unlogged = [], []
         self.batch_size = size
-        if (
-            self.args.auto_find_batch_size and self._start is None
-        ):  # to go back to, where Trainer tries again with smaller batches
+        # To go back to, where Trainer tries again with smaller batches.
+        if self.args.auto_find_batch_size and self._start is None:
             self._start = {k: v.copy() if isinstance(v, np.ndarray) else v for k, v in self.state_dict().items()}
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
@@ -173,7 +180,8 @@ class OnlineStage:
         if weights is None and not self.config.track:
             del batch[ID_KEY]
         elif weights is not None and self._counts is None:
-            self._try_weights(take_rows(batch, np.arange(min(len(rows), 4)), len(rows)))
+            with self.clock.count("probe"):
+                self._try_weights(take_rows(batch, np.arange(min(len(rows), 4)), len(rows)))
         elif not self.scorer.reading.checked and self.trainer.per_sample_loss is None:
             self.scorer(take_rows(self.trainer._prepare_inputs(batch), np.arange(min(len(rows), 4)), len(rows)))
         return batch
@@ -191,7 +199,8 @@ class OnlineStage:
             items = trainer._get_num_items_in_batch([inputs], self.args.device)
             own = partial(trainer.own_loss, inputs, smoothed=True)
             if items is not None:
-                self._counts = counts_items(own, int(items))
+                with scorer.scoring(), preserve_rng_state():
+                    self._counts = counts_items(own, int(items))
 
             def ours() -> torch.Tensor:
                 self._weights = torch.ones(len(batch[ID_KEY]), device=self.args.device)

@@ -200,3 +200,24 @@ def test_samples_without_labels_are_counted_in_the_report(tmp_path):
     assert report.to_dict()["without_labels"] == 8 and not report.kept[::5].any()
     assert "8 have no label" in str(report)
     assert {s["why"] for s in report.dropped() if s["sample_id"] % 5 == 0} == {"no label: nothing to learn from it"}
+
+
+def test_trying_weights_draws_no_random_numbers(tmp_path):
+    """Dropout is on: what is tried before the first weighted step must not move what training draws."""
+    ends = []
+    for tried in (True, False):
+        trainer = trainer_for(
+            tmp_path / str(tried), tiny_lora(dropout=0.2), online_keep=2 / 3, online_rule="infobatch"
+        )
+        if not tried:
+            start = trainer.get_train_dataloader
+
+            def begin(start=start, trainer=trainer):
+                loader = start()
+                trainer._run.online._counts = True
+                return loader
+
+            trainer.get_train_dataloader = begin
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert_same_weights(*ends)
