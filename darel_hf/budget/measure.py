@@ -106,8 +106,8 @@ def measure_costs(
 
     Args:
         trainer (`Trainer`): before `train()`.
-        dataset: map-style, items with ids, unused columns removed.
-        collator (`Callable`): keeps ids.
+        dataset: map-style, unused columns removed; ids in its items are left out.
+        collator (`Callable`): makes batches of its items.
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
         most (`float`): at most so many batches are timed, but at least two.

@@ -146,12 +146,11 @@ class KeepBudget(TrainerCallback):
             logger.info("time budget: training now ends at step %d of %d planned", end, progress.planned)
 
     def _affordable_end(self, step: int, early: bool) -> int:
-        now, unit = self.elapsed(), usual_step(self._times)
-        units = sum(self.step_cost(s) for s in range(self.begun_step, step))
-        once = sum(time - unit for time in self._times if time > SLOW * unit)
+        now, (unit, once) = self.elapsed(), usual_step(self._times)
         if not early and step <= GRANTING * self.progress.planned:
             training = unit
             if self.scoring is not None:
+                units = sum(self.step_cost(s) for s in range(self.begun_step, step))
                 training = (unit * units - (self.scoring() - self.scored)) / (step - self.begun_step)
             self.granted = min(max(training / self.step_seconds, 1 / GRANTED), GRANTED)
         left, end = self.granted * self.seconds + self.share * once - now, step
@@ -163,11 +162,14 @@ class KeepBudget(TrainerCallback):
         return max(end, step + 1)
 
 
-def usual_step(times: list[float]) -> float:
-    """Return what a step takes on average, without the few that were slow once: what those took is spent, no price."""
+def usual_step(times: list[float]) -> tuple[float, float]:
+    """Return what a step takes on average without the few that were slow once, and what those took beyond that."""
     limit = SLOW * statistics.median(times)
     usual = [time for time in times if time <= limit]
-    return statistics.mean(usual if len(times) - len(usual) <= ONCE else times)
+    if len(times) - len(usual) > ONCE:  # it comes again and again
+        return statistics.mean(times), 0.0
+    unit = statistics.mean(usual)
+    return unit, sum(times) - unit * len(times)
 
 
 def _by_progress(planned: Callable[[float], float], progress: Progress) -> Callable[[int], float]:
