@@ -91,6 +91,19 @@ ACCELERATOR_FACTS = {
             with_weights=f"its weights need losses of rows, which unpad=True has not; {_ALONE}",
         ),
         AcceleratorFacts(
+            "prompt_cache",
+            setting="prompt_cache",
+            exactness="exact",
+            phrase="without computing prompts again",
+            not_with={
+                "unpad": f"completions are computed without padding anyway; {_ALONE}",
+                "batch_by_length": f"without padding there is nothing for it to save; {_ALONE}",
+                "track": f"losses of rows cannot be read off a batch without padding; {_ALONE}",
+                "online_backward": "it slices the rows of a padded batch; give 'subset', or prompt_cache=None",
+            },
+            with_weights=f"its weights need losses of rows, which a batch without padding has not; {_ALONE}",
+        ),
+        AcceleratorFacts(
             "sliced",
             setting="online_backward",
             exactness="exact",
@@ -108,7 +121,11 @@ ACCELERATOR_FACTS = {
 
 #: What may be typed where a setting is one of a few words; of the backwards, the second takes one forward pass.
 BACKWARDS = ("subset", "sliced")
-CHOICES = {"budget_method": ("measured", "paper"), "online_backward": BACKWARDS}
+CHOICES = {
+    "budget_method": ("measured", "paper"),
+    "online_backward": BACKWARDS,
+    "prompt_cache": (None, "ram", "disk", "recompute", "auto"),
+}
 
 
 @dataclass
@@ -211,6 +228,9 @@ class DarelConfig:
     id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
     batch_by_length: bool = field(default=False, metadata={"help": "batches of similar length, in random order"})
+    prompt_cache: str | None = field(
+        default=None, metadata={"help": "'ram', 'disk', 'recompute' or 'auto': compute completions only (a reader's)"}
+    )
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})

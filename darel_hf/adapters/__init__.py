@@ -1,0 +1,3 @@
+"""Adapters of ours, as PEFT has its own: they train, save, load and generate with plain Trainer and PeftModel."""
+
+from .reader import ReaderLoraConfig, ReaderModel, find_reader, prompt_positions, to_lora
