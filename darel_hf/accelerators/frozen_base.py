@@ -13,7 +13,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
-from ..adapters.reader import IGNORE, base_alone
+from ..adapters import base_alone
+from ..scoring import IGNORE
 from .unpad import flatten
 
 #: Attention modules that take part, and what is known of each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import find_reader, prompt_positions
+from ..adapters import acting_everywhere, find_reader, prompt_positions
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, base_model, is_sharded
 from . import unpad
@@ -144,10 +145,12 @@ class PromptCache(unpad.PaddingFree):
     """
 
     facts = ACCELERATOR_FACTS["prompt_cache"]
+    attention = ATTENTION
 
     def __init__(self, trainer: Any):
         super().__init__(trainer)
         self.base: FrozenBase | None = None
+        self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store = Stored() if trainer.darel.prompt_cache == "ram" else Recompute()
 
     @property
@@ -155,11 +158,6 @@ class PromptCache(unpad.PaddingFree):
         """Whether prompts are frozen at this time."""
         reader = find_reader(self.trainer.model)
         return reader is not None and not reader.everywhere
-
-    @property
-    def attention(self) -> str:
-        """The name of the attention function that batches are made for."""
-        return ATTENTION if self.reading else unpad.ATTENTION
 
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: the adapters, the model, the arguments, or what a few samples show."""
@@ -174,12 +172,29 @@ class PromptCache(unpad.PaddingFree):
             return self._named("torch_compile=True")
         if is_sharded(model) or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return self._named("its weights are spread over processes")
-        return super().why_not(few_rows)
+        with acting_everywhere(model):
+            reason = self.finish.why_not(few_rows) if self.trainer.darel.finish_epochs else None
+        return super().why_not(few_rows) if reason is None else reason
+
+    def plain(self) -> contextlib.AbstractContextManager:
+        """Return a context in which adapters act everywhere, as LoRA does."""
+        return acting_everywhere(self.trainer.model)
+
+    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
+        """Return the seconds of a step; of a mean one, where the last epochs are trained everywhere."""
+        share = self.trainer.darel.finish_epochs / self.trainer.args.num_train_epochs
+        if not share:
+            return super().measure(seconds, inputs)
+        with self.plain():
+            finishing = seconds(lambda: self.transform(inputs))
+        return (1 - share) * super().measure(seconds, inputs) + share * finishing
+
+    def transform(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the completions of a batch, or all of it without padding where adapters act everywhere."""
+        return super().transform(inputs) if self.reading else self.finish.transform(inputs)
 
     def flat(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
         """Return the completions of a batch without padding, and get ready what they read of their prompts."""
-        if not self.reading:
-            return unpad.flatten(inputs, label_positions_only)
         ids, labels, used = inputs["input_ids"], inputs["labels"], unpad.used_positions(inputs)
         columns = used.cumsum(1) - 1  # positions in each row
         places = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
@@ -229,9 +244,8 @@ class PromptCache(unpad.PaddingFree):
 
     def detach(self) -> None:
         """Give the model its attention back, and take hooks off it."""
-        model = base_model(self.trainer.model)
-        if model.config._attn_implementation in (ATTENTION, unpad.ATTENTION):
-            model.set_attn_implementation("sdpa")
+        super().detach()
+        self.finish.detach()
         self.close()
 
 

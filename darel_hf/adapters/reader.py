@@ -281,11 +281,36 @@ def base_alone(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = switch
 
 
+def with_prompt_lengths(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the `prompt_lengths` of a batch that a reader needs where labels are kept from it; others get nothing."""
+    reader, labels = find_reader(model), inputs.get("labels")
+    if reader is None or reader.everywhere or "prompt_lengths" in inputs or not torch.is_tensor(labels):
+        return dict(inputs)
+    mask = inputs.get("attention_mask")
+    used = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0)
+    return {**inputs, "prompt_lengths": (used & prompt_positions(used, labels)).sum(1)}
+
+
 def find_reader(model: nn.Module) -> ReaderModel | None:
     """Return the tuner of a model that has readers, also where they act everywhere by now, else `None`."""
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, ReaderModel) else None
+
+
+@contextlib.contextmanager
+def acting_everywhere(model: nn.Module) -> Iterator[None]:
+    """Let the adapters of a reader act everywhere for a while."""
+    reader = find_reader(model)
+    configs = [reader.peft_config[name] for name in reader.active_adapters]
+    before = [config.everywhere for config in configs]
+    try:
+        for config in configs:
+            config.everywhere = True
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.everywhere = value
 
 
 def to_lora(model: nn.Module, rows: Mapping[str, torch.Tensor] | None = None) -> tuple[float, float] | None:
