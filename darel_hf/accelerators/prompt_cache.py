@@ -80,9 +80,14 @@ def attention(
     if len(step.positions):
         prompt = layer.base.keys_and_values(layer, step.kept[module], step.positions)
     sdpa, own = ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask[0, 0]
-    if query.device.type == "cpu":
+    if on_cpu(query):
         return _sample_by_sample(sdpa, module, query, (key, value), prompt, step, sliding_window, kwargs), None
     return _in_rows(sdpa, module, query, (key, value), prompt, step, own, sliding_window, kwargs), None
+
+
+def on_cpu(states: torch.Tensor) -> bool:
+    """Whether calls are cheap where they are computed."""
+    return states.device.type == "cpu"
 
 
 def _sample_by_sample(sdpa, module, query, own, prompt, step, window, kwargs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The reader: completions read frozen prompts through adapted keys and values; shown against stock parts, row by row."""
+"""The reader: completions read frozen prompts through adapted keys and values; shown against stock parts."""
 
 import inspect
 import json
@@ -10,18 +10,13 @@ import pytest
 import torch
 from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel, get_peft_model
-from readers import FAMILIES, VOCABULARY, adapted, gradients, make_base, oracle, prompt_cache, rows
+from readers import FAMILIES, VOCABULARY, adapted, data, distance, gradients, make_base, oracle, prompt_cache, rows
 from transformers import Trainer, pipeline
 
 from darel_hf import ReaderLoraConfig, to_lora
 from darel_hf.adapters import acting_everywhere, find_reader, prompt_positions
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2)]
-
-
-def distance(left, right):
-    assert left.keys() == right.keys()
-    return max(float((left[name] - right[name]).norm() / right[name].norm()) for name in right)
 
 
 def batch(side, lengths=LENGTHS, **more):
@@ -123,7 +118,9 @@ def test_generates_what_it_was_trained_to(family):
     wanted = [greedy(stock, row[used.bool()][None], 8) for row, used in zip(ids, mask, strict=True)]
     found = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
     assert found[:, ids.shape[1] :].tolist() == wanted
-    one_beam = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, num_beams=3, num_return_sequences=3)
+    one_beam = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=8, num_beams=3, num_return_sequences=3
+    )
     assert len(one_beam) == 3 * len(ids)
     # The first logits that a prompt gives are those that training saw at its last token.
     labelled = batch("right", [(7, 5)])
@@ -185,20 +182,14 @@ def test_to_lora(tmp_path):
 
 
 def test_trains_and_evaluates_with_plain_trainer(tmp_path):
-    import datasets
-
-    made = rows([(3 + i % 5, 2 + i % 4) for i in range(12)])
-    items = [
-        {key: values[used.bool()].tolist() for key, values in zip(made, row, strict=True)}
-        for row, used in zip(zip(*made.values(), strict=True), made["attention_mask"], strict=True)
-    ]
+    made = rows([(3 + i % 5, 2 + i % 4) for i in range(12)], same_prompts=True)
     model = adapted("gpt2", ReaderLoraConfig)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
         model=model,
         args=arguments(tmp_path, optim="sgd", learning_rate=0.05, num_train_epochs=1, per_device_train_batch_size=12),
-        train_dataset=datasets.Dataset.from_list(items),
-        eval_dataset=datasets.Dataset.from_list(items),
+        train_dataset=data(12),
+        eval_dataset=data(12),
         data_collator=PadCollator(),
     )
     stock = adapted("gpt2")
@@ -255,7 +246,7 @@ def test_refuses_merging_parts_and_several_answers():
         model.generate(input_ids=torch.ones(1, 4, dtype=torch.int64), prefill_chunk_size=2)
     inputs = batch("right", [(4, 6)])
     inputs["labels"][0, 6] = -100
-    with pytest.raises(ValueError, match="labels: row 0 .* 2 places"):
+    with pytest.raises(ValueError, match=r"labels: row 0 .* 2 places"):
         model(**inputs)
 
 
