@@ -5,16 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
@@ -23,124 +19,11 @@ from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
 from .frozen_base import FrozenBase
+from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 
-#: The name of our attention in transformers' registry.
-ATTENTION = "darel_prompt_cache"
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
-
-
-@dataclass
-class Step:
-    """
-    What the attention of a micro-batch reads of its prompts.
-
-    Attributes:
-        kept (`dict`): by attention module, what was kept of all distinct prompts, `[N, width]`.
-        positions (`torch.Tensor`): int64 `[N]`, for [`FrozenBase.keys_and_values`].
-        prompts (`list[tuple[int, int]]`): where the prompt of each row begins and ends in that.
-        lengths (`list[int]`): positions of each row that are computed.
-        masks (`dict`): of each row, by sliding window, made once for all layers.
-    """
-
-    kept: dict[nn.Module, torch.Tensor]
-    positions: torch.Tensor
-    prompts: list[tuple[int, int]]
-    lengths: list[int]
-    masks: dict[int | None, Any] = field(default_factory=dict)
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """
-    Attend to a row's prompt and to itself, for rows that [`PromptCache`] has made; else as transformers' `"sdpa"`.
-
-    Args:
-        query, key, value (`torch.Tensor`): `[1, heads, N, d]`, of the completions.
-        attention_mask (`torch.Tensor`): that of [`darel_hf.accelerators.unpad.flatten`].
-        sliding_window (`int`, *optional*): positions that a position sees, itself included.
-        **kwargs: as transformers gives them.
-
-    Returns:
-        `[1, N, heads, d]` and no weights.
-    """
-    layer = FrozenBase.called(module, key, value)
-    step = None if layer is None else layer.base.step
-    if step is None or not unpad.holds_places(attention_mask):
-        return unpad.attention(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    prompt = key[:, :, :0], value[:, :, :0]
-    if len(step.positions):
-        prompt = layer.base.keys_and_values(layer, step.kept[module], step.positions)
-    sdpa, own = ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask[0, 0]
-    if on_cpu(query):
-        return _sample_by_sample(sdpa, module, query, (key, value), prompt, step, sliding_window, kwargs), None
-    return _in_rows(sdpa, module, query, (key, value), prompt, step, own, sliding_window, kwargs), None
-
-
-def on_cpu(states: torch.Tensor) -> bool:
-    """Whether calls are cheap where they are computed."""
-    return states.device.type == "cpu"
-
-
-def _sample_by_sample(sdpa, module, query, own, prompt, step, window, kwargs) -> torch.Tensor:
-    """Attend to one row after the other: nothing is padded; for CPUs, where calls are cheap."""
-    if window not in step.masks:
-        step.masks[window] = [
-            None
-            if length == 1 and (window is None or end - start < window)
-            else _mask(length, end - start, window, query)
-            for length, (start, end) in zip(step.lengths, step.prompts, strict=True)
-        ]
-    outputs, rows = [], zip(*(states.split(step.lengths, dim=2) for states in (query, *own)), strict=True)
-    for (q, k, v), (start, end), mask in zip(rows, step.prompts, step.masks[window], strict=True):
-        k, v = (torch.cat([p[:, :, start:end], o], dim=2) for p, o in zip(prompt, (k, v), strict=True))
-        outputs.append(sdpa(module, q, k, v, mask, **kwargs | {"is_causal": False})[0])
-    return torch.cat(outputs, dim=1)
-
-
-def _mask(length: int, past: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Return what to add to scores, `[1, 1, length, past + length]`: nothing, or -inf for what is not seen."""
-    distance = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(length, past + length, dtype=like.dtype).masked_fill(hidden, -torch.inf)[None, None]
-
-
-def _in_rows(sdpa, module, query, own, prompt, step, places, window, kwargs) -> torch.Tensor:
-    """Attend to all rows at once, padded; for devices on which calls are dear."""
-    n, device = query.shape[2], query.device
-    if window not in step.masks:
-        used = max(step.lengths)
-        starts, ends = torch.tensor(step.prompts, device=device).T
-        columns = torch.arange(int((ends - starts).max()), device=device)
-        past = (starts[:, None] + columns).masked_fill(columns >= (ends - starts)[:, None], len(step.positions) + n)
-        taken = places[:, :used]
-        # Keys of a row: its prompt, padded, then itself, padded; what pads is the row of zeros at the very end.
-        keys = torch.cat([past, torch.where(taken < n, taken + len(step.positions), len(step.positions) + n)], dim=1)
-        where = torch.cat(
-            [columns.expand_as(past), torch.arange(used, device=device) + (ends - starts)[:, None]], dim=1
-        )
-        distance = where[:, None, len(columns) :].mT - where[:, None]
-        seen = (distance >= 0) & (keys < len(step.positions) + n)[:, None]
-        seen &= distance < window if window is not None else True
-        seen |= torch.zeros_like(seen).index_fill_(2, torch.tensor([0], device=device), True) & ~seen.any(-1, True)
-        step.masks[window] = taken, keys, seen[:, None]
-    taken, keys, seen = step.masks[window]
-
-    def rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return states[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
-
-    padded = [torch.cat([p, o, torch.zeros_like(o[:, :, :1])], dim=2) for p, o in zip(prompt, own, strict=True)]
-    q = rows(query, taken.clamp(max=n - 1))
-    output = sdpa(module, q, *(rows(s, keys) for s in padded), seen, **kwargs | {"is_causal": False})[0].flatten(0, 1)
-    return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, taken.flatten(), output)[None, :n]
 
 
 @register_accelerator
@@ -326,7 +209,3 @@ class PromptCache(unpad.PaddingFree):
 def _rows(ids: torch.Tensor, taken: torch.Tensor) -> list[list[int]]:
     """Return the token ids at some positions, row by row."""
     return [row.tolist() for row in ids[taken].cpu().split(taken.sum(1).tolist())]
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -27,7 +27,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import PromptCache, prompt_cache
+from darel_hf.accelerators import PromptCache, prompt_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -51,8 +51,8 @@ def cache_for(model, folder, way="ram", train_dataset=None, **more):
 @pytest.fixture
 def in_rows(monkeypatch):
     """Attend as on a GPU."""
-    monkeypatch.setattr(prompt_cache, "_sample_by_sample", None)
-    monkeypatch.setattr(prompt_cache, "on_cpu", lambda states: False)
+    monkeypatch.setattr(prompt_attention.Step, "one_by_one", None)
+    monkeypatch.setattr(prompt_attention, "on_cpu", lambda states: False)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
