@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,7 +148,7 @@ class PromptCache(unpad.PaddingFree):
         if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
             self.close()
             self.base = FrozenBase(model, max(rows, key=len), adapted=self.invocation is None)
-            self.store = self.store or self._make_store([len(prompt) for prompt in prompts])
+            self.store = self.store or self._make_store(prompts)
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
         ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()
@@ -159,12 +162,12 @@ class PromptCache(unpad.PaddingFree):
             rest.sum(1).tolist(),
         )
 
-    def _make_store(self, lengths: list[int]) -> Recompute:
-        """Make where prompts are kept; `lengths`: of those of a few rows, by which `"auto"` decides."""
+    def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
+        """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
         trainer, way = self.trainer, self.trainer.darel.prompt_cache
         folder = Path(trainer.args.output_dir) / "prompts"
         if way == "auto":
-            way = self._choose(lengths, folder)
+            way = self._choose(few, folder)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
             form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
@@ -172,14 +175,12 @@ class PromptCache(unpad.PaddingFree):
             return OnDisk(folder, key, trainer.args.process_index)
         return InMemory() if way == "ram" else Recompute()
 
-    def _choose(self, lengths: list[int], folder: Path) -> str:
-        """Choose where prompts are kept, by how much that is at most; say so."""
+    def _choose(self, few: list[tuple[int, ...]], folder: Path) -> str:
+        """Choose where prompts are kept, by how much that is at most, and what it takes to read; say so."""
         args, dataset = self.trainer.args, self.trainer.train_dataset
-        length = sum(lengths) / len(lengths)
+        length = sum(map(len, few)) / len(few)
         if is_stream(dataset):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
-        elif args.max_steps <= 0 and args.num_train_epochs <= 1 and len(set(lengths)) == len(lengths):
-            way, why = "recompute", "each prompt is seen once"
         else:
             size = len(dataset) * length * self.base.row_bytes
             # Every process keeps what it sees; a quarter of what is free, for the estimate is of few rows.
@@ -189,8 +190,27 @@ class PromptCache(unpad.PaddingFree):
             way = "ram" if size <= room else "disk" if size <= free else "recompute"
             why = f"{len(dataset)} prompts of about {length:.0f} tokens are at most {size / 2**30:.2f} GiB; "
             why += f"{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+            if way == "disk":
+                computing, loading = self._time(max(few, key=len), existing)
+                way = "disk" if loading < computing else "recompute"
+                why += (
+                    f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
+                )
         self.trainer.accelerator.print(f"prompt_cache='auto' is {way!r}: {why}")
         return way
+
+    def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
+        """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
+        started = time.perf_counter()
+        data = self.base.record([prompt]).cpu().view(torch.uint8).numpy().tobytes()
+        computed = time.perf_counter()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            file.read()
+        return computed - started, time.perf_counter() - computed
 
     def close(self) -> None:
         if self.base is not None:
