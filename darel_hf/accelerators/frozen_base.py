@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import base_alone
-from ..scoring import IGNORE
+from ..scoring import IGNORE, preserve_rng_state
 from .unpad import flatten
 
 #: Attention modules that take part, and what is known of each.
@@ -89,8 +89,10 @@ class FrozenBase:
             for layer in self.layers:
                 self._hooks.append(layer.module.register_forward_pre_hook(self._at_attention, with_kwargs=True))
             self.record([tuple(tokens)])
-            for layer, read in zip(self.layers, list(self._read), strict=True):
-                self._sort_linears(layer, read)
+            # In train mode dropout would draw: a run that was resumed would go on with other numbers.
+            with base_alone(model), preserve_rng_state():
+                for layer, read in zip(self.layers, list(self._read), strict=True):
+                    self._sort_linears(layer, read)
         probe = self.record([tuple(tokens)])
         self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
 
