@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..files import require
 
@@ -110,15 +111,18 @@ class ReaderModel(LoraModel):
         super()._post_injection_hook(model, config, adapter_name)
         # Plain numbers and references, no modules: nn.Module must not take them for parts of the model.
         self._recording, self._inside, self._states, self._prompt = False, False, {}, None
+        causal = {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        kinds = {module.__class__.__name__ for module in model.modules() if isinstance(module, Embedding)}
-        require(bool(blocks), "model", type(model).__name__, "it has no blocks that we know; train a plain LoraConfig")
+        remedy = "a reader needs a causal language model of transformers, with its blocks; train a plain LoraConfig"
+        require(bool(causal and blocks), "model", type(model).__name__, remedy)
         remedy = "adapters on embeddings change prompts, which a reader leaves alone; take them out"
-        require(not kinds, "target_modules", sorted(config.target_modules or ()), remedy)
-        model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        model.register_forward_hook(self._end, always_call=True)
-        for block in blocks:
-            block.register_forward_pre_hook(self._at_block, with_kwargs=True)
+        embeddings = any(isinstance(module, Embedding) for module in model.modules())
+        require(not embeddings, "target_modules", config.target_modules, remedy)
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+            *(block.register_forward_pre_hook(self._at_block, with_kwargs=True) for block in blocks),
+        ]
 
     @property
     def everywhere(self) -> bool:
@@ -206,6 +210,11 @@ class ReaderModel(LoraModel):
             value = kwargs.get(name, getattr(config, name, None))
             remedy = "a reader takes its prompt in one call, into a cache that grows; leave it out"
             require(value is None or self.everywhere or value == "dynamic", name, value, remedy)
+        for name in ("past_key_values", "cache"):
+            filled = isinstance(kwargs.get(name), Cache) and int(kwargs[name].get_seq_length()) > 0
+            remedy = "a reader reads a prompt in one call, and takes what follows a cache for its own words; give all "
+            remedy += "tokens, without it"
+            require(not filled or self.everywhere, name, type(kwargs.get(name)).__name__, remedy)
         return self.model.generate(*args, **kwargs)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -216,7 +225,19 @@ class ReaderModel(LoraModel):
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Raise as [`ReaderModel.merge_adapter`] does."""
         self._require_everywhere()
+        self._remove_hooks()
         return super().merge_and_unload(*args, **kwargs)
+
+    def unload(self) -> nn.Module:
+        """Return the base, as PEFT's LoRA does."""
+        self._remove_hooks()
+        return super().unload()
+
+    def _remove_hooks(self) -> None:
+        """Leave the base as it was: adapters that it gets later are none of ours."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _require_everywhere(self) -> None:
         if not self.everywhere:

@@ -10,7 +10,18 @@ import pytest
 import torch
 from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel, get_peft_model
-from readers import FAMILIES, VOCABULARY, adapted, data, distance, gradients, make_base, oracle, prompt_cache, rows
+from readers import (
+    FAMILIES,
+    VOCABULARY,
+    adapted,
+    data,
+    distance,
+    gradients,
+    make_base,
+    oracle,
+    prompt_cache,
+    rows,
+)
 from transformers import Trainer, pipeline
 
 from darel_hf import ReaderLoraConfig, to_lora
@@ -233,6 +244,35 @@ def test_switched_off_it_is_the_base():
 def test_refuses_what_acts_on_prompts(settings, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(make_base("llama"), ReaderLoraConfig(**{"target_modules": ["q_proj"], **settings}))
+
+
+def test_unloaded_the_base_is_as_it_was():
+    """What adapters it gets later are none of ours."""
+    inputs, model = batch("right"), adapted("llama", ReaderLoraConfig)
+    base = model.unload()
+    stock = adapted("llama").eval()
+    later = get_peft_model(base, stock.peft_config["default"]).eval()
+    later.load_state_dict(stock.state_dict())
+    assert torch.equal(later(**inputs).logits, stock(**inputs).logits)
+
+
+def test_needs_a_causal_language_model():
+    from transformers import LlamaForSequenceClassification
+
+    base = LlamaForSequenceClassification(make_base("llama").config)
+    with pytest.raises(ValueError, match="model='LlamaForSequenceClassification': a reader needs a causal language"):
+        get_peft_model(base, ReaderLoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+
+
+def test_a_conversation_that_goes_on():
+    """A cache of an earlier call is refused: what is new would be read as completion, not as prompt."""
+    model = adapted("llama", ReaderLoraConfig).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first = model.generate(input_ids=ids, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
+    longer = torch.cat([first.sequences, torch.tensor([[9, 10]])], dim=1)
+    cache = first.get("past_key_values", first.get("cache"))
+    with pytest.raises(ValueError, match="past_key_values='DynamicCache': a reader reads a prompt in one call"):
+        model.generate(input_ids=longer, past_key_values=cache, max_new_tokens=2)
 
 
 def test_refuses_merging_parts_and_several_answers():
