@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DarelConfig
-from ..files import atomic_path, refuse_used_folder, write_json
+from ..files import refuse_used_folder, write_json
 
 VOCABULARY = 1024
 
@@ -257,19 +257,11 @@ def table(results: list[dict[str, Any]]) -> Any:
 
 def plot_quality_time(results: list[dict[str, Any]], path: Path) -> None:
     """Draw quality against time, scoring counted, one point an arm."""
-    from matplotlib.figure import Figure
+    from ..report import chart
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#333333", "#9a9a9a", "#2a6f97", "#e07a5f"]
-    for result, colour in zip(results, colours, strict=True):
-        axes.scatter(result["seconds"], result["bleu"], s=70, color=colour, label=result["arm"], zorder=3)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("seconds of training, scoring counted")
-    axes.set_ylabel("BLEU (13a, lower-cased)")
-    axes.set_title("quality against time")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="best")
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    texts = {"xlabel": "seconds of training, scoring counted", "ylabel": "BLEU (13a, lower-cased)"}
+    with chart(path, title="quality against time", **texts) as axes:
+        for result, colour in zip(results, ("#333333", "#9a9a9a", "#2a6f97", "#e07a5f"), strict=True):
+            axes.scatter(result["seconds"], result["bleu"], s=70, color=colour, label=result["arm"], zorder=3)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
