@@ -9,6 +9,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -95,49 +96,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-class _StopAtHead:
-    """Catch the hidden states that enter a language-model head, and let the head compute nothing."""
+@contextlib.contextmanager
+def _entering(layer: nn.Module, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters a layer; with `stop`, let it compute nothing."""
+    entered: list[torch.Tensor] = []
 
-    def __init__(self, head: nn.Module):
-        self.head, self.hidden = head, None
+    def collect(module: nn.Module, args: tuple) -> tuple | None:
+        entered.append(args[0])
+        return (args[0][:, :0], *args[1:]) if stop else None
 
-    def _catch(self, module: nn.Module, args: tuple) -> tuple:
-        self.hidden = args[0]
-        return (args[0][:, :0], *args[1:])
-
-    def __enter__(self) -> _StopAtHead:
-        self.handle = self.head.register_forward_pre_hook(self._catch)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.handle.remove()
-
-
-class _CatchEmbeddings:
-    """Catch what enters the last linear layer of a classifier, float32 `[B, D]`."""
-
-    def __init__(self, model: nn.Module):
-        layers = [module for module in base_model(model).modules() if isinstance(module, nn.Linear)]
-        self.head, self.caught = layers[-1] if layers else None, None
-
-    def _catch(self, module: nn.Module, args: tuple) -> None:
-        self.caught = args[0].detach().float()
-
-    def __enter__(self) -> _CatchEmbeddings:
-        self.handle = self.head.register_forward_pre_hook(self._catch) if self.head is not None else None
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-
-    def of(self, n: int) -> torch.Tensor:
-        if self.caught is None or self.caught.dim() != 2 or len(self.caught) != n:
-            raise ValueError(
-                "offline_rule: this rule looks at embeddings, and the model has no classification head (a last linear "
-                "layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
-            )
-        return self.caught
+    handle = layer.register_forward_pre_hook(collect)
+    try:
+        yield entered
+    finally:
+        handle.remove()
 
 
 class Reading:
@@ -164,6 +136,7 @@ class Reading:
         self.checked, self.matches_own_loss = False, None
 
 
+@dataclass(eq=False)
 class BatchScorer:
     """
     Compute the losses of a batch in eval mode, without gradients.
@@ -188,19 +161,16 @@ class BatchScorer:
         reading ([`Reading`], *optional*): what another scorer of the model has found out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        per_sample_loss: PerSampleLoss | None = None,
-        want_correct: bool = False,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        want_embeddings: bool = False,
-        own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None,
-        reading: Reading | None = None,
-    ):
-        self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
-        self.want_correct, self.want_embeddings, self.own_loss = want_correct, want_embeddings, own_loss
-        self.reading = reading or Reading(model)
+    model: nn.Module
+    per_sample_loss: PerSampleLoss | None = None
+    want_correct: bool = False
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    want_embeddings: bool = False
+    own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
+    reading: Reading | None = None
+
+    def __post_init__(self) -> None:
+        self.reading = self.reading or Reading(self.model)
 
     @property
     def head(self) -> nn.Module | None:
@@ -227,9 +197,16 @@ class BatchScorer:
         with self.scoring():
             if not self.want_embeddings:
                 return self._score(inputs)
-            with _CatchEmbeddings(self.model) as embeddings:
+            linear = [module for module in base_model(self.model).modules() if isinstance(module, nn.Linear)]
+            with _entering(linear[-1]) if linear else contextlib.nullcontext([]) as entered:
                 samples = self._score(inputs)
-            return samples._replace(embeddings=embeddings.of(len(samples.losses)))
+            known = bool(entered) and entered[-1].dim() == 2 and len(entered[-1]) == len(samples.losses)
+            if not known:
+                raise ValueError(
+                    "offline_rule: this rule looks at embeddings, and the model has no classification head (a last "
+                    "linear layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
+                )
+            return samples._replace(embeddings=entered[-1].detach().float())
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -261,7 +238,9 @@ class BatchScorer:
             ones = torch.ones_like(losses, dtype=torch.int64)
             return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
         inputs = self._handed(inputs)
-        return self._through_head(inputs) if self.head is not None else self._plain(inputs)[0]
+        if self.head is not None:
+            return self._through_head(inputs)
+        return self.read(self._outputs(inputs)[0], inputs["labels"], want_correct=self.want_correct)
 
     def _handed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the trainer's own step hands the model, and the labels."""
@@ -284,11 +263,6 @@ class BatchScorer:
             )
         return logits, _number(own)
 
-    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, float | None]:
-        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
-        logits, own = self._outputs(inputs)
-        return self.read(logits, inputs["labels"], want_correct=self.want_correct), own
-
     def read(self, logits: torch.Tensor, labels: torch.Tensor, **more: Any) -> SampleLosses:
         """Read losses off logits, see [`per_sample_losses`], as has been found out."""
         return per_sample_losses(logits, labels, self.reading.shift, form=self.reading.form, **more)
@@ -309,9 +283,9 @@ class BatchScorer:
         if cache is not None:  # transformers 5.24 has a new name for it
             known = inspect.signature(base_model(self.model).forward).parameters
             inputs["cache" if "cache" in known else "past_key_values"] = cache
-        with _StopAtHead(self.head) as stop:
+        with _entering(self.head, stop=True) as entered:
             self.model(**inputs)
-        return stop.hidden
+        return entered[-1]
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """Find out how losses are read: on up to four rows together, and on the two shortest of them one by one."""
