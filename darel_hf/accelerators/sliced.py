@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import sympy
@@ -33,6 +34,7 @@ from ..scoring import (
     first_of,
     is_causal_lm,
     is_sharded,
+    logits_of,
     moved,
     per_sample_losses,
     scorer_for,
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("eager", "inductor")
 #: Largest relative difference of a gradient to that of the whole backward pass, by whether all of it is float32.
 TOLERANCE = {True: 1e-4, False: 5e-2}
+REDUCED = {torch.bfloat16, torch.float16}
 
 
 class CannotSlice(CannotAccelerate):
@@ -122,8 +125,7 @@ class SlicedStep:
                 return own, own.detach(), torch.ones_like(own, dtype=torch.int64), torch.full_like(own, torch.nan)
             labels = inputs["labels"]
             outputs = call(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-            logits = logits[0] if isinstance(logits, tuple) else logits
+            logits = logits_of(outputs)
             samples = per_sample_losses(logits, labels, shift, label_smoothing, want_correct, dense=True)
             ranking = samples.losses.detach()
             if label_smoothing > 0:
@@ -198,20 +200,19 @@ def _refuse(model: nn.Module) -> None:
         raise CannotSlice("its parameters are spread over processes (FSDP, ZeRO 3)")
 
 
+@dataclass
 class _Kept:
     """The rows that the next backward pass is for, between the trainer and the compiled graphs."""
 
-    def __init__(self) -> None:
-        self.rows: list[int] | None = None  # ascending
-        self.of = 0
+    rows: list[int] | None = None  # ascending
+    of: int = 0
 
 
 def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
     """Compile with the operators of eager mode; save what eager mode would save."""
 
     def backward(part: torch.fx.GraphModule, inputs: Sequence) -> Callable:
-        own = _own_inputs()
-        return _sliced_backward(boxed_nop(part, inputs), _saved_values(part), own, kept, reuses=False)
+        return _sliced_backward(functools.partial(boxed_nop, part, inputs), part, kept, reuses=False)
 
     made = aot_autograd(fw_compiler=boxed_nop, bw_compiler=backward, partition_fn=default_partition)
     return made(graph, example_inputs)
@@ -223,15 +224,12 @@ def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(part: torch.fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
+        compile_part = functools.partial(compile_fx_inner, part, inputs, **options)
         if not options.get("is_backward"):
-            return compile_fx_inner(part, inputs, **options)
-        own, values = _own_inputs(), _saved_values(part)
-        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, own, kept, reuses=True)
+            return compile_part()
+        return _sliced_backward(compile_part, part, kept, reuses=True)
 
-    with (
-        functorch_config.patch(enable_autograd_cache=False),
-        inductor_config.patch(fallback_random=True),
-    ):
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fallback_random=True):
         return compile_fx(graph, example_inputs, inner_compile=inner)
 
 
@@ -248,25 +246,22 @@ def _own_inputs() -> frozenset[int]:
     return own
 
 
-def _saved_values(graph: torch.fx.GraphModule) -> dict[str, Any]:
-    """Return what a backward graph takes: symbolic sizes, fake tensors, and the gradient of the losses last."""
-    return {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
-
-
 def _sliced_backward(
-    backward: Callable, values: dict[str, Any], own: frozenset[int], kept: _Kept, reuses: bool
+    compile_part: Callable[[], Callable], part: torch.fx.GraphModule, kept: _Kept, reuses: bool
 ) -> Callable:
     """
-    Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs.
+    Compile a backward graph, and wrap it: what it takes is cut down to the kept rows before it runs.
 
     Args:
-        backward (`Callable`): takes a list, which it empties.
-        values (`dict`): what it takes, as the compiler sees it, by name.
-        own (`frozenset[int]`): which of it nobody else sees, so that it may be cut in place.
+        compile_part (`Callable`): compiles it to what takes a list, which it empties.
+        part (`GraphModule`): the graph. It takes symbolic sizes, fake tensors, and the gradient of the losses last.
         kept ([`_Kept`]): the rows.
         reuses (`bool`): whether the graph may write its results into what it takes.
     """
+    own = _own_inputs()
+    values = {node.name: node.meta.get("val") for node in part.graph.nodes if node.op == "placeholder"}
     batch = list(values.values())[-1].shape[0]  # of the gradient of the losses
+    backward = compile_part()
     cuts = [_Cut.of(name, value, batch) for name, value in values.items()]
     checked = False
 
@@ -279,7 +274,7 @@ def _sliced_backward(
         if not isinstance(batch, torch.SymInt):
             raise CannotSlice(f"the compiled graph is for batches of {c} rows only")
         if not checked:
-            exact = not any(_is_reduced(argument) for argument in arguments)
+            exact = not {getattr(argument, "dtype", None) for argument in arguments} & REDUCED
             whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
         _cut_all(arguments, cuts, frozenset() if again else own, rows, c)
@@ -302,10 +297,6 @@ def _copy(argument: Any) -> Any:
         return argument
     made = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device)
     return made.copy_(argument)
-
-
-def _is_reduced(argument: Any) -> bool:
-    return torch.is_tensor(argument) and argument.dtype in (torch.bfloat16, torch.float16)
 
 
 def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
@@ -425,34 +416,22 @@ def _lies_row_after_row(tensor: torch.Tensor, dim: int | None, c: int) -> bool:
 
 
 def _take_rows(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int) -> torch.Tensor:
+    """
+    Copy some rows of a tensor, laid out in memory like the source.
+
+    Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
+    """
     shape, b = list(tensor.shape), len(rows)
     shape[dim] = shape[dim] // c * b
     if tensor.stride(dim) == 0:  # the same for all rows
         return tensor.narrow(dim, 0, shape[dim])
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
-    if _is_dense([tensor.shape[d] for d in order], [tensor.stride(d) for d in order]):
-        # Selected in the order of memory, a copy comes out laid out like the source.
-        place = order.index(dim)
-        physical = tensor.permute(order).unflatten(place, (c, -1)).index_select(place, rows).flatten(place, place + 1)
-        return physical.permute([order.index(d) for d in range(tensor.dim())])
-    # Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
     outer = tensor.stride(dim) * (tensor.shape[dim] // c)
     strides = [stride if stride <= outer else stride // c * b for stride in tensor.stride()]
-    thin = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    source = tensor.as_strided(thin, tensor.stride(), tensor.storage_offset())
+    thin = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]  # nothing more than once
     size = [1 if stride == 0 else extent for extent, stride in zip(shape, strides, strict=True)]
     made = torch.empty_strided(size, strides, dtype=tensor.dtype, device=tensor.device)
-    made.unflatten(dim, (b, -1)).copy_(source.unflatten(dim, (c, -1)).index_select(dim, rows))
+    torch.index_select(thin.unflatten(dim, (c, -1)), dim, rows, out=made.unflatten(dim, (b, -1)))
     return made.expand(shape)
-
-
-def _is_dense(sizes: list[int], strides: list[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 @register_accelerator
@@ -530,9 +509,7 @@ class SlicedTraining(Choosing):
         def ours() -> torch.Tensor:
             inputs = with_decoder_inputs(trainer.model, dict(batch))
             outputs = trainer.model(**{key: value for key, value in inputs.items() if key != "labels"})
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-            logits = logits[0] if isinstance(logits, tuple) else logits
-            samples = scorer.read(logits, batch["labels"], label_smoothing=smoothing)
+            samples = scorer.read(logits_of(outputs), batch["labels"], label_smoothing=smoothing)
             loss = weighted_loss(samples, torch.ones_like(samples.losses), items if self.counts else None)
             scaled = trainer.args.average_tokens_across_devices and items is not None  # as Trainer does with its own
             return loss * trainer.accelerator.num_processes if scaled else loss

@@ -252,10 +252,10 @@ class BatchScorer:
         if not self.reading.takes_labels:
             inputs = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = self.model(**inputs)
-        if isinstance(outputs, Mapping):
-            logits, own = outputs.get("logits"), outputs.get("loss")
-        else:
-            own, logits = (outputs[0], outputs[1]) if self.reading.takes_labels else (None, outputs[0])
+        logits = logits_of(outputs, place=int(self.reading.takes_labels))
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if isinstance(outputs, tuple) and self.reading.takes_labels:
+            own = outputs[0]
         if not torch.is_tensor(logits):
             raise ValueError(
                 f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
@@ -391,6 +391,13 @@ def precision(model: nn.Module, autocast: Callable[[], contextlib.AbstractContex
 def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return the first tensor of a batch."""
     return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
+
+
+def logits_of(outputs: Any, place: int = 0) -> Any:
+    """Return the logits of a model's outputs: by name, at a place of a tuple, or all that there is."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits")
+    return outputs[place] if isinstance(outputs, tuple) else outputs
 
 
 def _number(loss: Any) -> float | None:
