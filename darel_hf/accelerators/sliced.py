@@ -476,25 +476,21 @@ class SlicedTraining(Choosing):
         return None
 
     def _other_loss(self) -> str | None:
-        trainer = self.trainer
-        own = [
-            cls.__name__
-            for cls in type(trainer).__mro__
-            if "compute_loss" in vars(cls)
-            and cls is not Trainer
-            and cls.__module__.partition(".")[0] != __name__.partition(".")[0]
-        ]
-        if own:
-            return f"{own[0]} computes a loss of its own"
-        if trainer.compute_loss_func is not None:
-            return "compute_loss_func is a loss of your own"
-        if trainer.per_sample_loss is not None:
-            return "per_sample_loss ranks, the loss that trains is the model's own"
-        if trainer.args.neftune_noise_alpha:
-            return "neftune_noise_alpha adds its noise by a hook that comes after this is compiled"
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            return "FSDP and DeepSpeed spread parameters or gradients over processes"
-        return None
+        trainer, ours = self.trainer, __name__.partition(".")[0]
+        classes = [cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and cls is not Trainer]
+        own = next((cls.__name__ for cls in classes if cls.__module__.partition(".")[0] != ours), None)
+        reasons = {
+            f"{own} computes a loss of its own": own is not None,
+            "compute_loss_func is a loss of your own": trainer.compute_loss_func is not None,
+            "per_sample_loss ranks, the loss that trains is the model's own": trainer.per_sample_loss is not None,
+            "neftune_noise_alpha adds its noise by a hook that comes after this is compiled": (
+                trainer.args.neftune_noise_alpha
+            ),
+            "FSDP and DeepSpeed spread parameters or gradients over processes": (
+                trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            ),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _unlike_own_step(self, batch: Mapping[str, Any], scorer: BatchScorer) -> str | None:
         """Return what differs between the trainer's own step on a few rows and the losses of ours, or `None`."""

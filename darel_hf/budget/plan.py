@@ -103,6 +103,11 @@ class Plan:
     overhead: float = 0.0
     method: str = "settings"
 
+    @classmethod
+    def of(cls, config: DarelConfig, **others: Any) -> Plan:
+        """Return the plan of the fractions that settings give; `others`: its other attributes."""
+        return cls(config.offline_keep, config.online_keep, config.rescore_every, **others)
+
     @property
     def candidate_rows(self) -> int:
         """Rows that the loader hands out for one micro-batch (c = round(b / A))."""

@@ -58,10 +58,8 @@ class Planner:
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
-        self.plan = Plan(
-            offline_keep=self.config.offline_keep,
-            online_keep=self.config.online_keep,
-            rescore_every=self.config.rescore_every,
+        self.plan = Plan.of(
+            self.config,
             batch_size=self.trainer._train_batch_size,
             epochs=self._epochs(),
             samples=len(self.data),
