@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapters import ReaderLoraConfig, to_lora
     from .budget import Plan
     from .config import DarelConfig
     from .nlg.metrics import NLGMetrics
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import darel_hf` costs milliseconds, not the seconds of torch and transformers.
 _HOME = {
+    "adapters": ("ReaderLoraConfig", "to_lora"),
     "budget": ("Plan",),
     "config": ("DarelConfig",),
     "nlg.metrics": ("NLGMetrics",),
@@ -35,11 +37,13 @@ __all__ = [
     "LossLedger",
     "NLGMetrics",
     "Plan",
+    "ReaderLoraConfig",
     "Report",
     "Samples",
     "Selector",
     "__version__",
     "register_rule",
+    "to_lora",
 ]
 
 

@@ -1,0 +1,258 @@
+"""The prompt cache: what the frozen base computes of prompts is computed once, and completions read it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..adapters import acting_everywhere, find_reader, prompt_positions
+from ..config import ACCELERATOR_FACTS
+from ..scoring import IGNORE, base_model, is_sharded
+from . import unpad
+from .base import register_accelerator
+from .frozen_base import FrozenBase
+from .prompt_store import Recompute, Stored
+
+#: The name of our attention in transformers' registry.
+ATTENTION = "darel_prompt_cache"
+#: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
+BY_LENGTH = ("dynamic", "longrope")
+
+
+@dataclass
+class Step:
+    """
+    What the attention of a micro-batch reads of its prompts.
+
+    Attributes:
+        kept (`dict`): by attention module, what was kept of all distinct prompts, `[N, width]`.
+        positions (`torch.Tensor`): int64 `[N]`, for [`FrozenBase.keys_and_values`].
+        prompts (`list[tuple[int, int]]`): where the prompt of each row begins and ends in that.
+        lengths (`list[int]`): positions of each row that are computed.
+        masks (`dict`): of each row, by sliding window, made once for all layers.
+    """
+
+    kept: dict[nn.Module, torch.Tensor]
+    positions: torch.Tensor
+    prompts: list[tuple[int, int]]
+    lengths: list[int]
+    masks: dict[int | None, Any] = field(default_factory=dict)
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attend to a row's prompt and to itself, for rows that [`PromptCache`] has made; else as transformers' `"sdpa"`.
+
+    Args:
+        query, key, value (`torch.Tensor`): `[1, heads, N, d]`, of the completions.
+        attention_mask (`torch.Tensor`): that of [`darel_hf.accelerators.unpad.flatten`].
+        sliding_window (`int`, *optional*): positions that a position sees, itself included.
+        **kwargs: as transformers gives them.
+
+    Returns:
+        `[1, N, heads, d]` and no weights.
+    """
+    layer = FrozenBase.called(module, key, value)
+    step = None if layer is None else layer.base.step
+    if step is None or not unpad.holds_places(attention_mask):
+        return unpad.attention(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
+    prompt = key[:, :, :0], value[:, :, :0]
+    if len(step.positions):
+        prompt = layer.base.keys_and_values(layer, step.kept[module], step.positions)
+    sdpa, own = ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask[0, 0]
+    if query.device.type == "cpu":
+        return _sample_by_sample(sdpa, module, query, (key, value), prompt, step, sliding_window, kwargs), None
+    return _in_rows(sdpa, module, query, (key, value), prompt, step, own, sliding_window, kwargs), None
+
+
+def _sample_by_sample(sdpa, module, query, own, prompt, step, window, kwargs) -> torch.Tensor:
+    """Attend to one row after the other: nothing is padded; for CPUs, where calls are cheap."""
+    if window not in step.masks:
+        step.masks[window] = [
+            None
+            if length == 1 and (window is None or end - start < window)
+            else _mask(length, end - start, window, query)
+            for length, (start, end) in zip(step.lengths, step.prompts, strict=True)
+        ]
+    outputs, rows = [], zip(*(states.split(step.lengths, dim=2) for states in (query, *own)), strict=True)
+    for (q, k, v), (start, end), mask in zip(rows, step.prompts, step.masks[window], strict=True):
+        k, v = (torch.cat([p[:, :, start:end], o], dim=2) for p, o in zip(prompt, (k, v), strict=True))
+        outputs.append(sdpa(module, q, k, v, mask, **kwargs | {"is_causal": False})[0])
+    return torch.cat(outputs, dim=1)
+
+
+def _mask(length: int, past: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """Return what to add to scores, `[1, 1, length, past + length]`: nothing, or -inf for what is not seen."""
+    distance = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(length, past + length, dtype=like.dtype).masked_fill(hidden, -torch.inf)[None, None]
+
+
+def _in_rows(sdpa, module, query, own, prompt, step, places, window, kwargs) -> torch.Tensor:
+    """Attend to all rows at once, padded; for devices on which calls are dear."""
+    n, device = query.shape[2], query.device
+    if window not in step.masks:
+        used = max(step.lengths)
+        starts, ends = torch.tensor(step.prompts, device=device).T
+        columns = torch.arange(int((ends - starts).max()), device=device)
+        past = (starts[:, None] + columns).masked_fill(columns >= (ends - starts)[:, None], len(step.positions) + n)
+        taken = places[:, :used]
+        # Keys of a row: its prompt, padded, then itself, padded; what pads is the row of zeros at the very end.
+        keys = torch.cat([past, torch.where(taken < n, taken + len(step.positions), len(step.positions) + n)], dim=1)
+        where = torch.cat(
+            [columns.expand_as(past), torch.arange(used, device=device) + (ends - starts)[:, None]], dim=1
+        )
+        distance = where[:, None, len(columns) :].mT - where[:, None]
+        seen = (distance >= 0) & (keys < len(step.positions) + n)[:, None]
+        seen &= distance < window if window is not None else True
+        seen |= torch.zeros_like(seen).index_fill_(2, torch.tensor([0], device=device), True) & ~seen.any(-1, True)
+        step.masks[window] = taken, keys, seen[:, None]
+    taken, keys, seen = step.masks[window]
+
+    def rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return states[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
+
+    padded = [torch.cat([p, o, torch.zeros_like(o[:, :, :1])], dim=2) for p, o in zip(prompt, own, strict=True)]
+    q = rows(query, taken.clamp(max=n - 1))
+    output = sdpa(module, q, *(rows(s, keys) for s in padded), seen, **kwargs | {"is_causal": False})[0].flatten(0, 1)
+    return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, taken.flatten(), output)[None, :n]
+
+
+@register_accelerator
+class PromptCache(unpad.PaddingFree):
+    """
+    Compute completions only, for adapters that leave prompts alone; what the base makes of prompts is kept. Exact.
+
+    For the reader ([`darel_hf.adapters.ReaderLoraConfig`]). What is kept of a prompt is what its layers read and what
+    frozen layers made of it; a step makes adapted keys and values of that, and the completions of a batch, without
+    padding, attend to them. Once adapters act everywhere, steps are those of [`PaddingFree`].
+    """
+
+    facts = ACCELERATOR_FACTS["prompt_cache"]
+    attention = ATTENTION
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.base: FrozenBase | None = None
+        self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
+        self.store = Stored() if trainer.darel.prompt_cache == "ram" else Recompute()
+
+    @property
+    def reading(self) -> bool:
+        """Whether prompts are frozen at this time."""
+        reader = find_reader(self.trainer.model)
+        return reader is not None and not reader.everywhere
+
+    def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
+        """Return what is in the way: the adapters, the model, the arguments, or what a few samples show."""
+        model, args = self.trainer.model, self.trainer.args
+        if not self.reading:
+            return "adapters act on prompts, too, so what a prompt gives changes with every step; use ReaderLoraConfig"
+        rope = getattr(base_model(model).config, "rope_parameters", None) or {}
+        kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
+        if kinds & set(BY_LENGTH):
+            return self._named(f"its rotary embeddings change with the length of a row ({sorted(kinds - {None})})")
+        if args.torch_compile:
+            return self._named("torch_compile=True")
+        if is_sharded(model) or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+            return self._named("its weights are spread over processes")
+        with acting_everywhere(model):
+            reason = self.finish.why_not(few_rows) if self.trainer.darel.finish_epochs else None
+        return super().why_not(few_rows) if reason is None else reason
+
+    def plain(self) -> contextlib.AbstractContextManager:
+        """Return a context in which adapters act everywhere, as LoRA does."""
+        return acting_everywhere(self.trainer.model)
+
+    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
+        """Return the seconds of a step; of a mean one, where the last epochs are trained everywhere."""
+        share = self.trainer.darel.finish_epochs / self.trainer.args.num_train_epochs
+        if not share:
+            return super().measure(seconds, inputs)
+        with self.plain():
+            finishing = seconds(lambda: self.transform(inputs))
+        return (1 - share) * super().measure(seconds, inputs) + share * finishing
+
+    def transform(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the completions of a batch, or all of it without padding where adapters act everywhere."""
+        return super().transform(inputs) if self.reading else self.finish.transform(inputs)
+
+    def flat(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
+        """Return the completions of a batch without padding, and get ready what they read of their prompts."""
+        ids, labels, used = inputs["input_ids"], inputs["labels"], unpad.used_positions(inputs)
+        columns = used.cumsum(1) - 1  # positions in each row
+        places = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+        if (places != columns)[used].any():
+            raise ValueError("position_ids: those of a row do not begin at 0; pad on the right, or give position_ids")
+        rest = used & ~prompt_positions(used, labels)
+        last = used & (columns == columns.amax(1, keepdim=True))
+        rest |= last & ~rest.any(1, keepdim=True)  # a row of a batch must be something
+        start = columns.masked_fill(~rest, ids.shape[1]).amin(1, keepdim=True)
+        prompts = [tuple(row) for row in _rows(ids, used & (columns < start))]
+        parts = {"input_ids": ids, "position_ids": columns.clamp(min=0)}
+        if label_positions_only:
+            # What is last predicts nothing, and is read by nobody.
+            rest = torch.where((rest & ~last).any(1, keepdim=True), rest & ~last, rest)
+            row = {key: value[rest][None] for key, value in parts.items()} | {"attention_mask": unpad.places_of(rest)}
+            row |= unpad.at_labels(nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:][rest][None])
+        else:
+            masked = labels.masked_fill(~rest, IGNORE)
+            row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
+        with self.trainer.accelerator.autocast():
+            self._prepare(prompts, rest, _rows(ids, used))
+        return {**row, "prompt_lengths": torch.zeros(1, dtype=torch.int64, device=ids.device)}
+
+    def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor, rows: list[list[int]]) -> None:
+        """Make the step of a batch: what is kept of its distinct prompts, and where each row finds its own."""
+        model = base_model(self.trainer.model)
+        if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
+            self.close()
+            self.base = FrozenBase(model, max(rows, key=len))
+        distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+        kept, positions = self.store.get(self.base, distinct, rest.device)
+        ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()
+        places = {prompt: (ends[i], ends[i + 1]) for i, prompt in enumerate(distinct)} | {(): (0, 0)}
+        widths = [sum(layer.widths) for layer in self.base.layers]
+        parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
+        self.base.step = Step(
+            {layer.module: part for layer, part in parts},
+            positions,
+            [places[prompt] for prompt in prompts],
+            rest.sum(1).tolist(),
+        )
+
+    def close(self) -> None:
+        if self.base is not None:
+            self.base.close()
+        self.base = None
+
+    def detach(self) -> None:
+        """Give the model its attention back, and take hooks off it."""
+        super().detach()
+        self.finish.detach()
+        self.close()
+
+
+def _rows(ids: torch.Tensor, taken: torch.Tensor) -> list[list[int]]:
+    """Return the token ids at some positions, row by row."""
+    return [row.tolist() for row in ids[taken].cpu().split(taken.sum(1).tolist())]
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -1,0 +1,12 @@
+"""Adapters of ours, as PEFT has its own: they train, save, load and generate with plain Trainer and PeftModel."""
+
+from .reader import (
+    ReaderLoraConfig,
+    ReaderModel,
+    acting_everywhere,
+    base_alone,
+    find_reader,
+    prompt_positions,
+    to_lora,
+    with_prompt_lengths,
+)
