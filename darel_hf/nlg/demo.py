@@ -185,19 +185,11 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, pad_token=end)
     set_seed(settings.seed)
-    config = GPT2Config(
-        n_layer=settings.layers,
-        n_embd=settings.width,
-        n_head=max(settings.width // 64, 1),
-        vocab_size=len(tokenizer),
-        n_positions=256,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+    width = settings.width
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    shape = {"n_layer": settings.layers, "n_embd": width, "n_head": max(width // 64, 1), "n_positions": 256}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=len(tokenizer), **shape, **ends, **dropout)
     trainer = Trainer(
         model=GPT2LMHeadModel(config),
         args=_training_arguments(
