@@ -1,4 +1,8 @@
-"""Adapters of ours, as PEFT has its own: they train, save, load and generate with plain Trainer and PeftModel."""
+"""
+Adapters of ours, as PEFT has its own: they train, save, load and generate with plain Trainer and PeftModel.
+
+Stands on `files`.
+"""
 
 from .reader import (
     ReaderLoraConfig,

@@ -116,8 +116,6 @@ def _is_function(value: Any) -> bool:
 
 
 def _hash_array(digest: Any, array: pa.Array) -> None:
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     kind = array.type

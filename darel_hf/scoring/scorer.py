@@ -427,16 +427,9 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
     """
     needs = () if stage is None else trainer.darel.rule(stage).needs
     model = trainer.model if model is None else model
-    own = model is trainer.model
-    return BatchScorer(
-        model,
-        trainer.per_sample_loss,
-        "correct" in needs,
-        trainer.accelerator.autocast,
-        "embeddings" in needs,
-        trainer.own_loss if own else None,
-        trainer.reading() if own else None,
-    )
+    wanted = {"want_correct": "correct" in needs, "want_embeddings": "embeddings" in needs}
+    known = {"own_loss": trainer.own_loss, "reading": trainer.reading()} if model is trainer.model else {}
+    return BatchScorer(model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast, **wanted, **known)
 
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -18,26 +18,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import get_model
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..files import require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; near those of most photographs
 IN_MEMORY = 4 * 2**30  # bytes of decoded images that are kept in memory
-
-
-@dataclass
-class ImageOutput(ModelOutput):
-    """
-    What [`ImageClassifier`] returns.
-
-    Attributes:
-        loss (`torch.Tensor`, *optional*): mean cross-entropy, where there are labels.
-        logits (`torch.Tensor`): float `[B, classes]`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
 
 
 class ImageClassifier(nn.Module):
@@ -83,7 +69,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor([*mean]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
         """
         Classify images.
 
@@ -99,7 +85,7 @@ class ImageClassifier(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.network(images)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 def crop_and_flip(images: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:
