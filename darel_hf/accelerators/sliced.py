@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
@@ -262,7 +262,10 @@ def _sliced_backward(
     values = {node.name: node.meta.get("val") for node in part.graph.nodes if node.op == "placeholder"}
     batch = list(values.values())[-1].shape[0]  # of the gradient of the losses
     backward = compile_part()
-    cuts = [_Cut.of(name, value, batch) for name, value in values.items()]
+    dims = [_batch_dim(value, batch) for value in values.values()]
+    # The numbers of the rows: those of the kept ones are new.
+    ranges = [(i, value) for i, (name, value) in enumerate(values.items()) if name.startswith(("arange", "iota"))]
+    numbers = {i for i, value in ranges if torch.is_tensor(value) and value.dim() == 1}
     checked = False
 
     def call(arguments: list) -> Any:
@@ -277,7 +280,7 @@ def _sliced_backward(
             exact = not {getattr(argument, "dtype", None) for argument in arguments} & REDUCED
             whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
-        _cut_all(arguments, cuts, frozenset() if again else own, rows, c)
+        _cut_all(arguments, dims, numbers, set() if again else own - numbers, rows, c)
         if checked:
             return backward(arguments)
         try:
@@ -320,24 +323,17 @@ def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
     return True
 
 
-class _Cut(NamedTuple):
-    """How one input of a backward graph depends on the batch size."""
+def _batch_dim(value: Any, batch: Any) -> int | None:
+    """
+    Return which dimension of an input of a backward graph has the rows; `None`: it does not depend on the batch size.
 
-    dim: int | None = None  # of a tensor: the dimension that has the rows
-    size: bool = False  # a size that is a multiple of the number of rows
-    numbers: bool = False  # the numbers of the rows: those of the kept ones are new
-
-    @classmethod
-    def of(cls, name: str, value: Any, batch: Any) -> _Cut:
-        sizes = value.shape if torch.is_tensor(value) else [value]
-        dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
-        if len(dims) > 1:
-            raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
-        if not dims:
-            return cls()
-        if not torch.is_tensor(value):
-            return cls(size=True)
-        return cls(dim=dims[0], numbers=value.dim() == 1 and name.startswith(("arange", "iota")))
+    A size that is a multiple of the number of rows is taken for a dimension of its own.
+    """
+    sizes = value.shape if torch.is_tensor(value) else [value]
+    dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
+    if len(dims) > 1:
+        raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
+    return dims[0] if dims else None
 
 
 def _grows(size: Any, batch: Any) -> bool:
@@ -352,7 +348,9 @@ def _grows(size: Any, batch: Any) -> bool:
     return True
 
 
-def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[int], c: int) -> None:
+def _cut_all(
+    arguments: list, dims: list[int | None], numbers: set[int], own: set[int], rows: list[int], c: int
+) -> None:
     """
     Replace every argument by that of the kept rows.
 
@@ -374,9 +372,7 @@ def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[
     moves: dict[torch.dtype, tuple[list, list]] = {}  # places and sources; of one type, they are moved at once
     in_place: set[int] = set()
     for together in sharing.values():
-        if all(
-            i in own and not cuts[i].numbers and _lies_row_after_row(arguments[i], cuts[i].dim, c) for i in together
-        ):
+        if all(i in own and _lies_row_after_row(arguments[i], dims[i], c) for i in together):
             in_place.update(together)
             tensor = arguments[together[0]]
             each = tensor.untyped_storage().nbytes() // tensor.element_size() // c
@@ -390,15 +386,17 @@ def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[
 
     index = torch.tensor(order, device=arguments[-1].device)
     copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
-    for i, (argument, cut) in enumerate(zip(arguments, cuts, strict=True)):
-        if cut.size:
+    for i, (argument, dim) in enumerate(zip(arguments, dims, strict=True)):
+        if dim is None:
+            continue
+        if not torch.is_tensor(argument):
             arguments[i] = argument // c * b
-        elif cut.dim is not None and (i in in_place or cut.numbers):
-            arguments[i] = argument.narrow(cut.dim, 0, argument.shape[cut.dim] // c * b)
-        elif cut.dim is not None:
-            key = (cut.dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
+        elif i in in_place or i in numbers:
+            arguments[i] = argument.narrow(dim, 0, argument.shape[dim] // c * b)
+        else:
+            key = (dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
             if key not in copies:
-                copies[key] = _take_rows(cut.dim, argument, index, c)
+                copies[key] = _take_rows(dim, argument, index, c)
             arguments[i] = copies[key]
 
 

@@ -23,6 +23,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 64  # items of a data set that is no table
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
 PLAIN = (str, int, float, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 
 
@@ -88,7 +89,7 @@ def _hash_code(digest: Any, value: Any, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _hash_code(digest, item, depth + 1)
-    elif hasattr(value, "__dict__") and not _is_function(value):
+    elif hasattr(value, "__dict__") and not isinstance(value, FUNCTIONS):
         digest.update(_source(type(value)))
         for name in sorted(vars(value)) if depth < 8 else []:
             digest.update(name.encode())
@@ -107,12 +108,6 @@ def _source(value: Any) -> bytes:
         return inspect.getsource(value).encode()
     except (TypeError, OSError):
         return getattr(value, "__qualname__", "").encode()
-
-
-def _is_function(value: Any) -> bool:
-    return isinstance(
-        value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
-    )
 
 
 def _hash_array(digest: Any, array: pa.Array) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -116,8 +117,7 @@ def run_demo(
     for result in results:
         result["measured_time"] = result["seconds"] / plain
     write_json(folder / "results.json", {"settings": asdict(settings), "arms": results})
-    source = folder / "darel_offline" / "losses.png"
-    (folder / "losses.png").write_bytes(source.read_bytes())
+    shutil.copy(folder / "darel_offline" / "losses.png", folder)
     plot_quality_time(results, folder / "quality_time.png")
     return results
 

@@ -366,17 +366,14 @@ class BatchScorer:
 
     def _find_form(self, logits: torch.Tensor, labels: torch.Tensor, alone: list[float | None]) -> None:
         """Find the way to read float labels that gives the model's own loss of each row; raise where none does."""
-        for form in FORMS if alone and None not in alone else ():
+        known = bool(alone) and None not in alone
+        for form in FORMS if known else ():
             found = per_sample_losses(logits, labels, self.reading.shift, form=form).losses[: len(alone)].tolist()
             if all(map(self._same, found, alone)):
                 self.reading.form = form
                 return
-        require(
-            None in alone or not alone,
-            "labels",
-            f"{labels.dtype} {tuple(labels.shape)}",
-            f"read in no way that gives the loss that trains, {alone} of single rows; pass per_sample_loss=",
-        )
+        remedy = f"read in no way that gives the loss that trains, {alone} of single rows; pass per_sample_loss="
+        require(not known, "labels", f"{labels.dtype} {tuple(labels.shape)}", remedy)
 
     def _head_does(self, batch: dict[str, Any], plain: SampleLosses) -> bool:
         """Whether the shortcut through the head gives the same losses."""

@@ -81,11 +81,7 @@ class Selector:
     """
 
     def __init__(
-        self,
-        config: DarelConfig,
-        ids: Iterable[int] | None,
-        seed: int = 0,
-        reference: np.ndarray | None = None,
+        self, config: DarelConfig, ids: Iterable[int] | None, seed: int = 0, reference: np.ndarray | None = None
     ):
         self.config = config
         self.seed = seed

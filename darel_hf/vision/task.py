@@ -149,10 +149,7 @@ def _sgd(args: ImageArguments, training: TrainingArguments) -> tuple[type, dict[
 
 
 def run(
-    args: ImageArguments,
-    darel: DarelConfig,
-    training: TrainingArguments,
-    data: dict[str, Any] | None = None,
+    args: ImageArguments, darel: DarelConfig, training: TrainingArguments, data: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """
     Train, evaluate, and account for it.
