@@ -3,7 +3,9 @@
 import inspect
 import sys
 
+import datasets
 import torch
+from helpers import PadCollator, arguments
 from peft import LoraConfig, get_peft_model
 from transformers import (
     DynamicCache,
@@ -17,7 +19,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from darel_hf import DarelConfig
+
 VOCABULARY = 64
+#: An optimizer that makes no more of rounding than the gradients have of it.
+GENTLE = {"optim": "sgd", "learning_rate": 0.05}
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -142,3 +148,38 @@ def oracle(model, batch):
 
 def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def items_of(made):
+    return datasets.Dataset.from_list(
+        [
+            {key: values[used.bool()].tolist() for key, values in zip(made, row, strict=True)}
+            for row, used in zip(zip(*made.values(), strict=True), made["attention_mask"], strict=True)
+        ]
+    )
+
+
+def data(n=24):
+    """Rows with prompts that several share."""
+    return items_of(rows([(3 + i % 5, 2 + i % 4) for i in range(n)], same_prompts=True))
+
+
+def trained(cls, folder, model, darel=None, resume=None, train_dataset=None, **more):
+    given = {"darel": DarelConfig(**darel)} if darel else {}
+    trainer = cls(
+        model=model,
+        args=arguments(folder, **{**GENTLE, **more}),
+        train_dataset=data() if train_dataset is None else train_dataset,
+        data_collator=PadCollator(),
+        **given,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def distance(left, right, start=None):
+    """The largest distance of two tensors, relative to the second one, or to how far that is from `start`."""
+    assert left.keys() == right.keys()
+    sizes = {name: (value if start is None else value - start[name]).detach().norm() for name, value in right.items()}
+    least = 0.1 * max(sizes.values())  # what is zero but for rounding has no scale of its own
+    return max(float((left[name] - right[name]).detach().norm() / max(sizes[name], least)) for name in right)

@@ -61,6 +61,7 @@ class FrozenBase:
 
     Attributes:
         layers (`list[Layer]`): attention modules in the order in which they run.
+        dtype (`torch.dtype`), row_bytes (`int`): of what is kept, and of one position of it.
         step (`Any`): what the attention function reads in the step in progress; `None`: nothing is to be read.
     """
 
@@ -83,6 +84,8 @@ class FrozenBase:
         self.record([tuple(tokens)])
         for layer, read in zip(self.layers, list(self._read), strict=True):
             self._sort_linears(layer, read)
+        probe = self.record([tuple(tokens)])
+        self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
 
     def _sort_linears(self, layer: Layer, read: torch.Tensor) -> None:
         """Find out which linear layers make keys and values: those on whose outputs they depend, says autograd."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -15,11 +18,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import acting_everywhere, find_reader, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..scoring import IGNORE, base_model, is_sharded
+from ..data import is_stream
+from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
 from .frozen_base import FrozenBase
-from .prompt_store import Recompute, Stored
+from .prompt_store import InMemory, OnDisk, Recompute
 
 #: The name of our attention in transformers' registry.
 ATTENTION = "darel_prompt_cache"
@@ -76,9 +80,14 @@ def attention(
     if len(step.positions):
         prompt = layer.base.keys_and_values(layer, step.kept[module], step.positions)
     sdpa, own = ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask[0, 0]
-    if query.device.type == "cpu":
+    if on_cpu(query):
         return _sample_by_sample(sdpa, module, query, (key, value), prompt, step, sliding_window, kwargs), None
     return _in_rows(sdpa, module, query, (key, value), prompt, step, own, sliding_window, kwargs), None
+
+
+def on_cpu(states: torch.Tensor) -> bool:
+    """Whether calls are cheap where they are computed."""
+    return states.device.type == "cpu"
 
 
 def _sample_by_sample(sdpa, module, query, own, prompt, step, window, kwargs) -> torch.Tensor:
@@ -151,7 +160,7 @@ class PromptCache(unpad.PaddingFree):
         super().__init__(trainer)
         self.base: FrozenBase | None = None
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
-        self.store = Stored() if trainer.darel.prompt_cache == "ram" else Recompute()
+        self.store: Recompute | None = None
 
     @property
     def reading(self) -> bool:
@@ -182,12 +191,17 @@ class PromptCache(unpad.PaddingFree):
 
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
         """Return the seconds of a step; of a mean one, where the last epochs are trained everywhere."""
-        share = self.trainer.darel.finish_epochs / self.trainer.args.num_train_epochs
+        epochs = self.trainer.args.num_train_epochs
+        share = self.trainer.darel.finish_epochs / epochs
+        first, later = (super(PromptCache, self).measure(seconds, inputs) for _ in range(2))
+        reading = later + max(first - later, 0.0) / max(
+            epochs, 1
+        )  # prompts are new in the first epoch only, if at all
         if not share:
-            return super().measure(seconds, inputs)
+            return reading
         with self.plain():
             finishing = seconds(lambda: self.transform(inputs))
-        return (1 - share) * super().measure(seconds, inputs) + share * finishing
+        return (1 - share) * reading + share * finishing
 
     def transform(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the completions of a batch, or all of it without padding where adapters act everywhere."""
@@ -224,6 +238,7 @@ class PromptCache(unpad.PaddingFree):
         if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
             self.close()
             self.base = FrozenBase(model, max(rows, key=len))
+            self.store = self.store or self._make_store([len(prompt) for prompt in prompts])
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
         ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()
@@ -237,9 +252,43 @@ class PromptCache(unpad.PaddingFree):
             rest.sum(1).tolist(),
         )
 
+    def _make_store(self, lengths: list[int]) -> Recompute:
+        """Make where prompts are kept; `lengths`: of those of a few rows, by which `"auto"` decides."""
+        trainer, way = self.trainer, self.trainer.darel.prompt_cache
+        folder = Path(trainer.args.output_dir) / "prompts"
+        if way == "auto":
+            way = self._choose(lengths, folder)
+        if way == "disk":
+            base = model_fingerprint(trainer.model, without_adapters=True)
+            key = f"{base}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            return OnDisk(folder, key, trainer.args.process_index)
+        return InMemory() if way == "ram" else Recompute()
+
+    def _choose(self, lengths: list[int], folder: Path) -> str:
+        """Choose where prompts are kept, by how much that is at most; say so."""
+        args, dataset = self.trainer.args, self.trainer.train_dataset
+        length = sum(lengths) / len(lengths)
+        if is_stream(dataset):
+            way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
+        elif args.max_steps <= 0 and args.num_train_epochs <= 1 and len(set(lengths)) == len(lengths):
+            way, why = "recompute", "each prompt is seen once"
+        else:
+            size = len(dataset) * length * self.base.row_bytes
+            # Every process keeps what it sees; a quarter of what is free, for the estimate is of few rows.
+            room = psutil.virtual_memory().available / 4 / args.world_size
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            free = shutil.disk_usage(existing).free / 2 / args.world_size
+            way = "ram" if size <= room else "disk" if size <= free else "recompute"
+            why = f"{len(dataset)} prompts of about {length:.0f} tokens are at most {size / 2**30:.2f} GiB; "
+            why += f"{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+        self.trainer.accelerator.print(f"prompt_cache='auto' is {way!r}: {why}")
+        return way
+
     def close(self) -> None:
         if self.base is not None:
             self.base.close()
+        if self.store is not None:
+            self.store.close()
         self.base = None
 
     def detach(self) -> None:

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..adapters import ReaderLoraConfig
 from ..config import DarelConfig
 from ..data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from ..files import atomic_path, require, write_json, write_text
@@ -41,6 +42,7 @@ from .metrics import NAMES, NLGMetrics
 
 logger = logging.getLogger(__name__)
 
+LORA_ON = {"all": LoraConfig, "reader": ReaderLoraConfig}
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
 HUB_COLUMNS = {"meaning_representation": "mr", "human_reference": "ref", "mr": "mr", "ref": "ref"}
 
@@ -62,7 +64,8 @@ class NLGArguments:
         max_length (`int`): tokens of prompt and reference together; longer ones are cut.
 
     Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules` (`all-linear`, or
-    names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights.
+    names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights. `lora_on`:
+    `"all"`, or `"reader"`, see [`ReaderLoraConfig`].
 
     Parameters that control **generation** (beam search as in the papers): `generate`, `num_beams`, `length_penalty`,
     `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
@@ -86,6 +89,7 @@ class NLGArguments:
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "all-linear, or names with commas between"}
     )
+    lora_on: str = field(default="all", metadata={"help": "'all', or 'reader': on completions, prompts stay frozen"})
     generate: bool = field(default=True, metadata={"help": "write predictions for the test set"})
     num_beams: int = field(default=10, metadata={"help": "beams"})
     length_penalty: float = field(default=0.8, metadata={"help": "exponent of the length in the beam score"})
@@ -237,8 +241,9 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
     targets: str | list[str] | None = args.lora_target_modules
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
+    require(args.lora_on in LORA_ON, "lora_on", args.lora_on, f"choose one of {tuple(LORA_ON)}")
     fan_in_fan_out = model.config.model_type == "gpt2"  # its projections store their weights transposed
-    lora = LoraConfig(
+    lora = LORA_ON[args.lora_on](
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
