@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import numpy as np
@@ -54,8 +54,7 @@ class Samples:
 
     def part(self, positions: np.ndarray) -> Samples:
         """Return the samples at some positions."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Samples(**{name: None if values is None else values[positions] for name, values in arrays.items()})
+        return Samples(**{name: None if values is None else values[positions] for name, values in vars(self).items()})
 
 
 Priority = Callable[[Samples, float, np.random.Generator], np.ndarray]
