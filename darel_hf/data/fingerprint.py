@@ -46,10 +46,9 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
         return digest.hexdigest()
     positions = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)).tolist()
     readings = [[_cells(dataset[i]) for i in positions] for _ in range(2)]
-    alike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] == two.get(key)}
-    alike -= {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
+    unlike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
     for item in readings[0]:
-        digest.update(repr(sorted((key, value) for key, value in item.items() if key in alike)).encode())
+        digest.update(repr(sorted((key, value) for key, value in item.items() if key not in unlike)).encode())
     return digest.hexdigest()
 
 

@@ -223,14 +223,13 @@ def _noisy_dropped(arm: Path, pairs: list[dict]) -> float | None:
 def table(results: list[dict[str, Any]]) -> Any:
     """Return the results as a `rich` table."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    titles = ("\nBLEU", "\ntime", "of it\nscoring", "\nsamples", "label\ntokens", "saving\npredicted")
+    titles += ("saving\nmeasured", "noise\ndropped")
+    columns = [Column("", no_wrap=True), *(Column(title, justify="right", no_wrap=True) for title in titles)]
     title = "LoRA fine-tuning four ways (one seed: a demonstration, no evidence)"
-    grid = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("\nBLEU", "\ntime", "of it\nscoring", "\nsamples", "label\ntokens", "saving\npredicted")
-    grid.add_column("", no_wrap=True)
-    for column in (*columns, "saving\nmeasured", "noise\ndropped"):
-        grid.add_column(column, justify="right", no_wrap=True)
+    grid = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for result in results:
         dropped = result["noisy_dropped"]
         grid.add_row(
