@@ -34,7 +34,9 @@ class Layer:
         module (`nn.Module`): it.
         base ([`FrozenBase`]): to which it belongs.
         linears (`list[nn.Module]`): frozen linear layers whose outputs make keys and values; these are kept.
-        widths (`list[int]`): of what is kept at each position: what the module reads, then the outputs of `linears`.
+        widths (`list[int]`): of what is kept at each position: what the module reads, then the outputs of `linears`;
+            or of keys and values.
+        shapes (`list[torch.Size]`): of keys and of values at a position, heads and their width, where they are kept.
         arguments (`tuple`): positional and named ones of a call, without hidden states.
     """
 
@@ -42,6 +44,7 @@ class Layer:
     base: FrozenBase
     linears: list[nn.Module] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
     arguments: tuple[tuple, dict[str, Any]] = ((), {})
 
 
@@ -53,11 +56,14 @@ class FrozenBase:
     found out by running them, not by their names. A module is asked for keys and values by calling it on what it once
     read; its frozen linear layers then compute nothing, they give what they gave at that time.
 
+    Where completions read prompts as the base does, its keys and values are kept themselves.
+
     The model must use an attention function that calls [`FrozenBase.called`] first.
 
     Args:
         model (`nn.Module`): a causal language model, PEFT's wrapper taken off.
         tokens (`Sequence[int]`): any two tokens or more, to find all that out with.
+        adapted (`bool`): whether keys and values of prompts are adapted.
 
     Attributes:
         layers (`list[Layer]`): attention modules in the order in which they run.
@@ -67,8 +73,8 @@ class FrozenBase:
 
     exploring: FrozenBase | None = None  # the one that looks for attention modules just now
 
-    def __init__(self, model: nn.Module, tokens: Sequence[int]):
-        self.model, self.layers, self.step = model, [], None
+    def __init__(self, model: nn.Module, tokens: Sequence[int], adapted: bool = True):
+        self.model, self.adapted, self.layers, self.step = model, adapted, [], None
         self._doing: str | None = None  # "record" or "replay"; None: the model runs for somebody else
         self._read: list[torch.Tensor] = []  # what attention modules read, [N, D] each, while recording
         self._outputs: dict[nn.Module, torch.Tensor] = {}  # of linear layers, recorded or to be given
@@ -79,11 +85,12 @@ class FrozenBase:
             self._run([tuple(tokens)])
         finally:
             FrozenBase.exploring = None
-        for layer in self.layers:
-            self._hooks.append(layer.module.register_forward_pre_hook(self._at_attention, with_kwargs=True))
-        self.record([tuple(tokens)])
-        for layer, read in zip(self.layers, list(self._read), strict=True):
-            self._sort_linears(layer, read)
+        if adapted:
+            for layer in self.layers:
+                self._hooks.append(layer.module.register_forward_pre_hook(self._at_attention, with_kwargs=True))
+            self.record([tuple(tokens)])
+            for layer, read in zip(self.layers, list(self._read), strict=True):
+                self._sort_linears(layer, read)
         probe = self.record([tuple(tokens)])
         self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
 
@@ -153,6 +160,8 @@ class FrozenBase:
         layer = LAYERS.get(module)
         if layer is not None and layer.base._doing == "replay":
             raise _Enough(key, value)
+        if layer is not None and layer.base._doing == "record" and not layer.base.adapted:
+            layer.base._read += [key[0].transpose(0, 1), value[0].transpose(0, 1)]
         return None if layer is None or base is not None or layer.base._doing else layer
 
     # -- recording --
@@ -188,6 +197,11 @@ class FrozenBase:
             self._run(prompts)
         finally:
             self._doing = None
+        if not self.adapted:
+            for layer, key, value in zip(self.layers, self._read[::2], self._read[1::2], strict=True):
+                layer.shapes = [key.shape[1:], value.shape[1:]]
+                layer.widths = [shape.numel() for shape in layer.shapes]
+            return torch.cat([states.flatten(1) for states in self._read], dim=-1)
         parts: list[torch.Tensor] = []
         for layer, read in zip(self.layers, self._read, strict=True):
             parts += [read, *(self._outputs[linear] for linear in layer.linears)]
@@ -219,6 +233,9 @@ class FrozenBase:
         Returns:
             each `[1, heads, N, d]`, as attention functions get them.
         """
+        if not self.adapted:
+            states = zip(kept.split(layer.widths, dim=-1), layer.shapes, strict=True)
+            return tuple(part.unflatten(1, shape).transpose(0, 1)[None] for part, shape in states)
         read, *outputs = kept.split(layer.widths, dim=-1)
         self._outputs = {linear: output[None] for linear, output in zip(layer.linears, outputs, strict=True)}
         try:

@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters import acting_everywhere, find_reader, prompt_positions
+from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
 from ..data import is_stream
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
@@ -148,9 +148,10 @@ class PromptCache(unpad.PaddingFree):
     """
     Compute completions only, for adapters that leave prompts alone; what the base makes of prompts is kept. Exact.
 
-    For the reader ([`darel_hf.adapters.ReaderLoraConfig`]). What is kept of a prompt is what its layers read and what
+    For the reader ([`darel_hf.adapters.ReaderLoraConfig`]): what is kept of a prompt is what its layers read and what
     frozen layers made of it; a step makes adapted keys and values of that, and the completions of a batch, without
-    padding, attend to them. Once adapters act everywhere, steps are those of [`PaddingFree`].
+    padding, attend to them. Once adapters act everywhere, steps are those of [`PaddingFree`]. And for PEFT's aLoRA,
+    whose completions, from the invocation tokens on, attend to the base's keys and values: these are kept.
     """
 
     facts = ACCELERATOR_FACTS["prompt_cache"]
@@ -166,7 +167,12 @@ class PromptCache(unpad.PaddingFree):
     def reading(self) -> bool:
         """Whether prompts are frozen at this time."""
         reader = find_reader(self.trainer.model)
-        return reader is not None and not reader.everywhere
+        return self.invocation is not None or (reader is not None and not reader.everywhere)
+
+    @property
+    def invocation(self) -> list[int] | None:
+        """The tokens from which on an aLoRA acts."""
+        return getattr(getattr(self.trainer.model, "active_peft_config", None), "alora_invocation_tokens", None)
 
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: the adapters, the model, the arguments, or what a few samples show."""
@@ -181,13 +187,16 @@ class PromptCache(unpad.PaddingFree):
             return self._named("torch_compile=True")
         if is_sharded(model) or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
             return self._named("its weights are spread over processes")
-        with acting_everywhere(model):
-            reason = self.finish.why_not(few_rows) if self.trainer.darel.finish_epochs else None
+        reason = None
+        if self.trainer.darel.finish_epochs:
+            with self.plain():
+                reason = self.finish.why_not(few_rows)
         return super().why_not(few_rows) if reason is None else reason
 
     def plain(self) -> contextlib.AbstractContextManager:
         """Return a context in which adapters act everywhere, as LoRA does."""
-        return acting_everywhere(self.trainer.model)
+        model = self.trainer.model
+        return contextlib.nullcontext() if find_reader(model) is None else acting_everywhere(model)
 
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
         """Return the seconds of a step; of a mean one, where the last epochs are trained everywhere."""
@@ -214,7 +223,7 @@ class PromptCache(unpad.PaddingFree):
         places = inputs.get("position_ids", torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
         if (places != columns)[used].any():
             raise ValueError("position_ids: those of a row do not begin at 0; pad on the right, or give position_ids")
-        rest = used & ~prompt_positions(used, labels)
+        rest = used & self._computed(ids, labels, used)
         last = used & (columns == columns.amax(1, keepdim=True))
         rest |= last & ~rest.any(1, keepdim=True)  # a row of a batch must be something
         start = columns.masked_fill(~rest, ids.shape[1]).amin(1, keepdim=True)
@@ -230,14 +239,29 @@ class PromptCache(unpad.PaddingFree):
             row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
         with self.trainer.accelerator.autocast():
             self._prepare(prompts, rest, _rows(ids, used))
+        # Nothing in the row is prompt, and all of it is adapted.
+        if self.invocation is not None:
+            return {**row, "alora_offsets": [row["input_ids"].shape[1]]}
         return {**row, "prompt_lengths": torch.zeros(1, dtype=torch.int64, device=ids.device)}
+
+    def _computed(self, ids: torch.Tensor, labels: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+        """Return which positions are no prompt, bool `[B, L]`."""
+        acts = invoked(self.trainer.model, ids) if self.invocation is not None else None
+        if acts is None:
+            return ~prompt_positions(used, labels)
+        trained = ~acts[:, :-1] & labels[:, 1:].ne(IGNORE)
+        if trained.any():
+            raise ValueError(
+                f"labels: row {int(trained.any(1).nonzero()[0])} has some where no adapter acts; set -100"
+            )
+        return acts
 
     def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor, rows: list[list[int]]) -> None:
         """Make the step of a batch: what is kept of its distinct prompts, and where each row finds its own."""
         model = base_model(self.trainer.model)
         if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
             self.close()
-            self.base = FrozenBase(model, max(rows, key=len))
+            self.base = FrozenBase(model, max(rows, key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store([len(prompt) for prompt in prompts])
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
@@ -259,8 +283,9 @@ class PromptCache(unpad.PaddingFree):
         if way == "auto":
             way = self._choose(lengths, folder)
         if way == "disk":
-            base = model_fingerprint(trainer.model, without_adapters=True)
-            key = f"{base}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            kind = "x" if self.base.adapted else "kv"
+            form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
             return OnDisk(folder, key, trainer.args.process_index)
         return InMemory() if way == "ram" else Recompute()
 

@@ -1,9 +1,10 @@
 """
 Adapters of ours, as PEFT has its own: they train, save, load and generate with plain Trainer and PeftModel.
 
-Stands on `files`.
+Stands on `files.py`.
 """
 
+from .invocation import completion_lora, invoked
 from .reader import (
     ReaderLoraConfig,
     ReaderModel,

@@ -167,14 +167,13 @@ class ReaderModel(LoraModel):
 
     def _record(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Let the base run over a batch, without gradient, and remember what enters its blocks."""
-        known = inspect.signature(model.forward).parameters
-        changed = {"labels": None, "use_cache": False, "logits_to_keep": 1, "num_items_in_batch": None}
-        inputs = {name: value for name, value in inputs.items() if not isinstance(value, Cache)}
-        inputs |= {name: value for name, value in changed.items() if name in known or name in inputs}
+        decoder = model.base_model  # without the head, which some trainers replace by one that wants labels
+        known = inspect.signature(decoder.forward).parameters
+        inputs = {name: value for name, value in inputs.items() if name in known and not isinstance(value, Cache)}
         self._recording = True
         try:
             with base_alone(model), torch.no_grad():
-                model(**inputs)
+                decoder(**inputs | {"use_cache": False})
         finally:
             self._recording = False
 

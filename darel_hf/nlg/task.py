@@ -42,7 +42,8 @@ from .metrics import NAMES, NLGMetrics
 
 logger = logging.getLogger(__name__)
 
-LORA_ON = {"all": LoraConfig, "reader": ReaderLoraConfig}
+PROMPT_END = " ||"  # of all prompts: the tokens from which on lora_on="completion" acts
+LORA_ON = {"all": LoraConfig, "reader": ReaderLoraConfig, "completion": LoraConfig}
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
 HUB_COLUMNS = {"meaning_representation": "mr", "human_reference": "ref", "mr": "mr", "ref": "ref"}
 
@@ -65,7 +66,8 @@ class NLGArguments:
 
     Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules` (`all-linear`, or
     names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights. `lora_on`:
-    `"all"`, or `"reader"`, see [`ReaderLoraConfig`].
+    `"all"`; `"reader"` (on completions, which read frozen prompts through adapted keys and values, see
+    [`ReaderLoraConfig`]); `"completion"` (PEFT's aLoRA: completions read prompts as the base does).
 
     Parameters that control **generation** (beam search as in the papers): `generate`, `num_beams`, `length_penalty`,
     `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
@@ -89,7 +91,7 @@ class NLGArguments:
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "all-linear, or names with commas between"}
     )
-    lora_on: str = field(default="all", metadata={"help": "'all', or 'reader': on completions, prompts stay frozen"})
+    lora_on: str = field(default="all", metadata={"help": "'all', 'reader' or 'completion'"})
     generate: bool = field(default=True, metadata={"help": "write predictions for the test set"})
     num_beams: int = field(default=10, metadata={"help": "beams"})
     length_penalty: float = field(default=0.8, metadata={"help": "exponent of the length in the beam score"})
@@ -155,7 +157,7 @@ def prompt_of(mr: str) -> str:
     if "[" not in mr:
         return mr
     parts = [part.strip().rstrip("]").split("[", 1) for part in mr.split("],")]
-    return " | ".join(" : ".join(piece.strip() for piece in part) for part in parts) + " ||"
+    return " | ".join(" : ".join(piece.strip() for piece in part) for part in parts) + PROMPT_END
 
 
 def tokenize_pairs(
@@ -251,6 +253,8 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
         task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out,
     )
+    if args.lora_on == "completion":
+        lora.alora_invocation_tokens = tokenizer(PROMPT_END, add_special_tokens=False)["input_ids"]
     return get_peft_model(model, lora), tokenizer
 
 

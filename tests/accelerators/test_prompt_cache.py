@@ -8,13 +8,14 @@ import torch
 from helpers import arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
-from readers import FAMILIES, adapted, data, distance, gradients, make_base, moved, oracle, rows, trained
+from peft import LoraConfig, get_peft_model
+from readers import FAMILIES, adapted, data, distance, gradients, items_of, make_base, moved, oracle, rows, trained
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 from darel_hf.accelerators import PromptCache, prompt_cache
 from darel_hf.accelerators.frozen_base import FrozenBase
+from darel_hf.adapters import completion_lora
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2), (7, 6)]
 WAYS = ("ram", "disk", "recompute")
@@ -219,8 +220,6 @@ def test_a_later_run_uses_the_file_again(tmp_path, monkeypatch, caplog):
 
 
 def test_another_base_has_another_file(tmp_path):
-    from peft import get_peft_model
-
     for seed in range(2):
         config = ReaderLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
         trained(
@@ -289,7 +288,6 @@ def test_refusals(tmp_path):
     model.get_base_model().set_attn_implementation("eager")
     assert "attn_implementation='sdpa'" in refusal(model, tmp_path)
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    from peft import get_peft_model
     from readers import SMALL
 
     base = LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope, max_position_embeddings=64))
@@ -336,3 +334,69 @@ def test_dora_and_frozen_adapters(tmp_path):
 def test_stock_lora_is_told_by_logging(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert "ReaderLoraConfig" in cache_for(adapted("llama", LoraConfig), tmp_path).why_not(None)
+
+
+# ---- aLoRA ----
+
+END = [61, 62]
+
+
+def invoked_rows(lengths):
+    """Rows whose prompts end with the same two tokens, which occur nowhere else."""
+    made = rows(lengths)
+    made["input_ids"][made["input_ids"] >= END[0]] = 7
+    for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
+        first = int(labels.ne(-100).nonzero()[0])
+        ids[first - 2 : first] = torch.tensor(END)
+    return made
+
+
+def alora(family, made):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return moved(get_peft_model(make_base(family), completion_lora(config, items_of(made)))).train()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alora_as_peft_trains_it(family, way, tmp_path):
+    inputs = invoked_rows([(7, 5), (10, 3), (2, 6), (3, 4), (12, 2)])
+    model = alora(family, inputs)
+    assert model.active_peft_config.alora_invocation_tokens == END
+    loss = model(**inputs).loss  # PEFT's own masked forward, on the padded batch
+    loss.backward()
+    wanted = gradients(model)
+    cache = cache_for(model, tmp_path, way)
+    assert cache.why_not(lambda: inputs) is None
+    model.zero_grad()
+    row = cache.transform(inputs)
+    assert row["input_ids"].shape[1] < int(inputs["attention_mask"].sum()) - 15
+    found = model(**row).loss
+    found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert distance(gradients(model), wanted) < 1e-5
+
+
+def test_alora_rows_without_their_tokens(tmp_path):
+    inputs = invoked_rows([(7, 5), (6, 4)])
+    model = alora("llama", inputs)
+    inputs["input_ids"][1, 4:6] = 9
+    reason = cache_for(model, tmp_path).why_not(lambda: inputs)
+    assert "row 1 of a batch does not have them" in reason
+
+
+def test_completion_lora_finds_what_prompts_end_with():
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def found(*prompts, completion=(40, 41)):
+        items = [
+            {"input_ids": [*prompt, *completion], "labels": [-100] * len(prompt) + list(completion)}
+            for prompt in prompts
+        ]
+        return completion_lora(config, items).alora_invocation_tokens
+
+    assert found([1, 2, 3, 4], [9, 3, 4], [5, 5, 3, 4]) == [3, 4]
+    assert config.alora_invocation_tokens is None
+    with pytest.raises(ValueError, match=r"dataset: the prompt of row 1 ends with \[3, 5\], others with \[2, 3, 4\]"):
+        found([1, 2, 3, 4], [3, 5])
+    with pytest.raises(ValueError, match=r"the completion of row 0 has \[4\] again"):
+        found([1, 4], [2, 4], completion=(8, 4, 9))
