@@ -13,7 +13,7 @@ import peft
 import torch
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import Embedding, LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -82,8 +82,6 @@ class ReaderLoraConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = ReaderType.READER
-        # A door that PEFT 0.21 has opened: which weights belong to an adapter is asked of its class.
-        require(hasattr(BaseTuner, "_get_adapter_state_dict"), "peft", peft.__version__, "install peft>=0.21")
         for name, only in MUST_BE.items():
             value = getattr(self, name, only)
             remedy = f"it acts on prompts, which a reader leaves alone; set it to {only!r}"
@@ -111,7 +109,7 @@ class ReaderModel(LoraModel):
     def _post_injection_hook(self, model: nn.Module, config: ReaderLoraConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         # Plain numbers and references, no modules: nn.Module must not take them for parts of the model.
-        self._recording, self._states, self._prompt = False, {}, None
+        self._recording, self._inside, self._states, self._prompt = False, False, {}, None
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         kinds = {module.__class__.__name__ for module in model.modules() if isinstance(module, Embedding)}
         require(bool(blocks), "model", type(model).__name__, "it has no blocks that we know; train a plain LoraConfig")
@@ -135,7 +133,7 @@ class ReaderModel(LoraModel):
         if self._recording:
             return None
         lengths = kwargs.pop("prompt_lengths", None)
-        self._prompt, self._states = None, {}
+        self._inside, self._prompt, self._states = True, None, {}
         if not self.everywhere:
             inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
             inputs = {**inputs.pop("kwargs", {}), **inputs}
@@ -181,14 +179,23 @@ class ReaderModel(LoraModel):
         hidden = args[0] if args else kwargs.get("hidden_states")
         if self._recording:
             self._states[block] = hidden
-        elif self._prompt is not None and block in self._states:
-            hidden = torch.where(self._prompt[..., None], self._states.pop(block), hidden)
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        elif self._inside or _in_backward():
+            if self._prompt is not None and block in self._states:
+                hidden = torch.where(self._prompt[..., None], self._states[block], hidden)
+                return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        elif not self.everywhere:
+            raise RuntimeError(
+                f"{type(block).__name__} was called by other than {type(self.model).__name__}, so the reader knows "
+                "no prompt; call the model as a whole, or the base alone (model.disable_adapter())"
+            )
         return None
 
-    def _end(self, *called: Any) -> None:
+    def _end(self, model: nn.Module, *called: Any) -> None:
         if not self._recording:
-            self._prompt, self._states = None, {}
+            self._inside = False
+            # What is checkpointed is computed again in the backward pass, by some transformers with these hooks.
+            if not (model.training and torch.is_grad_enabled() and _checkpoints(model)):
+                self._prompt, self._states = None, {}
 
     # -- what PEFT's LoRA does otherwise --
 
@@ -217,6 +224,16 @@ class ReaderModel(LoraModel):
                 "a reader cannot be merged: its weights are for completions, not for prompts; to_lora(model) makes "
                 "stock LoRA of it and says what that costs, finish_epochs trains it to be one"
             )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work: then a block is called to compute again what a forward pass has left out."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    known = hasattr(type(model), "is_activation_checkpointing")  # transformers 5.23 warns of the older name
+    return getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", False)
 
 
 def prompt_positions(used: torch.Tensor, labels: torch.Tensor | None, lengths: Any = None) -> torch.Tensor:

@@ -3,19 +3,36 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
-from helpers import arguments
+from helpers import PadCollator, arguments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from readers import FAMILIES, adapted, data, distance, gradients, items_of, make_base, moved, oracle, rows, trained
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer
+from readers import (
+    FAMILIES,
+    GENTLE,
+    adapted,
+    data,
+    distance,
+    gradients,
+    items_of,
+    make_base,
+    moved,
+    oracle,
+    rows,
+    trained,
+)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 from darel_hf.accelerators import PromptCache, prompt_cache
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
+from darel_hf.data import CarryIds, add_ids
+from darel_hf.scoring import BatchScorer, score_dataset
+from darel_hf.scoring.prompts import SharedPrompts
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2), (7, 6)]
 WAYS = ("ram", "disk", "recompute")
@@ -161,6 +178,53 @@ def test_resume_is_bit_exact(way, tmp_path):
         **more,
     )
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_evaluates_and_generates_on_the_way_as_after_it(tmp_path):
+    """Batches that are not ours go through the same attention while training lasts."""
+    model, found = adapted("llama", ReaderLoraConfig), []
+    prompt = torch.tensor([[5, 6, 7, 8]])
+
+    def look(current):
+        current.eval()
+        with torch.no_grad():
+            loss = current(**rows(LENGTHS)).loss.item()
+        said = current.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+        current.train()
+        return loss, said.tolist()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.append(look(model))
+
+    trainer = DarelTrainer(
+        model=model,
+        args=arguments(tmp_path, **GENTLE, max_steps=2),
+        train_dataset=data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(prompt_cache="ram"),
+        callbacks=[Look()],
+    )
+    trainer.train()
+    assert found[-1] == look(model)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_oracle(family, monkeypatch):
+    """The offline pass computes shared prompts once, and reads them through adapted keys and values."""
+    shared, batches = [], SharedPrompts.batches
+    monkeypatch.setattr(SharedPrompts, "batches", lambda self, *size: shared.append(1) or batches(self, *size))
+    table, stock = data(), adapted(family)
+    rows_of = add_ids(table.select_columns(["input_ids", "attention_mask", "labels"]), np.arange(len(table)))
+    scorer = BatchScorer(adapted(family, ReaderLoraConfig))
+    found = score_dataset(scorer, rows_of, CarryIds(PadCollator()), dict, progress_bar=False).losses
+    wanted = []
+    for row in table:
+        batch = PadCollator()([row])
+        wanted.append(float(oracle(stock, batch)[0].detach()) / int(batch["labels"].ne(-100).sum()))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert shared and scorer.head is not None
 
 
 # ---- Stores ----

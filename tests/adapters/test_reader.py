@@ -66,14 +66,13 @@ def test_a_prompt_of_one_token_is_plain_lora():
     assert torch.equal(model(**inputs).loss, wanted)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_checkpointing_changes_nothing(checkpointing):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(reentrant):
     inputs, model = batch("right"), adapted("llama", ReaderLoraConfig)
     wanted_of = adapted("llama", ReaderLoraConfig).train()
     wanted_of(**inputs).loss.backward()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
     model.train()
     model(**inputs).loss.backward()
     assert distance(gradients(model), gradients(wanted_of)) < 1e-6
@@ -248,6 +247,18 @@ def test_refuses_merging_parts_and_several_answers():
     inputs["labels"][0, 6] = -100
     with pytest.raises(ValueError, match=r"labels: row 0 .* 2 places"):
         model(**inputs)
+
+
+def test_a_decoder_alone_has_no_prompt():
+    """Past the head nobody says where prompts end: an error, no LoRA everywhere in silence."""
+    model = adapted("llama", ReaderLoraConfig)
+    decoder = model.get_base_model().model
+    with pytest.raises(RuntimeError, match="call the model as a whole"):
+        decoder(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    with model.disable_adapter():
+        decoder(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    to_lora(model)
+    decoder(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
 def test_in_a_pipeline():
