@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
@@ -23,124 +22,11 @@ from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
 from .frozen_base import FrozenBase
+from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 
-#: The name of our attention in transformers' registry.
-ATTENTION = "darel_prompt_cache"
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
-
-
-@dataclass
-class Step:
-    """
-    What the attention of a micro-batch reads of its prompts.
-
-    Attributes:
-        kept (`dict`): by attention module, what was kept of all distinct prompts, `[N, width]`.
-        positions (`torch.Tensor`): int64 `[N]`, for [`FrozenBase.keys_and_values`].
-        prompts (`list[tuple[int, int]]`): where the prompt of each row begins and ends in that.
-        lengths (`list[int]`): positions of each row that are computed.
-        masks (`dict`): of each row, by sliding window, made once for all layers.
-    """
-
-    kept: dict[nn.Module, torch.Tensor]
-    positions: torch.Tensor
-    prompts: list[tuple[int, int]]
-    lengths: list[int]
-    masks: dict[int | None, Any] = field(default_factory=dict)
-
-
-def attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """
-    Attend to a row's prompt and to itself, for rows that [`PromptCache`] has made; else as transformers' `"sdpa"`.
-
-    Args:
-        query, key, value (`torch.Tensor`): `[1, heads, N, d]`, of the completions.
-        attention_mask (`torch.Tensor`): that of [`darel_hf.accelerators.unpad.flatten`].
-        sliding_window (`int`, *optional*): positions that a position sees, itself included.
-        **kwargs: as transformers gives them.
-
-    Returns:
-        `[1, N, heads, d]` and no weights.
-    """
-    layer = FrozenBase.called(module, key, value)
-    step = None if layer is None else layer.base.step
-    if step is None or not unpad.holds_places(attention_mask):
-        return unpad.attention(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    prompt = key[:, :, :0], value[:, :, :0]
-    if len(step.positions):
-        prompt = layer.base.keys_and_values(layer, step.kept[module], step.positions)
-    sdpa, own = ALL_ATTENTION_FUNCTIONS["sdpa"], attention_mask[0, 0]
-    if on_cpu(query):
-        return _sample_by_sample(sdpa, module, query, (key, value), prompt, step, sliding_window, kwargs), None
-    return _in_rows(sdpa, module, query, (key, value), prompt, step, own, sliding_window, kwargs), None
-
-
-def on_cpu(states: torch.Tensor) -> bool:
-    """Whether calls are cheap where they are computed."""
-    return states.device.type == "cpu"
-
-
-def _sample_by_sample(sdpa, module, query, own, prompt, step, window, kwargs) -> torch.Tensor:
-    """Attend to one row after the other: nothing is padded; for CPUs, where calls are cheap."""
-    if window not in step.masks:
-        step.masks[window] = [
-            None
-            if length == 1 and (window is None or end - start < window)
-            else _mask(length, end - start, window, query)
-            for length, (start, end) in zip(step.lengths, step.prompts, strict=True)
-        ]
-    outputs, rows = [], zip(*(states.split(step.lengths, dim=2) for states in (query, *own)), strict=True)
-    for (q, k, v), (start, end), mask in zip(rows, step.prompts, step.masks[window], strict=True):
-        k, v = (torch.cat([p[:, :, start:end], o], dim=2) for p, o in zip(prompt, (k, v), strict=True))
-        outputs.append(sdpa(module, q, k, v, mask, **kwargs | {"is_causal": False})[0])
-    return torch.cat(outputs, dim=1)
-
-
-def _mask(length: int, past: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-    """Return what to add to scores, `[1, 1, length, past + length]`: nothing, or -inf for what is not seen."""
-    distance = torch.arange(past, past + length)[:, None] - torch.arange(past + length)
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(length, past + length, dtype=like.dtype).masked_fill(hidden, -torch.inf)[None, None]
-
-
-def _in_rows(sdpa, module, query, own, prompt, step, places, window, kwargs) -> torch.Tensor:
-    """Attend to all rows at once, padded; for devices on which calls are dear."""
-    n, device = query.shape[2], query.device
-    if window not in step.masks:
-        used = max(step.lengths)
-        starts, ends = torch.tensor(step.prompts, device=device).T
-        columns = torch.arange(int((ends - starts).max()), device=device)
-        past = (starts[:, None] + columns).masked_fill(columns >= (ends - starts)[:, None], len(step.positions) + n)
-        taken = places[:, :used]
-        # Keys of a row: its prompt, padded, then itself, padded; what pads is the row of zeros at the very end.
-        keys = torch.cat([past, torch.where(taken < n, taken + len(step.positions), len(step.positions) + n)], dim=1)
-        where = torch.cat(
-            [columns.expand_as(past), torch.arange(used, device=device) + (ends - starts)[:, None]], dim=1
-        )
-        distance = where[:, None, len(columns) :].mT - where[:, None]
-        seen = (distance >= 0) & (keys < len(step.positions) + n)[:, None]
-        seen &= distance < window if window is not None else True
-        seen |= torch.zeros_like(seen).index_fill_(2, torch.tensor([0], device=device), True) & ~seen.any(-1, True)
-        step.masks[window] = taken, keys, seen[:, None]
-    taken, keys, seen = step.masks[window]
-
-    def rows(states: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        return states[0].transpose(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
-
-    padded = [torch.cat([p, o, torch.zeros_like(o[:, :, :1])], dim=2) for p, o in zip(prompt, own, strict=True)]
-    q = rows(query, taken.clamp(max=n - 1))
-    output = sdpa(module, q, *(rows(s, keys) for s in padded), seen, **kwargs | {"is_causal": False})[0].flatten(0, 1)
-    return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, taken.flatten(), output)[None, :n]
 
 
 @register_accelerator
@@ -262,7 +148,7 @@ class PromptCache(unpad.PaddingFree):
         if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
             self.close()
             self.base = FrozenBase(model, max(rows, key=len), adapted=self.invocation is None)
-            self.store = self.store or self._make_store([len(prompt) for prompt in prompts])
+            self.store = self.store or self._make_store(prompts)
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
         ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()
@@ -276,12 +162,12 @@ class PromptCache(unpad.PaddingFree):
             rest.sum(1).tolist(),
         )
 
-    def _make_store(self, lengths: list[int]) -> Recompute:
-        """Make where prompts are kept; `lengths`: of those of a few rows, by which `"auto"` decides."""
+    def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
+        """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
         trainer, way = self.trainer, self.trainer.darel.prompt_cache
         folder = Path(trainer.args.output_dir) / "prompts"
         if way == "auto":
-            way = self._choose(lengths, folder)
+            way = self._choose(few, folder)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
             form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
@@ -289,14 +175,12 @@ class PromptCache(unpad.PaddingFree):
             return OnDisk(folder, key, trainer.args.process_index)
         return InMemory() if way == "ram" else Recompute()
 
-    def _choose(self, lengths: list[int], folder: Path) -> str:
-        """Choose where prompts are kept, by how much that is at most; say so."""
+    def _choose(self, few: list[tuple[int, ...]], folder: Path) -> str:
+        """Choose where prompts are kept, by how much that is at most, and what it takes to read; say so."""
         args, dataset = self.trainer.args, self.trainer.train_dataset
-        length = sum(lengths) / len(lengths)
+        length = sum(map(len, few)) / len(few)
         if is_stream(dataset):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
-        elif args.max_steps <= 0 and args.num_train_epochs <= 1 and len(set(lengths)) == len(lengths):
-            way, why = "recompute", "each prompt is seen once"
         else:
             size = len(dataset) * length * self.base.row_bytes
             # Every process keeps what it sees; a quarter of what is free, for the estimate is of few rows.
@@ -306,8 +190,27 @@ class PromptCache(unpad.PaddingFree):
             way = "ram" if size <= room else "disk" if size <= free else "recompute"
             why = f"{len(dataset)} prompts of about {length:.0f} tokens are at most {size / 2**30:.2f} GiB; "
             why += f"{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+            if way == "disk":
+                computing, loading = self._time(max(few, key=len), existing)
+                way = "disk" if loading < computing else "recompute"
+                why += (
+                    f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
+                )
         self.trainer.accelerator.print(f"prompt_cache='auto' is {way!r}: {why}")
         return way
+
+    def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
+        """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
+        started = time.perf_counter()
+        data = self.base.record([prompt]).cpu().view(torch.uint8).numpy().tobytes()
+        computed = time.perf_counter()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            file.read()
+        return computed - started, time.perf_counter() - computed
 
     def close(self) -> None:
         if self.base is not None:
@@ -326,7 +229,3 @@ class PromptCache(unpad.PaddingFree):
 def _rows(ids: torch.Tensor, taken: torch.Tensor) -> list[list[int]]:
     """Return the token ids at some positions, row by row."""
     return [row.tolist() for row in ids[taken].cpu().split(taken.sum(1).tolist())]
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import PromptCache, prompt_cache
+from darel_hf.accelerators import PromptCache, prompt_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -51,8 +52,8 @@ def cache_for(model, folder, way="ram", train_dataset=None, **more):
 @pytest.fixture
 def in_rows(monkeypatch):
     """Attend as on a GPU."""
-    monkeypatch.setattr(prompt_cache, "_sample_by_sample", None)
-    monkeypatch.setattr(prompt_cache, "on_cpu", lambda states: False)
+    monkeypatch.setattr(prompt_attention.Step, "one_by_one", None)
+    monkeypatch.setattr(prompt_attention, "on_cpu", lambda states: False)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -334,6 +335,16 @@ def test_auto_says_what_it_takes(tmp_path, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
     assert len(told) == 1 and told[0].startswith("prompt_cache='auto' is 'ram': 24 prompts of about ")
     assert not (tmp_path / "prompts").exists()
+
+
+@pytest.mark.parametrize(("loading", "way"), [(0.0, "disk"), (1e9, "recompute")])
+def test_auto_measures_a_disk(tmp_path, capsys, monkeypatch, loading, way):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(PromptCache, "_time", lambda self, prompt, folder: (1.0, loading))
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
+    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: ") and "ms to store and load" in told[0]
+    assert (tmp_path / "prompts").exists() == (way == "disk")
 
 
 # ---- What cannot be had ----
