@@ -17,21 +17,14 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import darel_hf` costs milliseconds, not the seconds of torch and transformers.
 _HOME = {
-    "DarelConfig": "config",
-    "DarelMixin": "training",
-    "DarelSFTTrainer": "training.sft",
-    "DarelSeq2SeqTrainer": "training",
-    "DarelTrainer": "training",
-    "LossLedger": "selection",
-    "NLGMetrics": "nlg.metrics",
-    "Plan": "budget",
-    "ReaderLoraConfig": "adapters",
-    "RULES": "selection",
-    "Report": "report",
-    "Samples": "selection",
-    "Selector": "selection",
-    "register_rule": "selection",
-    "to_lora": "adapters",
+    "adapters": ("ReaderLoraConfig", "to_lora"),
+    "budget": ("Plan",),
+    "config": ("DarelConfig",),
+    "nlg.metrics": ("NLGMetrics",),
+    "report": ("Report",),
+    "selection": ("RULES", "LossLedger", "Samples", "Selector", "register_rule"),
+    "training": ("DarelMixin", "DarelSeq2SeqTrainer", "DarelTrainer"),
+    "training.sft": ("DarelSFTTrainer",),
 }
 
 __all__ = [
@@ -55,9 +48,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    for home, names in _HOME.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -19,8 +19,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-errors = Console(stderr=True)
+out = Console(highlight=False, markup=False)  # paths and names may hold brackets
+errors = Console(stderr=True, highlight=False)
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
 
 
@@ -72,7 +72,7 @@ def demo(
         from .nlg.demo import run_demo, table
 
         out.print(f"Warming up a small GPT-2, then four ways of LoRA fine-tuning; everything goes to {output_dir}/.")
-        results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", highlight=False))
+        results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}"))
         Console(width=max(out.width, 100)).print(table(results))
         out.print(f"Charts: {output_dir}/losses.png, {output_dir}/quality_time.png")
 
@@ -103,11 +103,8 @@ def score(
         scores = score_texts(read_table(data), model, prompt_column, target_column, id_column, max_length)
         save_scores(scores, output)
         losses = scores.losses
-        out.print(
-            f"{len(losses):,} samples scored: loss {losses.mean():.3f} on average, {losses.min():.3f} to "
-            f"{losses.max():.3f}; written to {output}",
-            highlight=False,
-        )
+        spread = f"{losses.mean():.3f} on average, {losses.min():.3f} to {losses.max():.3f}"
+        out.print(f"{len(losses):,} samples scored: loss {spread}; written to {output}")
 
 
 @app.command()
@@ -160,18 +157,13 @@ def select(
             reference = load_scores(reference_scores, name)
             reference = match_scores(reference, loaded.ids, data_of, str(reference_scores), name).losses
         selection = Selector(config, loaded.ids, seed, reference).select_offline(loaded, groups)
-        kept = loaded.ids[selection.positions]
-        result = (
-            datasets.Dataset.from_dict({"sample_id": kept}) if table is None else table.select(selection.positions)
-        )
+        if table is None:
+            table = datasets.Dataset.from_dict({"sample_id": loaded.ids})
+        result = table.select(selection.positions)
         if selection.weights is not None:
             result = result.add_column("weight", selection.weights)
         write_table(result, output)
-        out.print(
-            f"{len(kept):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}",
-            highlight=False,
-            markup=False,
-        )
+        out.print(f"{len(result):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}")
 
 
 @app.command()
@@ -223,21 +215,13 @@ def plan(
         forward_share = forward_share if config.rule("online").reads_losses else 0.0
         factors = {"unpad": unpad_share} if unpad_share < 1 else {}
         costs = Costs(float("nan"), forward_share, offline_share, False, one_forward=one_forward, factors=factors)
-        made = Plan(
-            offline_keep=config.offline_keep,
-            online_keep=config.online_keep,
-            rescore_every=config.rescore_every,
-            batch_size=batch_size,
-            epochs=epochs,
-            samples=samples,
-            costs=costs,
-            scores_free=saved_scores or not config.rule("offline").reads_losses,
-        )
+        free = saved_scores or not config.rule("offline").reads_losses
+        made = Plan.of(config, batch_size=batch_size, epochs=epochs, samples=samples, costs=costs, scores_free=free)
         made = budget_plan(made, config) if config.has_budget else made
         made.check()
-        out.print(str(made), highlight=False)
+        out.print(str(made))
         if made.predicted_saving <= 0:
-            errors.print("no saving is predicted: scoring costs more than the dropped rows save", highlight=False)
+            errors.print("no saving is predicted: scoring costs more than the dropped rows save")
 
 
 @app.command("eval")

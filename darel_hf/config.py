@@ -285,8 +285,7 @@ class DarelConfig:
 
     def _is_default(self, name: str) -> bool:
         """Whether a setting is at its default; so is one that this class does not have."""
-        defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        return name not in defaults or getattr(self, name) == defaults[name]
+        return not hasattr(self, name) or getattr(self, name) == getattr(type(self), name)
 
     def _check_beside(self, facts: AcceleratorFacts) -> None:
         """Raise `ValueError` where an accelerator that is asked for does not go with the other settings."""

@@ -56,6 +56,16 @@ def test_score(folder):
     assert again.exit_code == 1 and "say --force" in again.output
 
 
+def test_score_shows_brackets_as_they_are(folder, tmp_path):
+    output = tmp_path / "of[/b]all[run].parquet"
+    output.parent.mkdir(exist_ok=True)
+    done = darel(
+        "score", folder / "trainset.csv", "--model", folder / "model", "--target-column", "ref", "--output", output
+    )
+    assert done.exit_code == 0, done.output
+    assert "all[run].parquet" in done.output.replace("\n", "")
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_select_rows(folder, tmp_path, suffix):
     out = tmp_path / f"kept.{suffix}"

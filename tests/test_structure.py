@@ -1,6 +1,7 @@
 """The house: who names what, what an import costs, and that facts and registries agree."""
 
 import ast
+import configparser
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_every_wing_says_what_it_is_for(path):
     assert text
     if path.parent.parent == PACKAGE:
         assert "\nStands on " in text
+
+
+def test_an_installed_package_has_its_data_files():
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    told = settings["options.package_data"]["darel_hf"].split()
+    for path in PACKAGE.rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            assert any(path.relative_to(PACKAGE).match(pattern) for pattern in told), path
 
 
 def in_a_new_process(code):

@@ -83,19 +83,12 @@ class Accelerator(ABC):
 
     def told(self, reason: object, remedy: str) -> str:
         """Return a sentence that names the setting, the reason, and after `remedy` the value to set."""
-        return f"{self._setting}: {reason}; {remedy} {self._default!r}"
+        name, settings = self.facts.setting, self.trainer.darel
+        return f"{name}={getattr(settings, name)!r}: {reason}; {remedy} {getattr(type(settings), name)!r}"
 
     def refuse(self, reason: str) -> NoReturn:
         """Raise `ValueError`: it cannot be had."""
         raise ValueError(self.told(reason, "set it to"))
-
-    @property
-    def _setting(self) -> str:
-        return f"{self.facts.setting}={getattr(self.trainer.darel, self.facts.setting)!r}"
-
-    @property
-    def _default(self) -> Any:
-        return type(self.trainer.darel).__dataclass_fields__[self.facts.setting].default
 
 
 class Choosing(Accelerator):

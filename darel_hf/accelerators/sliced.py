@@ -6,7 +6,8 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -33,6 +34,7 @@ from ..scoring import (
     first_of,
     is_causal_lm,
     is_sharded,
+    logits_of,
     moved,
     per_sample_losses,
     scorer_for,
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("eager", "inductor")
 #: Largest relative difference of a gradient to that of the whole backward pass, by whether all of it is float32.
 TOLERANCE = {True: 1e-4, False: 5e-2}
+REDUCED = {torch.bfloat16, torch.float16}
 
 
 class CannotSlice(CannotAccelerate):
@@ -122,8 +125,7 @@ class SlicedStep:
                 return own, own.detach(), torch.ones_like(own, dtype=torch.int64), torch.full_like(own, torch.nan)
             labels = inputs["labels"]
             outputs = call(**{key: value for key, value in inputs.items() if key != "labels"}, **options)
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-            logits = logits[0] if isinstance(logits, tuple) else logits
+            logits = logits_of(outputs)
             samples = per_sample_losses(logits, labels, shift, label_smoothing, want_correct, dense=True)
             ranking = samples.losses.detach()
             if label_smoothing > 0:
@@ -198,20 +200,19 @@ def _refuse(model: nn.Module) -> None:
         raise CannotSlice("its parameters are spread over processes (FSDP, ZeRO 3)")
 
 
+@dataclass
 class _Kept:
     """The rows that the next backward pass is for, between the trainer and the compiled graphs."""
 
-    def __init__(self) -> None:
-        self.rows: list[int] | None = None  # ascending
-        self.of = 0
+    rows: list[int] | None = None  # ascending
+    of: int = 0
 
 
 def _eager(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept) -> Callable:
     """Compile with the operators of eager mode; save what eager mode would save."""
 
     def backward(part: torch.fx.GraphModule, inputs: Sequence) -> Callable:
-        own = _own_inputs()
-        return _sliced_backward(boxed_nop(part, inputs), _saved_values(part), own, kept, reuses=False)
+        return _sliced_backward(functools.partial(boxed_nop, part, inputs), part, kept, reuses=False)
 
     made = aot_autograd(fw_compiler=boxed_nop, bw_compiler=backward, partition_fn=default_partition)
     return made(graph, example_inputs)
@@ -223,15 +224,12 @@ def _inductor(graph: torch.fx.GraphModule, example_inputs: Sequence, kept: _Kept
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     def inner(part: torch.fx.GraphModule, inputs: Sequence, **options: Any) -> Callable:
+        compile_part = functools.partial(compile_fx_inner, part, inputs, **options)
         if not options.get("is_backward"):
-            return compile_fx_inner(part, inputs, **options)
-        own, values = _own_inputs(), _saved_values(part)
-        return _sliced_backward(compile_fx_inner(part, inputs, **options), values, own, kept, reuses=True)
+            return compile_part()
+        return _sliced_backward(compile_part, part, kept, reuses=True)
 
-    with (
-        functorch_config.patch(enable_autograd_cache=False),
-        inductor_config.patch(fallback_random=True),
-    ):
+    with functorch_config.patch(enable_autograd_cache=False), inductor_config.patch(fallback_random=True):
         return compile_fx(graph, example_inputs, inner_compile=inner)
 
 
@@ -248,26 +246,26 @@ def _own_inputs() -> frozenset[int]:
     return own
 
 
-def _saved_values(graph: torch.fx.GraphModule) -> dict[str, Any]:
-    """Return what a backward graph takes: symbolic sizes, fake tensors, and the gradient of the losses last."""
-    return {node.name: node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"}
-
-
 def _sliced_backward(
-    backward: Callable, values: dict[str, Any], own: frozenset[int], kept: _Kept, reuses: bool
+    compile_part: Callable[[], Callable], part: torch.fx.GraphModule, kept: _Kept, reuses: bool
 ) -> Callable:
     """
-    Wrap a compiled backward graph: cut what it takes down to the kept rows before it runs.
+    Compile a backward graph, and wrap it: what it takes is cut down to the kept rows before it runs.
 
     Args:
-        backward (`Callable`): takes a list, which it empties.
-        values (`dict`): what it takes, as the compiler sees it, by name.
-        own (`frozenset[int]`): which of it nobody else sees, so that it may be cut in place.
+        compile_part (`Callable`): compiles it to what takes a list, which it empties.
+        part (`GraphModule`): the graph. It takes symbolic sizes, fake tensors, and the gradient of the losses last.
         kept ([`_Kept`]): the rows.
         reuses (`bool`): whether the graph may write its results into what it takes.
     """
+    own = _own_inputs()
+    values = {node.name: node.meta.get("val") for node in part.graph.nodes if node.op == "placeholder"}
     batch = list(values.values())[-1].shape[0]  # of the gradient of the losses
-    cuts = [_Cut.of(name, value, batch) for name, value in values.items()]
+    backward = compile_part()
+    dims = [_batch_dim(value, batch) for value in values.values()]
+    # The numbers of the rows: those of the kept ones are new.
+    ranges = [(i, value) for i, (name, value) in enumerate(values.items()) if name.startswith(("arange", "iota"))]
+    numbers = {i for i, value in ranges if torch.is_tensor(value) and value.dim() == 1}
     checked = False
 
     def call(arguments: list) -> Any:
@@ -279,10 +277,10 @@ def _sliced_backward(
         if not isinstance(batch, torch.SymInt):
             raise CannotSlice(f"the compiled graph is for batches of {c} rows only")
         if not checked:
-            exact = not any(_is_reduced(argument) for argument in arguments)
+            exact = not {getattr(argument, "dtype", None) for argument in arguments} & REDUCED
             whole = backward([_copy(argument) for argument in arguments] if reuses else list(arguments))
         again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph=True
-        _cut_all(arguments, cuts, frozenset() if again else own, rows, c)
+        _cut_all(arguments, dims, numbers, set() if again else own - numbers, rows, c)
         if checked:
             return backward(arguments)
         try:
@@ -302,10 +300,6 @@ def _copy(argument: Any) -> Any:
         return argument
     made = torch.empty_strided(argument.shape, argument.stride(), dtype=argument.dtype, device=argument.device)
     return made.copy_(argument)
-
-
-def _is_reduced(argument: Any) -> bool:
-    return torch.is_tensor(argument) and argument.dtype in (torch.bfloat16, torch.float16)
 
 
 def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
@@ -329,24 +323,17 @@ def _compare(gradients: Sequence, whole: Sequence, tolerance: float) -> bool:
     return True
 
 
-class _Cut(NamedTuple):
-    """How one input of a backward graph depends on the batch size."""
+def _batch_dim(value: Any, batch: Any) -> int | None:
+    """
+    Return which dimension of an input of a backward graph has the rows; `None`: it does not depend on the batch size.
 
-    dim: int | None = None  # of a tensor: the dimension that has the rows
-    size: bool = False  # a size that is a multiple of the number of rows
-    numbers: bool = False  # the numbers of the rows: those of the kept ones are new
-
-    @classmethod
-    def of(cls, name: str, value: Any, batch: Any) -> _Cut:
-        sizes = value.shape if torch.is_tensor(value) else [value]
-        dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
-        if len(dims) > 1:
-            raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
-        if not dims:
-            return cls()
-        if not torch.is_tensor(value):
-            return cls(size=True)
-        return cls(dim=dims[0], numbers=value.dim() == 1 and name.startswith(("arange", "iota")))
+    A size that is a multiple of the number of rows is taken for a dimension of its own.
+    """
+    sizes = value.shape if torch.is_tensor(value) else [value]
+    dims = [dim for dim, size in enumerate(sizes) if _grows(size, batch)]
+    if len(dims) > 1:
+        raise CannotSlice(f"a saved tensor of shape {tuple(value.shape)} has the batch in more than one dimension")
+    return dims[0] if dims else None
 
 
 def _grows(size: Any, batch: Any) -> bool:
@@ -361,7 +348,9 @@ def _grows(size: Any, batch: Any) -> bool:
     return True
 
 
-def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[int], c: int) -> None:
+def _cut_all(
+    arguments: list, dims: list[int | None], numbers: set[int], own: set[int], rows: list[int], c: int
+) -> None:
     """
     Replace every argument by that of the kept rows.
 
@@ -383,9 +372,7 @@ def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[
     moves: dict[torch.dtype, tuple[list, list]] = {}  # places and sources; of one type, they are moved at once
     in_place: set[int] = set()
     for together in sharing.values():
-        if all(
-            i in own and not cuts[i].numbers and _lies_row_after_row(arguments[i], cuts[i].dim, c) for i in together
-        ):
+        if all(i in own and _lies_row_after_row(arguments[i], dims[i], c) for i in together):
             in_place.update(together)
             tensor = arguments[together[0]]
             each = tensor.untyped_storage().nbytes() // tensor.element_size() // c
@@ -399,15 +386,17 @@ def _cut_all(arguments: list, cuts: list[_Cut], own: frozenset[int], rows: list[
 
     index = torch.tensor(order, device=arguments[-1].device)
     copies: dict[tuple, torch.Tensor] = {}  # some tensors are saved more than once
-    for i, (argument, cut) in enumerate(zip(arguments, cuts, strict=True)):
-        if cut.size:
+    for i, (argument, dim) in enumerate(zip(arguments, dims, strict=True)):
+        if dim is None:
+            continue
+        if not torch.is_tensor(argument):
             arguments[i] = argument // c * b
-        elif cut.dim is not None and (i in in_place or cut.numbers):
-            arguments[i] = argument.narrow(cut.dim, 0, argument.shape[cut.dim] // c * b)
-        elif cut.dim is not None:
-            key = (cut.dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
+        elif i in in_place or i in numbers:
+            arguments[i] = argument.narrow(dim, 0, argument.shape[dim] // c * b)
+        else:
+            key = (dim, argument.data_ptr(), argument.shape, argument.stride(), argument.dtype)
             if key not in copies:
-                copies[key] = _take_rows(cut.dim, argument, index, c)
+                copies[key] = _take_rows(dim, argument, index, c)
             arguments[i] = copies[key]
 
 
@@ -425,34 +414,22 @@ def _lies_row_after_row(tensor: torch.Tensor, dim: int | None, c: int) -> bool:
 
 
 def _take_rows(dim: int, tensor: torch.Tensor, rows: torch.Tensor, c: int) -> torch.Tensor:
+    """
+    Copy some rows of a tensor, laid out in memory like the source.
+
+    Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
+    """
     shape, b = list(tensor.shape), len(rows)
     shape[dim] = shape[dim] // c * b
     if tensor.stride(dim) == 0:  # the same for all rows
         return tensor.narrow(dim, 0, shape[dim])
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
-    if _is_dense([tensor.shape[d] for d in order], [tensor.stride(d) for d in order]):
-        # Selected in the order of memory, a copy comes out laid out like the source.
-        place = order.index(dim)
-        physical = tensor.permute(order).unflatten(place, (c, -1)).index_select(place, rows).flatten(place, place + 1)
-        return physical.permute([order.index(d) for d in range(tensor.dim())])
-    # Dimensions outside of the batch in memory get smaller strides; those inside keep theirs.
     outer = tensor.stride(dim) * (tensor.shape[dim] // c)
     strides = [stride if stride <= outer else stride // c * b for stride in tensor.stride()]
-    thin = [1 if stride == 0 else size for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    source = tensor.as_strided(thin, tensor.stride(), tensor.storage_offset())
+    thin = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in strides)]  # nothing more than once
     size = [1 if stride == 0 else extent for extent, stride in zip(shape, strides, strict=True)]
     made = torch.empty_strided(size, strides, dtype=tensor.dtype, device=tensor.device)
-    made.unflatten(dim, (b, -1)).copy_(source.unflatten(dim, (c, -1)).index_select(dim, rows))
+    torch.index_select(thin.unflatten(dim, (c, -1)), dim, rows, out=made.unflatten(dim, (b, -1)))
     return made.expand(shape)
-
-
-def _is_dense(sizes: list[int], strides: list[int]) -> bool:
-    expected = 1
-    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 @register_accelerator
@@ -497,25 +474,21 @@ class SlicedTraining(Choosing):
         return None
 
     def _other_loss(self) -> str | None:
-        trainer = self.trainer
-        own = [
-            cls.__name__
-            for cls in type(trainer).__mro__
-            if "compute_loss" in vars(cls)
-            and cls is not Trainer
-            and cls.__module__.partition(".")[0] != __name__.partition(".")[0]
-        ]
-        if own:
-            return f"{own[0]} computes a loss of its own"
-        if trainer.compute_loss_func is not None:
-            return "compute_loss_func is a loss of your own"
-        if trainer.per_sample_loss is not None:
-            return "per_sample_loss ranks, the loss that trains is the model's own"
-        if trainer.args.neftune_noise_alpha:
-            return "neftune_noise_alpha adds its noise by a hook that comes after this is compiled"
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            return "FSDP and DeepSpeed spread parameters or gradients over processes"
-        return None
+        trainer, ours = self.trainer, __name__.partition(".")[0]
+        classes = [cls for cls in type(trainer).__mro__ if "compute_loss" in vars(cls) and cls is not Trainer]
+        own = next((cls.__name__ for cls in classes if cls.__module__.partition(".")[0] != ours), None)
+        reasons = {
+            f"{own} computes a loss of its own": own is not None,
+            "compute_loss_func is a loss of your own": trainer.compute_loss_func is not None,
+            "per_sample_loss ranks, the loss that trains is the model's own": trainer.per_sample_loss is not None,
+            "neftune_noise_alpha adds its noise by a hook that comes after this is compiled": (
+                trainer.args.neftune_noise_alpha
+            ),
+            "FSDP and DeepSpeed spread parameters or gradients over processes": (
+                trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            ),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def _unlike_own_step(self, batch: Mapping[str, Any], scorer: BatchScorer) -> str | None:
         """Return what differs between the trainer's own step on a few rows and the losses of ours, or `None`."""
@@ -530,9 +503,7 @@ class SlicedTraining(Choosing):
         def ours() -> torch.Tensor:
             inputs = with_decoder_inputs(trainer.model, dict(batch))
             outputs = trainer.model(**{key: value for key, value in inputs.items() if key != "labels"})
-            logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs
-            logits = logits[0] if isinstance(logits, tuple) else logits
-            samples = scorer.read(logits, batch["labels"], label_smoothing=smoothing)
+            samples = scorer.read(logits_of(outputs), batch["labels"], label_smoothing=smoothing)
             loss = weighted_loss(samples, torch.ones_like(samples.losses), items if self.counts else None)
             scaled = trainer.args.average_tokens_across_devices and items is not None  # as Trainer does with its own
             return loss * trainer.accelerator.num_processes if scaled else loss

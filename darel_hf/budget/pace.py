@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
@@ -64,6 +65,7 @@ class Progress:
         self.decisions.append([step, self.position(step), end])
 
 
+@dataclass(eq=False)
 class KeepBudget(TrainerCallback):
     """
     End training within its time budget: look at the time now and then, and shorten what is left if it must be.
@@ -86,22 +88,17 @@ class KeepBudget(TrainerCallback):
             (compiling, start-up), which plain training meets as well, so much is added to the budget.
     """
 
-    def __init__(
-        self,
-        seconds: float,
-        elapsed: Callable[[], float],
-        step_cost: Callable[[int], float],
-        step_seconds: float,
-        decide: Callable[[Callable[[], int]], int],
-        decisions: list[list[float]] | None = None,
-        scoring: Callable[[], float] | None = None,
-        granted: float = 1.0,
-        share: float = 0.0,
-    ):
-        self.seconds, self.elapsed, self.step_cost, self.decide = seconds, elapsed, step_cost, decide
-        self.step_seconds, self.scoring, self.granted, self.share = step_seconds, scoring, granted, share
-        self.saved, self.over = decisions, False  # whether a run that goes on has nothing left to do
-        self.progress: Progress | None = None
+    seconds: float
+    elapsed: Callable[[], float]
+    step_cost: Callable[[int], float]
+    step_seconds: float
+    decide: Callable[[Callable[[], int]], int]
+    decisions: list[list[float]] | None = None
+    scoring: Callable[[], float] | None = None
+    granted: float = 1.0
+    share: float = 0.0
+    over: bool = field(default=False, init=False)  # whether a run that goes on has nothing left to do
+    progress: Progress | None = field(default=None, init=False)
 
     def schedule(self, scheduler: Any, steps: int) -> None:
         """Let a scheduler go by progress. One that is no `LambdaLR` cannot: then steps stay as they were planned."""
@@ -113,15 +110,16 @@ class KeepBudget(TrainerCallback):
                 type(scheduler).__name__,
             )
             return
-        same = self.saved and self.saved[0][2] == steps  # not after a retry with smaller batches, or for more epochs
-        progress = self.progress = Progress(steps, self.saved if same else None)
+        # Not after a retry with smaller batches, or for more epochs.
+        same = self.decisions and self.decisions[0][2] == steps
+        progress = self.progress = Progress(steps, self.decisions if same else None)
         scheduler.lr_lambdas = [_by_progress(planned, progress) for planned in scheduler.lr_lambdas]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock; go on with earlier decisions."""
         self.begun, self.begun_step = self.elapsed(), state.global_step
         self.seen, self._times = self.begun, []
-        self.over = bool(self.progress and self.saved) and state.global_step >= self.progress.end
+        self.over = bool(self.progress and self.decisions) and state.global_step >= self.progress.end
         self.scored = 0.0 if self.scoring is None else self.scoring()
         if self.progress is not None:
             state.max_steps = self.progress.end

@@ -103,6 +103,11 @@ class Plan:
     overhead: float = 0.0
     method: str = "settings"
 
+    @classmethod
+    def of(cls, config: DarelConfig, **others: Any) -> Plan:
+        """Return the plan of the fractions that settings give; `others`: its other attributes."""
+        return cls(config.offline_keep, config.online_keep, config.rescore_every, **others)
+
     @property
     def candidate_rows(self) -> int:
         """Rows that the loader hands out for one micro-batch (c = round(b / A))."""
@@ -409,12 +414,8 @@ def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_me
         ValueError: if even one row does not fit; says what the smallest possible budget is.
     """
     full, one = memory(batch_size), memory(1)
-    require(
-        one <= budget_memory * full,
-        "budget_memory",
-        budget_memory,
-        f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}",
-    )
+    remedy = f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}"
+    require(one <= budget_memory * full, "budget_memory", budget_memory, remedy)
     if batch_size == 1 or full <= one:
         return batch_size
     slope = (full - one) / (batch_size - 1)

@@ -23,6 +23,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 LOOKED_AT = 64  # items of a data set that is no table
+FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
 PLAIN = (str, int, float, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 
 
@@ -45,10 +46,9 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
         return digest.hexdigest()
     positions = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)).tolist()
     readings = [[_cells(dataset[i]) for i in positions] for _ in range(2)]
-    alike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] == two.get(key)}
-    alike -= {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
+    unlike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
     for item in readings[0]:
-        digest.update(repr(sorted((key, value) for key, value in item.items() if key in alike)).encode())
+        digest.update(repr(sorted((key, value) for key, value in item.items() if key not in unlike)).encode())
     return digest.hexdigest()
 
 
@@ -88,7 +88,7 @@ def _hash_code(digest: Any, value: Any, depth: int) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _hash_code(digest, item, depth + 1)
-    elif hasattr(value, "__dict__") and not _is_function(value):
+    elif hasattr(value, "__dict__") and not isinstance(value, FUNCTIONS):
         digest.update(_source(type(value)))
         for name in sorted(vars(value)) if depth < 8 else []:
             digest.update(name.encode())
@@ -109,15 +109,7 @@ def _source(value: Any) -> bytes:
         return getattr(value, "__qualname__", "").encode()
 
 
-def _is_function(value: Any) -> bool:
-    return isinstance(
-        value, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial, type)
-    )
-
-
 def _hash_array(digest: Any, array: pa.Array) -> None:
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     kind = array.type

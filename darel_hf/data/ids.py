@@ -63,9 +63,8 @@ class WithIds(torch.utils.data.Dataset):
         return len(self.ids)
 
     def _add(self, item: Any, index: int) -> dict:
-        require(
-            isinstance(item, Mapping), "train_dataset", type(item).__name__, "items must be mappings (dict)", TypeError
-        )
+        known, kind = isinstance(item, Mapping), type(item).__name__
+        require(known, "train_dataset", kind, "items must be mappings (dict)", TypeError)
         return {**item, ID_KEY: int(self.ids[index])}
 
     def __getitem__(self, index: int) -> dict:

@@ -8,6 +8,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from ..files import atomic_path
 from .task import FILES
 
@@ -17,116 +19,23 @@ NOISE = 0.04  # fraction of references that are wrong, cut off or scrambled
 @dataclass(frozen=True)
 class Domain:
     """
-    One subject to write about.
+    One subject to write about; those of the demo are in `domains.yaml`.
 
     Attributes:
         first, second: parts of names.
         kinds: what a thing of this domain is.
-        slots: attribute -> (values, phrases after the noun, whole predicates, openings of a sentence); `{}` is
-            the value.
+        slots: attribute -> its `values`, `phrases` after the noun, whole `predicates`, `openings` of a sentence; `{}`
+            is the value.
     """
 
-    first: tuple[str, ...]
-    second: tuple[str, ...]
-    kinds: tuple[str, ...]
-    slots: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]]
+    first: list[str]
+    second: list[str]
+    kinds: list[str]
+    slots: dict[str, dict[str, list[str]]]
 
 
-INNS = Domain(
-    first=("Blue", "Copper", "Golden", "Hollow", "Ivy", "Maple", "Red", "River", "Silver", "Stone", "Three", "White"),
-    second=("Anchor", "Barrel", "Crown", "Fox", "Kettle", "Lamb", "Oak", "Pheasant", "Plough", "Swan", "Wheel"),
-    kinds=("inn", "hotel", "guest house", "hostel", "lodge"),
-    slots={
-        "cuisine": (
-            ("Basque", "Greek", "Korean", "Nordic", "Punjabi", "vegetarian", "Welsh"),
-            ("serving {} food", "with a {} kitchen", "offering {} meals"),
-            ("serves {} food", "has a {} kitchen", "offers {} dishes"),
-            ("For {} food,", "If you fancy {} dishes,"),
-        ),
-        "price": (
-            ("cheap", "moderate", "high", "less than 60", "60 to 90", "more than 120"),
-            ("in the {} price range", "with {} prices", "with rooms priced {}"),
-            ("has {} prices", "is in the {} price range"),
-            ("In the {} price range,",),
-        ),
-        "guestRating": (
-            ("low", "average", "high", "1 out of 5", "3 out of 5", "5 out of 5"),
-            ("with a guest rating of {}", "rated {} by its guests"),
-            ("has a {} guest rating", "is rated {} by guests"),
-            ("With a {} guest rating,",),
-        ),
-        "area": (
-            ("market quarter", "riverside", "station district", "hill side", "city centre"),
-            ("in the {}", "located in the {}", "in the {} area"),
-            ("is in the {}", "lies in the {} area"),
-            ("In the {},", "Located in the {},"),
-        ),
-        "near": (
-            ("Abbey Gate", "Castle Park", "Fisher Wharf", "Grand Theatre", "Union Station"),
-            ("near {}", "close to {}", "just by {}"),
-            ("is near {}", "can be found close to {}"),
-            ("Near {},", "Just by {},"),
-        ),
-        "petsAllowed": (
-            ("yes", "no"),
-            ("that {yes:welcomes pets|no:does not allow pets}", "where pets are {yes:allowed|no:not allowed}"),
-            ("{yes:is pet friendly|no:is not pet friendly}", "{yes:takes pets|no:takes no pets}"),
-            ("{yes:Pet friendly,|no:Without pets,}",),
-        ),
-    },
-)
-
-# The domain that the demo's model is warmed up in. It knows the words of the inns, as a pre-trained model would, but
-# says other things with them, under other names.
-MARKETS = Domain(
-    first=INNS.first,
-    second=INNS.second,
-    kinds=("stall", "shop", "bakery", "market hall"),
-    slots={
-        "goods": (
-            INNS.slots["cuisine"][0],
-            ("selling {} food", "that offers {} goods"),
-            ("sells {} food", "has {} goods", "sells meals from a {} kitchen"),
-            ("If you fancy {} food,", "For {} meals and dishes,"),
-        ),
-        "bill": (
-            INNS.slots["price"][0],
-            ("with {} bills", "that charges {} prices"),
-            ("charges a {} price", "has a bill in the {} range"),
-            ("With {} bills,",),
-        ),
-        "score": (
-            INNS.slots["guestRating"][0],
-            ("with a score of {}", "that customers have rated {}"),
-            ("has a {} score", "is rated {} by customers"),
-            ("With a score of {},",),
-        ),
-        "street": (
-            INNS.slots["area"][0],
-            ("on the street of the {}", "at the {}"),
-            ("is located at the {}", "lies on the {} street"),
-            ("At the {},", "In the street of the {},"),
-        ),
-        "beside": (
-            INNS.slots["near"][0],
-            ("beside {}", "just by {}", "next to {}"),
-            ("can be found beside {}", "stands near {}"),
-            ("Beside {},", "Close to {},"),
-        ),
-        "buyers": (
-            INNS.kinds,
-            ("serving the {} guests", "where a {} buys its rooms' supplies"),
-            ("serves the {} trade", "offers itself to {} guests"),
-            ("Serving {} guests,",),
-        ),
-        "dogs": (
-            ("yes", "no"),
-            ("where dogs and pets are {yes:allowed|no:not allowed}", "that {yes:takes|no:does not take} dogs"),
-            ("{yes:welcomes dogs|no:does not allow dogs}", "is {yes:friendly|no:not friendly} to a pet"),
-            ("{yes:Pet friendly|no:Without pets} as a place,",),
-        ),
-    },
-)
+_DOMAINS = yaml.safe_load(Path(__file__).with_name("domains.yaml").read_text(encoding="utf-8"))
+INNS, MARKETS = Domain(**_DOMAINS["inns"]), Domain(**_DOMAINS["markets"])
 
 
 def _fill(pattern: str, value: str) -> str:
@@ -147,7 +56,7 @@ def _representation(domain: Domain, generator: random.Random) -> dict[str, str]:
     name = f"The {generator.choice(domain.first)} {generator.choice(domain.second)}"
     mr = {"name": name, "kind": generator.choice(domain.kinds)}
     chosen = set(generator.sample(sorted(domain.slots), generator.randint(2, 5)))
-    return mr | {slot: generator.choice(domain.slots[slot][0]) for slot in domain.slots if slot in chosen}
+    return mr | {slot: generator.choice(domain.slots[slot]["values"]) for slot in domain.slots if slot in chosen}
 
 
 def _reference(domain: Domain, mr: dict[str, str], generator: random.Random) -> str:
@@ -157,13 +66,13 @@ def _reference(domain: Domain, mr: dict[str, str], generator: random.Random) -> 
     opening = ""
     if generator.random() < 0.35:
         slot = slots.pop()
-        opening = _fill(generator.choice(domain.slots[slot][3]), mr[slot]) + " "
+        opening = _fill(generator.choice(domain.slots[slot]["openings"]), mr[slot]) + " "
     cut = len(slots) if len(slots) < 3 or generator.random() < 0.4 else generator.randint(1, len(slots) - 1)
     verb = generator.choice(("is", "is")) if not opening else generator.choice(("is", "offers itself as"))
     text = f"{opening}{mr['name']} {verb} {_a(mr['kind'])}"
-    phrases = [_fill(generator.choice(domain.slots[slot][1]), mr[slot]) for slot in slots[:cut]]
+    phrases = [_fill(generator.choice(domain.slots[slot]["phrases"]), mr[slot]) for slot in slots[:cut]]
     text += (" " + " ".join(phrases[:2]) if phrases else "") + "".join(f", {phrase}" for phrase in phrases[2:]) + "."
-    predicates = [_fill(generator.choice(domain.slots[slot][2]), mr[slot]) for slot in slots[cut:]]
+    predicates = [_fill(generator.choice(domain.slots[slot]["predicates"]), mr[slot]) for slot in slots[cut:]]
     if predicates:
         joined = predicates[0] if len(predicates) == 1 else ", ".join(predicates[:-1]) + " and " + predicates[-1]
         text += f" {generator.choice(('It', 'The place', 'This ' + mr['kind']))} {joined}."

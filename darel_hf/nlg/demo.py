@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DarelConfig
-from ..files import atomic_path, refuse_used_folder, write_json
+from ..files import refuse_used_folder, write_json
 
 VOCABULARY = 1024
 
@@ -116,8 +117,7 @@ def run_demo(
     for result in results:
         result["measured_time"] = result["seconds"] / plain
     write_json(folder / "results.json", {"settings": asdict(settings), "arms": results})
-    source = folder / "darel_offline" / "losses.png"
-    (folder / "losses.png").write_bytes(source.read_bytes())
+    shutil.copy(folder / "darel_offline" / "losses.png", folder)
     plot_quality_time(results, folder / "quality_time.png")
     return results
 
@@ -185,19 +185,11 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
     end = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, pad_token=end)
     set_seed(settings.seed)
-    config = GPT2Config(
-        n_layer=settings.layers,
-        n_embd=settings.width,
-        n_head=max(settings.width // 64, 1),
-        vocab_size=len(tokenizer),
-        n_positions=256,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
+    width = settings.width
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    shape = {"n_layer": settings.layers, "n_embd": width, "n_head": max(width // 64, 1), "n_positions": 256}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    config = GPT2Config(vocab_size=len(tokenizer), **shape, **ends, **dropout)
     trainer = Trainer(
         model=GPT2LMHeadModel(config),
         args=_training_arguments(
@@ -231,14 +223,13 @@ def _noisy_dropped(arm: Path, pairs: list[dict]) -> float | None:
 def table(results: list[dict[str, Any]]) -> Any:
     """Return the results as a `rich` table."""
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    titles = ("\nBLEU", "\ntime", "of it\nscoring", "\nsamples", "label\ntokens", "saving\npredicted")
+    titles += ("saving\nmeasured", "noise\ndropped")
+    columns = [Column("", no_wrap=True), *(Column(title, justify="right", no_wrap=True) for title in titles)]
     title = "LoRA fine-tuning four ways (one seed: a demonstration, no evidence)"
-    grid = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("\nBLEU", "\ntime", "of it\nscoring", "\nsamples", "label\ntokens", "saving\npredicted")
-    grid.add_column("", no_wrap=True)
-    for column in (*columns, "saving\nmeasured", "noise\ndropped"):
-        grid.add_column(column, justify="right", no_wrap=True)
+    grid = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for result in results:
         dropped = result["noisy_dropped"]
         grid.add_row(
@@ -257,19 +248,11 @@ def table(results: list[dict[str, Any]]) -> Any:
 
 def plot_quality_time(results: list[dict[str, Any]], path: Path) -> None:
     """Draw quality against time, scoring counted, one point an arm."""
-    from matplotlib.figure import Figure
+    from ..report import chart
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    colours = ["#333333", "#9a9a9a", "#2a6f97", "#e07a5f"]
-    for result, colour in zip(results, colours, strict=True):
-        axes.scatter(result["seconds"], result["bleu"], s=70, color=colour, label=result["arm"], zorder=3)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("seconds of training, scoring counted")
-    axes.set_ylabel("BLEU (13a, lower-cased)")
-    axes.set_title("quality against time")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="best")
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    texts = {"xlabel": "seconds of training, scoring counted", "ylabel": "BLEU (13a, lower-cased)"}
+    with chart(path, title="quality against time", **texts) as axes:
+        for result, colour in zip(results, ("#333333", "#9a9a9a", "#2a6f97", "#e07a5f"), strict=True):
+            axes.scatter(result["seconds"], result["bleu"], s=70, color=colour, label=result["arm"], zorder=3)
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)

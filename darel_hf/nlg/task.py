@@ -331,9 +331,8 @@ def generate(
             mask = torch.tensor(
                 [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=device
             )
-            processors = LogitsProcessorList()
-            if args.no_repeat_ngram_size > 0:
-                processors.append(NoRepeatInOutput(args.no_repeat_ngram_size, width))
+            size = args.no_repeat_ngram_size
+            processors = LogitsProcessorList([NoRepeatInOutput(size, width)] if size > 0 else [])
             with torch.no_grad():
                 out = model.generate(
                     input_ids=ids,

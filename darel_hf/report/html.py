@@ -43,7 +43,7 @@ def write_html(
         report ([`Report`]): of the run.
         path: file to write, atomically.
         history (`list[dict]`): `trainer.state.log_history`, for what changes over time.
-        environment (`dict`): what [`darel_hf.environment.describe`] returned.
+        environment (`dict`): what [`darel_hf.report.describe`] returned.
         text_of (`Callable`, *optional*): sample id -> its text, for the most extreme samples.
     """
     known = report.offline_losses[~np.isnan(report.offline_losses)]
@@ -60,33 +60,24 @@ def write_html(
     steps = [entry for entry in history if "darel/kept_fraction" in entry]
     if len(steps) > 1:
         parts += ["<h2>Selection over time</h2>", _over_time(steps)]
-    for kept, title in (
-        (False, "Most extreme samples that were dropped"),
-        (True, "Most extreme samples that were kept"),
-    ):
+    for kept, what in ((False, "dropped"), (True, "kept")):
         listed = report.extremes(kept, SHOWN) if len(known) > 1 else []
         if listed:
-            parts += [f"<h2>{title}</h2>", _samples(listed, text_of, why=not kept)]
-    parts += ["<h2>Settings</h2>", _table(report.config.to_dict()), "<h2>Environment</h2>", _table(_flat(environment))]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>DAREL report</title><style>{STYLE}</style>'
-    )
-    write_text(path, page + "</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
+            parts += [f"<h2>Most extreme samples that were {what}</h2>", _samples(listed, text_of, why=not kept)]
+    parts += ["<h2>Settings</h2>", _table(report.config.to_dict()), "<h2>Environment</h2>", _table(environment)]
+    head = f'<meta charset="utf-8"><title>DAREL report</title><style>{STYLE}</style>'
+    body = "\n".join(parts)
+    write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n')
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            value = ", ".join(f"{name} {number}" for name, number in value.items())
-        elif isinstance(value, list):
-            value = " ".join(map(str, value))
-        flat[key] = value
-    return flat
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th>{escape(str(k))}</th><td class=text>{escape(str(v))}</td></tr>" for k, v in values.items())
+    rows = (f"<tr><th>{escape(str(k))}</th><td class=text>{escape(_said(v))}</td></tr>" for k, v in values.items())
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -136,11 +127,9 @@ def _over_time(steps: list[dict[str, float]]) -> str:
         values = np.array([[steps[i][name] for name in quantiles] for i in scored])
         low, high = values.min(), max(values.max(), values.min() + 1e-9)
         y = 195 - 190 * (values - low) / (high - low)
-        outline = [*zip(x[scored], y[:, 2], strict=True), *list(zip(x[scored], y[:, 0], strict=True))[::-1]]
-        drawn.append(f'<polygon points="{_points(outline)}" fill="{KEPT}" opacity=".2"/>')
-        drawn.append(
-            f'<polyline points="{_points(zip(x[scored], y[:, 1], strict=True))}" fill="none" stroke="{KEPT}"/>'
-        )
+        lowest, median, highest = (list(zip(x[scored], values, strict=True)) for values in y.T)
+        drawn.append(f'<polygon points="{_points(highest + lowest[::-1])}" fill="{KEPT}" opacity=".2"/>')
+        drawn.append(f'<polyline points="{_points(median)}" fill="none" stroke="{KEPT}"/>')
         key[f"losses of candidates, median and 10th to 90th percentile ({low:.2f} to {high:.2f} nats)"] = KEPT
     for name, text, colour in (
         ("darel/coverage", "samples trained on at least once", DROPPED),

@@ -13,6 +13,7 @@ from ..budget import Plan
 from ..config import DarelConfig
 from ..files import atomic_path
 from ..selection import RULES, LossLedger, Samples, length_corrected
+from .charts import chart
 
 BLANK = "no label: nothing to learn from it"
 KEPT, DROPPED = "#2a6f97", "#e07a5f"  # colours, in every picture
@@ -189,24 +190,15 @@ class Report:
 
     def plot_losses(self, path: str | os.PathLike) -> None:
         """Draw the distribution of the offline losses with the kept part marked, as PNG (or by the suffix)."""
-        from matplotlib.figure import Figure
-
         losses = self.offline_losses
         known = ~np.isnan(losses)
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
         bins = np.linspace(*np.quantile(losses[known], (0, 0.999)), 60)
         shown = np.clip(losses, None, bins[-1])
         parts = [shown[known & self.kept], shown[known & ~self.kept]]
         labels = [f"kept ({len(parts[0]):,})", f"dropped ({len(parts[1]):,})"]
-        axes.hist(parts, bins=bins, stacked=True, color=[KEPT, DROPPED], label=labels)
-        axes.set_xlabel("loss before training (nats per token)")
-        axes.set_ylabel("samples")
-        axes.set_title(f"offline selection: {self.config.offline_rule}, keep {self.plan.offline_keep:.2f}")
-        axes.legend(frameon=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=130)
+        title = f"offline selection: {self.config.offline_rule}, keep {self.plan.offline_keep:.2f}"
+        with chart(path, title=title, xlabel="loss before training (nats per token)", ylabel="samples") as axes:
+            axes.hist(parts, bins=bins, stacked=True, color=[KEPT, DROPPED], label=labels)
 
     def __str__(self) -> str:
         seconds, numbers = self.seconds, self.to_dict()

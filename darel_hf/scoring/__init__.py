@@ -16,6 +16,7 @@ from .scorer import (
     first_of,
     is_causal_lm,
     is_sharded,
+    logits_of,
     preserve_rng_state,
     scorer_for,
     skip_identity_adapters,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from ..data import token_batches
@@ -36,14 +37,9 @@ class SharedPrompts:
     def __init__(self, scorer: BatchScorer, items: Sequence[Mapping[str, Any]]):
         self.scorer, self.items = scorer, [_as_lists(item) for item in items]
         self.starts = np.array([max(_label_start(item["labels"]) - 1, 0) for item in self.items])
-        numbers: dict[tuple[int, ...], int] = {}
-        self.prompt_of = np.array(
-            [
-                numbers.setdefault(tuple(item["input_ids"][:start]), len(numbers))
-                for item, start in zip(self.items, self.starts, strict=True)
-            ]
-        )
-        self.prompts = list(numbers)
+        prompts = [tuple(item["input_ids"][:start]) for item, start in zip(self.items, self.starts, strict=True)]
+        numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+        self.prompts, self.prompt_of = list(numbers), np.array([numbers[prompt] for prompt in prompts])
 
     @property
     def saving(self) -> float:
@@ -62,15 +58,12 @@ class SharedPrompts:
         Yields:
             positions in `items`, int64 `[b]`, and their losses; each sample once.
         """
-        of_prompt: list[list[int]] = [[] for _ in self.prompts]
-        for i, prompt in enumerate(self.prompt_of):
-            of_prompt[prompt].append(i)
         lengths = np.array([len(prompt) for prompt in self.prompts])
         rest = np.array([len(item["input_ids"]) for item in self.items]) - self.starts
         for chosen in token_batches(lengths, max_tokens, max_rows):
             with self.scorer.scoring():
                 cache, mask = self._read([self.prompts[i] for i in chosen])
-            members = np.array([i for prompt in chosen for i in of_prompt[prompt]])
+            members = np.concatenate([np.flatnonzero(self.prompt_of == prompt) for prompt in chosen])
             place = {prompt: row for row, prompt in enumerate(chosen.tolist())}
             cached = rest[members] + mask.shape[1]
             for part in token_batches(np.maximum(rest[members], cached // CACHED), max_tokens, max_rows):
@@ -82,13 +75,11 @@ class SharedPrompts:
 
     def _read(self, prompts: list[tuple[int, ...]]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         """Return keys and values `[P, heads, W, d]` of each layer, and the mask `[P, W]`; padded on the left."""
-        width = max(map(len, prompts))
         device = next(self.scorer.model.parameters()).device
-        ids, mask = torch.zeros((2, len(prompts), width), dtype=torch.int64, device=device)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-            mask[row, width - len(prompt) :] = 1
-        if width == 0:
+        tokens = [torch.tensor(prompt, dtype=torch.int64) for prompt in prompts]
+        ids = pad_sequence(tokens, batch_first=True, padding_side="left").to(device)
+        mask = pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True, padding_side="left").to(device)
+        if mask.shape[1] == 0:
             return [], mask
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
@@ -98,30 +89,20 @@ class SharedPrompts:
         return [(layer.keys, layer.values) for layer in cache.layers], mask
 
     def _score(self, rows: np.ndarray, cache: list, mask: torch.Tensor, which: torch.Tensor) -> SampleLosses:
-        width = int(max(len(self.items[i]["input_ids"]) - self.starts[i] for i in rows))
-        ids = torch.zeros((len(rows), width), dtype=torch.int64)
-        labels, own = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-        for row, i in enumerate(rows):
-            start = self.starts[i]
-            length = len(self.items[i]["input_ids"]) - start
-            ids[row, :length] = torch.as_tensor(self.items[i]["input_ids"][start:])
-            labels[row, :length] = torch.as_tensor(self.items[i]["labels"][start:])
-            own[row, :length] = 1
-        ids, labels, own = (tensor.to(mask.device) for tensor in (ids, labels, own))
+        def batch(key: str, padding: int) -> torch.Tensor:
+            rest = [torch.tensor(self.items[i][key][self.starts[i] :]) for i in rows]
+            return pad_sequence(rest, batch_first=True, padding_value=padding).to(mask.device)
+
+        ids, labels, own = batch("input_ids", 0), batch("labels", IGNORE), batch("used", 0)
         before = mask[which]
         positions = before.sum(1, keepdim=True) + (own.cumsum(1) - 1)  # padding stays within the model's positions
         past = DynamicCache()
         for layer, (keys, values) in enumerate(cache):
             past.update(keys[which], values[which], layer)
-        hidden = self.scorer.hidden(
-            input_ids=ids,
-            attention_mask=torch.cat([before, own], dim=1),
-            position_ids=positions,
-            cache=past,
-        )
-        return token_losses(
-            hidden, shift_labels(labels), project=self.scorer.head, want_correct=self.scorer.want_correct
-        )
+        both = torch.cat([before, own], dim=1)
+        hidden = self.scorer.hidden(input_ids=ids, attention_mask=both, position_ids=positions, cache=past)
+        want_correct = self.scorer.want_correct
+        return token_losses(hidden, shift_labels(labels), project=self.scorer.head, want_correct=want_correct)
 
 
 def _label_start(labels: Sequence[int]) -> int:
@@ -140,13 +121,8 @@ def share_prompts(
         items (`Sequence[Mapping]`): the samples.
         plain (`Callable`): scores samples, named by their position, the plain way.
     """
-    fits = (
-        scorer.per_sample_loss is None
-        and scorer.reading.shift
-        and scorer.head is not None
-        and not scorer.want_embeddings
-    )
-    if not fits or not all(_has_lists(item) for item in items):
+    fits = scorer.per_sample_loss is None and scorer.reading.shift and not scorer.want_embeddings
+    if not fits or scorer.head is None or not all(_has_lists(item) for item in items):
         return None
     shared = SharedPrompts(scorer, items)
     if shared.saving < WORTHWHILE:
@@ -161,9 +137,8 @@ def share_prompts(
     except Exception as error:  # whatever it is, such a model has no cache that works like this
         logger.info("prompts are not shared: %s", error)
         return None
-    tolerance = min(
-        scorer.tolerance, 2e-3
-    )  # the same layers on the same tokens: closer than two ways through the head
+    # The same layers on the same tokens: closer than two ways through the head.
+    tolerance = min(scorer.tolerance, 2e-3)
     if not torch.allclose(found, wanted, rtol=tolerance, atol=tolerance):
         logger.info("prompts are not shared: losses would be %s in place of %s", found.tolist(), wanted.tolist())
         return None
@@ -171,8 +146,9 @@ def share_prompts(
 
 
 def _as_lists(item: Mapping[str, Any]) -> dict[str, list[int]]:
-    """Return tokens and labels as lists, whatever a data set is formatted as."""
-    return {key: np.asarray(item[key]).tolist() for key in ("input_ids", "labels")}
+    """Return tokens and labels as lists, whatever a data set is formatted as, and that all of them are in use."""
+    lists = {key: np.asarray(item[key]).tolist() for key in ("input_ids", "labels")}
+    return {**lists, "used": [1] * len(lists["labels"])}
 
 
 def _has_lists(item: Mapping[str, Any]) -> bool:

@@ -55,12 +55,10 @@ def load_scores(path: str | os.PathLike, field: str = "scores") -> Scores:
     for name in ("sample_id", "loss"):
         remedy = f"column {name!r} is missing, there are only {table.column_names}"
         require(name in table.column_names, field, str(path), remedy)
-    n = table.num_rows
 
     def column(name: str, dtype: type, default: float) -> np.ndarray:
-        if name not in table.column_names:
-            return np.full(n, default, dtype=dtype)
-        return table[name].to_numpy().astype(dtype)
+        values = table[name].to_numpy() if name in table.column_names else np.full(table.num_rows, default)
+        return values.astype(dtype)
 
     ids, losses = column("sample_id", np.int64, 0), column("loss", np.float32, 0)
     check_finite(ids, losses)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,49 +97,20 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-class _StopAtHead:
-    """Catch the hidden states that enter a language-model head, and let the head compute nothing."""
+@contextlib.contextmanager
+def _entering(layer: nn.Module, stop: bool = False) -> Iterator[list[torch.Tensor]]:
+    """Collect what enters a layer; with `stop`, let it compute nothing."""
+    entered: list[torch.Tensor] = []
 
-    def __init__(self, head: nn.Module):
-        self.head, self.hidden = head, None
+    def collect(module: nn.Module, args: tuple) -> tuple | None:
+        entered.append(args[0])
+        return (args[0][:, :0], *args[1:]) if stop else None
 
-    def _catch(self, module: nn.Module, args: tuple) -> tuple:
-        self.hidden = args[0]
-        return (args[0][:, :0], *args[1:])
-
-    def __enter__(self) -> _StopAtHead:
-        self.handle = self.head.register_forward_pre_hook(self._catch)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.handle.remove()
-
-
-class _CatchEmbeddings:
-    """Catch what enters the last linear layer of a classifier, float32 `[B, D]`."""
-
-    def __init__(self, model: nn.Module):
-        layers = [module for module in base_model(model).modules() if isinstance(module, nn.Linear)]
-        self.head, self.caught = layers[-1] if layers else None, None
-
-    def _catch(self, module: nn.Module, args: tuple) -> None:
-        self.caught = args[0].detach().float()
-
-    def __enter__(self) -> _CatchEmbeddings:
-        self.handle = self.head.register_forward_pre_hook(self._catch) if self.head is not None else None
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self.handle is not None:
-            self.handle.remove()
-
-    def of(self, n: int) -> torch.Tensor:
-        if self.caught is None or self.caught.dim() != 2 or len(self.caught) != n:
-            raise ValueError(
-                "offline_rule: this rule looks at embeddings, and the model has no classification head (a last linear "
-                "layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
-            )
-        return self.caught
+    handle = layer.register_forward_pre_hook(collect)
+    try:
+        yield entered
+    finally:
+        handle.remove()
 
 
 class Reading:
@@ -165,6 +137,7 @@ class Reading:
         self.checked, self.matches_own_loss = False, None
 
 
+@dataclass(eq=False)
 class BatchScorer:
     """
     Compute the losses of a batch in eval mode, without gradients.
@@ -189,19 +162,16 @@ class BatchScorer:
         reading ([`Reading`], *optional*): what another scorer of the model has found out.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        per_sample_loss: PerSampleLoss | None = None,
-        want_correct: bool = False,
-        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        want_embeddings: bool = False,
-        own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None,
-        reading: Reading | None = None,
-    ):
-        self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
-        self.want_correct, self.want_embeddings, self.own_loss = want_correct, want_embeddings, own_loss
-        self.reading = reading or Reading(model)
+    model: nn.Module
+    per_sample_loss: PerSampleLoss | None = None
+    want_correct: bool = False
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    want_embeddings: bool = False
+    own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
+    reading: Reading | None = None
+
+    def __post_init__(self) -> None:
+        self.reading = self.reading or Reading(self.model)
 
     @property
     def head(self) -> nn.Module | None:
@@ -228,9 +198,16 @@ class BatchScorer:
         with self.scoring():
             if not self.want_embeddings:
                 return self._score(inputs)
-            with _CatchEmbeddings(self.model) as embeddings:
+            linear = [module for module in base_model(self.model).modules() if isinstance(module, nn.Linear)]
+            with _entering(linear[-1]) if linear else contextlib.nullcontext([]) as entered:
                 samples = self._score(inputs)
-            return samples._replace(embeddings=embeddings.of(len(samples.losses)))
+            known = bool(entered) and entered[-1].dim() == 2 and len(entered[-1]) == len(samples.losses)
+            if not known:
+                raise ValueError(
+                    "offline_rule: this rule looks at embeddings, and the model has no classification head (a last "
+                    "linear layer that gets one vector a sample) to take them from; choose a rule that looks at losses"
+                )
+            return samples._replace(embeddings=entered[-1].detach().float())
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -262,7 +239,9 @@ class BatchScorer:
             ones = torch.ones_like(losses, dtype=torch.int64)
             return SampleLosses(losses, ones, torch.full_like(losses, torch.nan))
         inputs = self._handed(inputs)
-        return self._through_head(inputs) if self.head is not None else self._plain(inputs)[0]
+        if self.head is not None:
+            return self._through_head(inputs)
+        return self.read(self._outputs(inputs)[0], inputs["labels"], want_correct=self.want_correct)
 
     def _handed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the trainer's own step hands the model, and the labels."""
@@ -274,21 +253,16 @@ class BatchScorer:
         if not self.reading.takes_labels:
             inputs = {k: v for k, v in inputs.items() if k != "labels"}
         outputs = self.model(**inputs)
-        if isinstance(outputs, Mapping):
-            logits, own = outputs.get("logits"), outputs.get("loss")
-        else:
-            own, logits = (outputs[0], outputs[1]) if self.reading.takes_labels else (None, outputs[0])
+        logits = logits_of(outputs, place=int(self.reading.takes_labels))
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if isinstance(outputs, tuple) and self.reading.takes_labels:
+            own = outputs[0]
         if not torch.is_tensor(logits):
             raise ValueError(
                 f"model={type(base_model(self.model)).__name__}: it returns no logits (a fused loss?), so the loss of "
                 "one sample cannot be read off; switch the fusion off, or pass per_sample_loss="
             )
         return logits, _number(own)
-
-    def _plain(self, inputs: dict[str, Any]) -> tuple[SampleLosses, float | None]:
-        """Return the losses read off full logits, and the model's own mean loss if it gives one."""
-        logits, own = self._outputs(inputs)
-        return self.read(logits, inputs["labels"], want_correct=self.want_correct), own
 
     def read(self, logits: torch.Tensor, labels: torch.Tensor, **more: Any) -> SampleLosses:
         """Read losses off logits, see [`per_sample_losses`], as has been found out."""
@@ -319,9 +293,9 @@ class BatchScorer:
         if cache is not None:  # transformers 5.24 has a new name for it
             known = inspect.signature(base_model(self.model).forward).parameters
             inputs["cache" if "cache" in known else "past_key_values"] = cache
-        with _StopAtHead(self.head) as stop:
+        with _entering(self.head, stop=True) as entered:
             self.model(**inputs)
-        return stop.hidden
+        return entered[-1]
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """Find out how losses are read: on up to four rows together, and on the two shortest of them one by one."""
@@ -392,17 +366,14 @@ class BatchScorer:
 
     def _find_form(self, logits: torch.Tensor, labels: torch.Tensor, alone: list[float | None]) -> None:
         """Find the way to read float labels that gives the model's own loss of each row; raise where none does."""
-        for form in FORMS if alone and None not in alone else ():
+        known = bool(alone) and None not in alone
+        for form in FORMS if known else ():
             found = per_sample_losses(logits, labels, self.reading.shift, form=form).losses[: len(alone)].tolist()
             if all(map(self._same, found, alone)):
                 self.reading.form = form
                 return
-        require(
-            None in alone or not alone,
-            "labels",
-            f"{labels.dtype} {tuple(labels.shape)}",
-            f"read in no way that gives the loss that trains, {alone} of single rows; pass per_sample_loss=",
-        )
+        remedy = f"read in no way that gives the loss that trains, {alone} of single rows; pass per_sample_loss="
+        require(not known, "labels", f"{labels.dtype} {tuple(labels.shape)}", remedy)
 
     def _head_does(self, batch: dict[str, Any], plain: SampleLosses) -> bool:
         """Whether the shortcut through the head gives the same losses."""
@@ -429,6 +400,13 @@ def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
+def logits_of(outputs: Any, place: int = 0) -> Any:
+    """Return the logits of a model's outputs: by name, at a place of a tuple, or all that there is."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("logits")
+    return outputs[place] if isinstance(outputs, tuple) else outputs
+
+
 def _number(loss: Any) -> float | None:
     """Return a loss as a number, or `None` where it is none (no single number, or not finite)."""
     one = torch.is_tensor(loss) and loss.numel() == 1 and bool(torch.isfinite(loss))
@@ -446,16 +424,9 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
     """
     needs = () if stage is None else trainer.darel.rule(stage).needs
     model = trainer.model if model is None else model
-    own = model is trainer.model
-    return BatchScorer(
-        model,
-        trainer.per_sample_loss,
-        "correct" in needs,
-        trainer.accelerator.autocast,
-        "embeddings" in needs,
-        trainer.own_loss if own else None,
-        trainer.reading() if own else None,
-    )
+    wanted = {"want_correct": "correct" in needs, "want_embeddings": "embeddings" in needs}
+    known = {"own_loss": trainer.own_loss, "reading": trainer.reading()} if model is trainer.model else {}
+    return BatchScorer(model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast, **wanted, **known)
 
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from ..files import atomic_path, require
 #: Sample ids, the fields that were learned of them, and the counter that goes up.
 Record = tuple[np.ndarray, dict[str, Any], str | None]
 
+#: Columns, each with what stands there before anything is known, in its type.
 FIELDS = {
-    "loss": np.float32,
-    "n_tokens": np.int32,
-    "correct": np.float32,
-    "scored_step": np.int64,
-    "times_scored": np.int32,
-    "train_loss": np.float32,
-    "times_trained": np.int32,
+    "loss": np.float32("nan"),
+    "n_tokens": np.int32(0),
+    "correct": np.float32("nan"),
+    "scored_step": np.int64(-1),
+    "times_scored": np.int32(0),
+    "train_loss": np.float32("nan"),
+    "times_trained": np.int32(0),
 }
 
 
@@ -53,11 +54,8 @@ class LossLedger:
         self.ids = np.unique(np.asarray(ids, dtype=np.int64))
         n = len(self.ids)
         self._dense = n > 0 and self.ids[0] == 0 and self.ids[-1] == n - 1
-        for name, dtype in FIELDS.items():
-            setattr(self, name, np.zeros(n, dtype=dtype))
-        for name in ("loss", "correct", "train_loss"):
-            getattr(self, name).fill(np.nan)
-        self.scored_step.fill(-1)
+        for name, blank in FIELDS.items():
+            setattr(self, name, np.full(n, blank))
         self._pending: list[Record] = []
 
     def __len__(self) -> int:
@@ -153,8 +151,8 @@ class LossLedger:
         """Restore what [`LossLedger.state_dict`] returned. Raises `ValueError` if it is of other samples."""
         same = np.array_equal(self.ids, state["ids"])
         require(same, "ledger", f"{len(state['ids'])} ids", f"saved for other samples than these {len(self.ids)}")
-        for name, dtype in FIELDS.items():
-            setattr(self, name, np.array(state[name], dtype=dtype))
+        for name, blank in FIELDS.items():
+            setattr(self, name, np.array(state[name], dtype=blank.dtype))
         self._pending = []
 
     def to_parquet(self, path: str | os.PathLike) -> None:
@@ -192,11 +190,9 @@ class OpenLedger(LossLedger):
 
     def _grow(self, n: int) -> None:
         if len(self._room["ids"]) < n:
-            size, blank = max(2 * n, 1024), LossLedger(range(max(2 * n, 1024)))
-            room = {"ids": np.zeros(size, np.int64), **{name: getattr(blank, name) for name in FIELDS}}
-            for name, values in room.items():
-                values[: len(self.ids)] = getattr(self, name)
-            self._room = room
+            for name, blank in {"ids": np.int64(0), **FIELDS}.items():
+                self._room[name] = np.full(max(2 * n, 1024), blank)
+                self._room[name][: len(self.ids)] = getattr(self, name)
         if n:
             for name, values in self._room.items():
                 setattr(self, name, values[:n])

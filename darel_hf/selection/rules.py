@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import numpy as np
@@ -54,8 +54,7 @@ class Samples:
 
     def part(self, positions: np.ndarray) -> Samples:
         """Return the samples at some positions."""
-        arrays = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Samples(**{name: None if values is None else values[positions] for name, values in arrays.items()})
+        return Samples(**{name: None if values is None else values[positions] for name, values in vars(self).items()})
 
 
 Priority = Callable[[Samples, float, np.random.Generator], np.ndarray]
@@ -72,8 +71,8 @@ def kept_count(keep: float, n: int) -> int:
     return max(1, round(keep * n))
 
 
-@dataclass(frozen=True)
-class Rule:
+@dataclass(frozen=True, kw_only=True)
+class Rule(RuleFacts):
     """
     A selection rule: call it with `(samples, keep, generator)`, get `(positions, weights)`.
 
@@ -82,18 +81,13 @@ class Rule:
     `max(1, round(keep * n))` samples and works with groups.
 
     Attributes:
-        name (`str`): what users type.
+        name, needs, reads_losses, weighs: see [`darel_hf.config.RuleFacts`].
         priority (`Callable`): `(samples, keep, generator) -> float [n]`.
         weigh (`Callable`, *optional*): `(samples, keep, positions) -> float [k]`, weights of the kept samples.
-        needs (`tuple[str, ...]`): fields of [`Samples`] beyond ids and losses without which it cannot work.
-        reads_losses (`bool`): whether it looks at losses at all; where not, nothing is scored for it.
     """
 
-    name: str
     priority: Priority
     weigh: Weigh | None = None
-    needs: tuple[str, ...] = ()
-    reads_losses: bool = True
 
     def __call__(
         self, samples: Samples, keep: float, generator: np.random.Generator
@@ -139,13 +133,9 @@ class Rule:
             chosen = order[:count]
         else:
             require(self.weigh is None, "group_column", self.name, "this rule's weights do not work with groups")
-            quota = _quotas(samples.groups, count)
-            groups = samples.groups[order]
-            within = np.argsort(groups, kind="stable")
-            starts = np.concatenate(([0], np.cumsum(np.bincount(groups))[:-1]))
-            rank_in_group = np.empty(len(order), dtype=np.int64)
-            rank_in_group[within] = np.arange(len(order)) - starts[groups[within]]
-            chosen = order[rank_in_group < quota[groups]]
+            by_group = order[np.argsort(samples.groups[order], kind="stable")]
+            quota = _quotas(samples.groups, count)[samples.groups]
+            chosen = np.flatnonzero(_rank_within(samples.groups, by_group) < quota)
         positions = np.sort(chosen)
         return positions, self.weigh(samples, keep, positions) if self.weigh is not None else None
 
@@ -213,8 +203,7 @@ def _ours(name: str, weigh: Weigh | None = None) -> Callable[[Priority], Priorit
     """Make a priority function the rule of which the settings know `name`; else as [`register_rule`]."""
 
     def add(priority: Priority) -> Priority:
-        facts = RULE_FACTS[name]
-        RULES[name] = Rule(name, priority, weigh, facts.needs, facts.reads_losses)
+        RULES[name] = Rule(**vars(RULE_FACTS[name]), priority=priority, weigh=weigh)
         return priority
 
     return add
@@ -222,18 +211,20 @@ def _ours(name: str, weigh: Weigh | None = None) -> Callable[[Priority], Priorit
 
 def _ranks(samples: Samples) -> np.ndarray:
     """Return each sample's rank by loss, 0 for the smallest, ties by id: int64 `[n]`."""
-    ranks = np.empty(len(samples), dtype=np.int64)
-    ranks[np.lexsort((samples.ids, samples.losses))] = np.arange(len(samples))
+    return _rank_within(np.zeros(len(samples), np.int64), np.lexsort((samples.ids, samples.losses)))
+
+
+def _rank_within(parts: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Return each sample's rank in its part, int64 `[n]` from 0; `order` sorts by part, then by what ranks."""
+    starts = np.cumsum(np.bincount(parts)) - np.bincount(parts)
+    ranks = np.empty(len(parts), dtype=np.int64)
+    ranks[order] = np.arange(len(parts)) - starts[parts[order]]
     return ranks
 
 
 def _place_within(parts: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Return each sample's place in its part, float `[n]` in (0, 1); `order` sorts by part, then by what ranks."""
-    sizes = np.bincount(parts)
-    in_order = parts[order]
-    places = np.empty(len(parts))
-    places[order] = (np.arange(len(parts)) - (np.cumsum(sizes) - sizes)[in_order] + 0.5) / sizes[in_order]
-    return places
+    """Return each sample's place in its part, float `[n]` in (0, 1); `order` as in [`_rank_within`]."""
+    return (_rank_within(parts, order) + 0.5) / np.bincount(parts)[parts]
 
 
 @_ours("hardest")

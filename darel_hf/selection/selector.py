@@ -81,11 +81,7 @@ class Selector:
     """
 
     def __init__(
-        self,
-        config: DarelConfig,
-        ids: Iterable[int] | None,
-        seed: int = 0,
-        reference: np.ndarray | None = None,
+        self, config: DarelConfig, ids: Iterable[int] | None, seed: int = 0, reference: np.ndarray | None = None
     ):
         self.config = config
         self.seed = seed
@@ -119,15 +115,8 @@ class Selector:
         else:
             correct = None if np.isnan(scores.correct).any() else scores.correct
             self.ledger.record_scores(scores.ids, scores.losses, scores.n_tokens, 0, correct=correct, share=False)
-            samples = Samples(
-                scores.ids,
-                scores.losses,
-                scores.n_tokens,
-                groups,
-                correct,
-                scores.embeddings,
-                self._reference("offline", scores.ids),
-            )
+            ids, reference = scores.ids, self._reference("offline", scores.ids)
+            samples = Samples(ids, scores.losses, scores.n_tokens, groups, correct, scores.embeddings, reference)
             if self.config.length_correction:
                 samples = length_corrected(samples)
         generator = np.random.default_rng([self.seed, 0])

@@ -58,10 +58,8 @@ class Planner:
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
-        self.plan = Plan(
-            offline_keep=self.config.offline_keep,
-            online_keep=self.config.online_keep,
-            rescore_every=self.config.rescore_every,
+        self.plan = Plan.of(
+            self.config,
             batch_size=self.trainer._train_batch_size,
             epochs=self._epochs(),
             samples=len(self.data),
@@ -104,57 +102,52 @@ class Planner:
             scorer (`nn.Module`, *optional*): what scores in the offline pass in place of the model.
             scorer_seconds (`float`): what making it has cost.
         """
-        trainer, config, plan = self.trainer, self.config, self.plan
-        full_size = plan.batch_size
+        trainer, config, full_size = self.trainer, self.config, self.plan.batch_size
         # Where nothing is decided by it, what the offline pass costs is known when it is over.
-        offline = config.has_budget and not plan.scores_free
+        offline = config.has_budget and not self.plan.scores_free
         dataset, collator = self.data.batching
         scores_online = config.rule("online").reads_losses
         candidates = 0.0  # relative to the rows that are trained on; none are scored
         if config.may_select("online") and scores_online:
-            candidates = 3 if plan.online_keep == 1 else plan.candidate_rows / full_size
+            candidates = 3 if self.plan.online_keep == 1 else self.plan.candidate_rows / full_size
         with self.clock.count("probe"):
             if config.budget_memory is not None:
                 memory = partial(measure_memory, trainer, dataset, collator)
                 size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory)
-                plan = replace(plan, batch_size=size)
-            plan = self._with_padding(plan)
-            size, total = plan.batch_size, self._micro_batches(plan)
+                self.plan = replace(self.plan, batch_size=size)
+            self.count_padding()
+            size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
             costs = measure_costs(
                 trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators
             )
             costs = self._from_main(costs)  # it may fail on some processes only
-            if costs is not None and size != full_size:
-                slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
-                plan = replace(plan, slowdown=max(self._from_main(slowdown), SMALLEST_SLOWDOWN))
             if costs is not None:
-                plan = replace(plan, costs=replace(costs, padding=plan.costs.padding))
+                self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
+                if size != full_size:
+                    slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
+                    self.plan = replace(self.plan, slowdown=max(self._from_main(slowdown), SMALLEST_SLOWDOWN))
             if not scores_online:
-                plan = replace(plan, costs=replace(plan.costs, forward_share=0.0))
-            one_forward = any(accelerator.chooses for accelerator in self.accelerators)
-            plan = replace(plan, costs=replace(plan.costs, one_forward=one_forward))
-        if plan.costs.measured:
-            full = plan.costs.step_seconds / plan.slowdown * self._micro_batches(plan)
+                self._set_costs(forward_share=0.0)
+            self._set_costs(one_forward=any(accelerator.chooses for accelerator in self.accelerators))
+        if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
-            plan = replace(plan, overhead=self._from_main(spent / full))
-        self.plan = plan
+            self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
+
+    def _set_costs(self, **costs: Any) -> None:
+        self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
 
     def count_padding(self) -> None:
-        """Count what batches of similar length save, where nothing else is measured."""
-        self.plan = self._with_padding(self.plan)
-
-    def _with_padding(self, plan: Plan) -> Plan:
-        """Count what batches of similar length save of the positions of plain batches."""
+        """Count what batches of similar length, if they are asked for, save of the positions of plain batches."""
         if self.data.lengths is None:
-            return plan
+            return
         dataset, collator = self.data.batching
         lengths = self.data.lengths
         shortest = collator([dataset[int(lengths.argmin())]])["input_ids"]
         widths = np.maximum(lengths, np.shape(shortest)[-1])  # where the collator always pads to as many
-        candidates = plan.candidate_rows
-        padding = self.data.by_length(widths, candidates).positions(candidates, plan.batch_size)
-        return replace(plan, costs=replace(plan.costs, padding=min(padding, 1.0)))
+        candidates = self.plan.candidate_rows
+        padding = self.data.by_length(widths, candidates).positions(candidates, self.plan.batch_size)
+        self._set_costs(padding=min(padding, 1.0))
 
     def _from_main(self, value: Any) -> Any:
         return self.trainer.on_main(lambda: value)
@@ -172,7 +165,7 @@ class Planner:
         elif self.plan.costs.measured:
             steps = len(self.data) / (self.plan.batch_size * self.args.world_size)
             share = self._from_main(seconds / (steps * self.plan.costs.step_seconds))
-            self.plan = replace(self.plan, costs=replace(self.plan.costs, offline_share=share))
+            self._set_costs(offline_share=share)
 
     def solve(self) -> None:
         """Choose the fractions that meet the budget, if there is one."""
@@ -293,11 +286,11 @@ class Planner:
         """Estimate of plain training's seconds from the measured step; NaN if nothing was measured."""
         if self.data.streams:
             return math.nan
-        return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches(self.plan)
+        return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches()
 
-    def _micro_batches(self, plan: Plan) -> float:
+    def _micro_batches(self) -> float:
         """Micro-batches of plain training at the planned batch size, per process."""
-        return len(self.data) / (plan.batch_size * self.args.world_size) * plan.epochs
+        return len(self.data) / (self.plan.batch_size * self.args.world_size) * self.plan.epochs
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must remember."""

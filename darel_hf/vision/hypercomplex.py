@@ -216,16 +216,8 @@ def to_hypercomplex(network: nn.Module, algebra: str = "dual", image_size: int =
         if m.in_channels == inputs:
             return m
         require(m.groups == 1, "network", f"groups={m.groups}", "only convolutions without groups have such a form")
-        return HyperConv2d(
-            algebra,
-            m.in_channels,
-            m.out_channels,
-            m.kernel_size,
-            m.stride,
-            m.padding,
-            m.dilation,
-            bias=m.bias is not None,
-        )
+        geometry = (m.kernel_size, m.stride, m.padding, m.dilation)
+        return HyperConv2d(algebra, m.in_channels, m.out_channels, *geometry, bias=m.bias is not None)
 
     def normalization(m: nn.BatchNorm2d) -> nn.Module:
         return HyperBatchNorm2d(algebra, m.num_features, m.eps, m.momentum)

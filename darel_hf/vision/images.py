@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,12 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import get_model
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..files import require
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; near those of most photographs
 IN_MEMORY = 4 * 2**30  # bytes of decoded images that are kept in memory
-
-
-@dataclass
-class ImageOutput(ModelOutput):
-    """
-    What [`ImageClassifier`] returns.
-
-    Attributes:
-        loss (`torch.Tensor`, *optional*): mean cross-entropy, where there are labels.
-        logits (`torch.Tensor`): float `[B, classes]`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
 
 
 class ImageClassifier(nn.Module):
@@ -82,7 +69,7 @@ class ImageClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor([*mean]).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([*std]).view(1, -1, 1, 1), persistent=False)
 
-    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageOutput:
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> ImageClassifierOutput:
         """
         Classify images.
 
@@ -98,7 +85,7 @@ class ImageClassifier(nn.Module):
             images = images.contiguous(memory_format=torch.channels_last)
         logits = self.network(images)
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        return ImageOutput(loss=loss, logits=logits)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 def crop_and_flip(images: torch.Tensor, padding: int, flip: bool) -> torch.Tensor:
@@ -172,15 +159,9 @@ def narrow(network: nn.Module, divisor: float) -> nn.Module:
 
     def convolution(m: nn.Conv2d) -> nn.Conv2d:
         require(m.groups == 1, "network", f"groups={m.groups}", "only convolutions without groups can be narrowed")
-        made = nn.Conv2d(
-            m.in_channels if m.in_channels == inputs else part(m.in_channels),
-            part(m.out_channels),
-            m.kernel_size,
-            m.stride,
-            m.padding,
-            m.dilation,
-            bias=m.bias is not None,
-        )
+        narrowed = m.in_channels if m.in_channels == inputs else part(m.in_channels)
+        geometry = (m.kernel_size, m.stride, m.padding, m.dilation)
+        made = nn.Conv2d(narrowed, part(m.out_channels), *geometry, bias=m.bias is not None)
         nn.init.kaiming_normal_(made.weight, mode="fan_out", nonlinearity="relu")
         return made
 
@@ -227,9 +208,8 @@ def make_network(
         raise ValueError(f"model={name!r}: {error}; see torchvision.models.list_models()") from None
     if weights:
         heads = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)]
-        parent = network.get_submodule(heads[-1].rpartition(".")[0])
         old = network.get_submodule(heads[-1])
-        setattr(parent, heads[-1].rpartition(".")[2], nn.Linear(old.in_features, num_classes))
+        network.set_submodule(heads[-1], nn.Linear(old.in_features, num_classes))
     network = narrow(network, divisor)
     return small_image_stem(network) if small_stem else network
 
@@ -290,53 +270,49 @@ def load_images(source: str | os.PathLike, split: str, size: int | None = None, 
         names[found[0]] = wanted
     table = table.select_columns(list(names)).rename_columns({k: v for k, v in names.items() if k != v})
     require(len(table) > 0, "data_dir", str(source), f"there are no images in the split {split}")
-    side = size or table[0]["image"].size[0]
+    side, decode = size or table[0]["image"].size[0], partial(_decoded, size=size)
     if 3 * side * side * len(table) > IN_MEMORY:
-        return table.with_transform(_Decode(size))
-    decode = _Decode(size)
-    pixels = [decode.pixels(row["image"]) for row in table]
+        return table.with_transform(_Items("image", decode))
+    pixels = [decode(row["image"]) for row in table]
     shapes = {image.shape for image in pixels}
     remedy = f"images differ in size ({sorted(shapes)[:3]}, ...); give the size that they are to be resized to"
     require(len(shapes) == 1, "image_size", size, remedy)
     features = datasets.Features({"pixels": datasets.Value("binary"), "label": table.features["label"]})
     columns = {"pixels": [image.tobytes() for image in pixels], "label": table["label"]}
-    return datasets.Dataset.from_dict(columns, features=features).with_transform(_Unpack(pixels[0].shape))
+    unpack = _Items("pixels", partial(_unpacked, shape=pixels[0].shape))
+    return datasets.Dataset.from_dict(columns, features=features).with_transform(unpack)
 
 
 @dataclass
-class _Decode:
-    """Make uint8 arrays `[3, H, W]` of PIL images; as a transform, of a batch of rows."""
+class _Items:
+    """
+    Make items of a batch of rows; a transform of a `datasets.Dataset`.
 
-    size: int | None
+    Attributes:
+        column (`str`): of the images.
+        read (`Callable`): makes a uint8 array `[3, H, W]` of what is in it.
+    """
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        image = image.convert("RGB")
-        if self.size is not None and image.size != (self.size, self.size):
-            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    column: str
+    read: Callable[[Any], np.ndarray]
 
     def __call__(self, rows: dict[str, list]) -> dict[str, list]:
         made: dict[str, list] = {}
-        if "image" in rows:
-            made["pixel_values"] = [torch.from_numpy(self.pixels(image)) for image in rows["image"]]
+        if self.column in rows:
+            made["pixel_values"] = [torch.from_numpy(self.read(image)) for image in rows[self.column]]
         if "label" in rows:
             made["labels"] = rows["label"]
         return made
 
 
-@dataclass
-class _Unpack:
-    """Make uint8 tensors of the stored bytes of a batch of rows."""
+def _decoded(image: Image.Image, size: int | None) -> np.ndarray:
+    """Return a PIL image as an array, `size` pixels a side if it is given."""
+    image = image.convert("RGB")
+    if size is not None and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
-    shape: tuple[int, int, int]
 
-    def __call__(self, rows: dict[str, list]) -> dict[str, list]:
-        made: dict[str, list] = {}
-        if "pixels" in rows:
-            made["pixel_values"] = [
-                torch.from_numpy(np.frombuffer(pixels, np.uint8).reshape(self.shape).copy())
-                for pixels in rows["pixels"]
-            ]
-        if "label" in rows:
-            made["labels"] = rows["label"]
-        return made
+def _unpacked(pixels: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the stored bytes of an image as an array."""
+    return np.frombuffer(pixels, np.uint8).reshape(shape).copy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from ..config import DarelConfig
-from ..data import sample_ids
-from ..files import atomic_path, write_json
+from ..data import CarryIds, add_ids, sample_ids
+from ..files import write_json
 from ..jobs import accuracy, claim_folder, require_hub, train_once
-from ..report import DROPPED, KEPT
-from ..scoring import BatchScorer
+from ..report import DROPPED, KEPT, chart, figure_at
+from ..scoring import BatchScorer, score_dataset
 from ..training import DarelTrainer
 from .hypercomplex import to_hypercomplex
 from .images import ImageClassifier, load_images, load_weights, make_network
@@ -123,13 +123,12 @@ def make_scorer(args: ImageArguments, data: Any, classes: int, training: Trainin
         network = make_network(args.scorer, classes, weights="DEFAULT")
     else:
         network = make_network(args.model, classes, args.small_stem, args.narrow * args.scorer_narrow)
-    settings = {**training.to_dict(), "num_train_epochs": args.scorer_epochs, "save_strategy": "no"}
-    settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
-    settings = {k: v for k, v in settings.items() if k in _settable(training)}
+    settings = {"num_train_epochs": args.scorer_epochs, "save_strategy": "no", "eval_strategy": "no"}
+    settings |= {"load_best_model_at_end": False, "report_to": "none", "push_to_hub": False}
     model = plain(network)
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**settings),
+        args=replace(training, **settings),
         train_dataset=data,
         optimizer_cls_and_kwargs=_sgd(args, training),
     )
@@ -149,15 +148,8 @@ def _sgd(args: ImageArguments, training: TrainingArguments) -> tuple[type, dict[
     return torch.optim.SGD, {"lr": training.learning_rate, "momentum": args.momentum, "nesterov": args.momentum > 0}
 
 
-def _settable(training: TrainingArguments) -> set[str]:
-    return {name for name, f in training.__dataclass_fields__.items() if f.init}
-
-
 def run(
-    args: ImageArguments,
-    darel: DarelConfig,
-    training: TrainingArguments,
-    data: dict[str, Any] | None = None,
+    args: ImageArguments, darel: DarelConfig, training: TrainingArguments, data: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """
     Train, evaluate, and account for it.
@@ -230,7 +222,6 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
     trained network, with the class's prototype (their mean) marked; the third the images of all classes with the
     lowest and the highest losses, removed and kept.
     """
-    from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 
     report = trainer.report
@@ -239,30 +230,23 @@ def draw_selection(trainer: DarelTrainer, data: Any, folder: Path, label: int = 
     labels = np.asarray(data.with_format(None)["label"])
     members = np.flatnonzero(labels == label)[:most]
     scorer = BatchScorer(trainer.model, autocast=trainer.accelerator.autocast, want_embeddings=True)
-    vectors = []
-    for start in range(0, len(members), 128):
-        items = data[members[start : start + 128].tolist()]
-        batch = {"pixel_values": torch.stack(items["pixel_values"]), "labels": torch.tensor(items["labels"])}
-        vectors.append(scorer(trainer._prepare_inputs(batch)).embeddings.cpu().numpy())
-    points = PCA(2).fit_transform(np.concatenate(vectors)) if len(members) > 2 else np.zeros((len(members), 2))
+    points = np.zeros((len(members), 2))
+    if len(members) > 2:
+        one_class, collator = add_ids(data.select(members), members), CarryIds(trainer.data_collator)
+        scores = score_dataset(scorer, one_class, collator, trainer._prepare_inputs, max_rows=128, progress_bar=False)
+        points = PCA(2).fit_transform(scores.embeddings)
     rows = report.ledger.rows(sample_ids(data, report.config.id_column))
     kept = report.kept[rows[members]]
     names = getattr(data.features["label"], "names", None)
     name = names[label] if names else str(label)
 
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    for chosen, colour, text in ((kept, KEPT, "kept"), (~kept, DROPPED, "removed")):
-        axes.scatter(
-            *points[chosen].T, s=12, alpha=0.6, color=colour, linewidths=0, label=f"{text} ({chosen.sum():,})"
-        )
-    axes.scatter(*points.mean(0), marker="*", s=260, color="black", label="prototype")
-    axes.set_title(f"class {name}: {report.config.offline_rule}, keep {report.plan.offline_keep:.2f}")
-    axes.set_xlabel("first main direction of the embeddings")
-    axes.set_ylabel("second")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, folder / "embeddings.png")
+    title = f"class {name}: {report.config.offline_rule}, keep {report.plan.offline_keep:.2f}"
+    texts = {"title": title, "xlabel": "first main direction of the embeddings", "ylabel": "second"}
+    with chart(folder / "embeddings.png", (6, 5), **texts) as axes:
+        for chosen, colour, text in ((kept, KEPT, "kept"), (~kept, DROPPED, "removed")):
+            counted = f"{text} ({chosen.sum():,})"
+            axes.scatter(*points[chosen].T, s=12, alpha=0.6, color=colour, linewidths=0, label=counted)
+        axes.scatter(*points.mean(0), marker="*", s=260, color="black", label="prototype")
     _draw_extremes(report.kept[rows], report.offline_losses[rows], data, names, folder / "removed_kept.png")
 
 
@@ -270,26 +254,22 @@ def _draw_extremes(
     kept: np.ndarray, losses: np.ndarray, data: Any, names: list[str] | None, path: Path, columns: int = 10
 ) -> None:
     """Draw a grid of images: removed and kept ones with the lowest and the highest losses."""
-    from matplotlib.figure import Figure
-
     losses = np.nan_to_num(losses, nan=0.0)
     order = np.argsort(losses, kind="stable")
     rows = []
     for chosen, text in ((~kept, "removed"), (kept, "kept")):
         part = order[chosen[order]]
         rows += [(f"{text},\nlowest losses", part[:columns]), (f"{text},\nhighest losses", part[::-1][:columns])]
-    figure = Figure(figsize=(1.05 * columns + 1.2, 1.25 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for line, (text, samples) in zip(grid, rows, strict=True):
-        for axes in line:
-            axes.set_axis_off()
-        for axes, row in zip(line, samples, strict=False):
-            item = data[int(row)]
-            axes.imshow(item["pixel_values"].permute(1, 2, 0).numpy())
-            title = names[item["labels"]] if names else str(item["labels"])
-            axes.set_title(f"{title}\n{losses[row]:.2f}", fontsize=7)
-        line[0].text(-0.15, 0.5, text, ha="right", va="center", fontsize=8, transform=line[0].transAxes)
-    _save(figure, path)
+    with figure_at(path, (1.05 * columns + 1.2, 1.25 * len(rows))) as figure:
+        for line, (text, samples) in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
+            for axes in line:
+                axes.set_axis_off()
+            for axes, row in zip(line, samples, strict=False):
+                item = data[int(row)]
+                axes.imshow(item["pixel_values"].permute(1, 2, 0).numpy())
+                title = names[item["labels"]] if names else str(item["labels"])
+                axes.set_title(f"{title}\n{losses[row]:.2f}", fontsize=7)
+            line[0].text(-0.15, 0.5, text, ha="right", va="center", fontsize=8, transform=line[0].transAxes)
 
 
 def plot_accuracy_time(points: list[dict[str, Any]], path: str | os.PathLike) -> None:
@@ -300,22 +280,10 @@ def plot_accuracy_time(points: list[dict[str, Any]], path: str | os.PathLike) ->
         points (`list[dict]`): one an arm: `arm`, `accuracy` and `time` (lists over seeds).
         path: PNG.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for point in points:
-        times, values = np.asarray(point["time"]), 100 * np.asarray(point["accuracy"])
-        axes.errorbar(times.mean(), values.mean(), yerr=values.std(), xerr=times.std(), fmt="o", capsize=3)
-        axes.annotate(
-            point["arm"], (times.mean(), values.mean()), xytext=(6, 4), textcoords="offset points", fontsize=8
-        )
-    axes.set_xlabel("time relative to plain training, scoring counted")
-    axes.set_ylabel("test accuracy (%)")
-    axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, Path(path))
-
-
-def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    texts = {"xlabel": "time relative to plain training, scoring counted", "ylabel": "test accuracy (%)"}
+    with chart(path, (7, 4.5), **texts) as axes:
+        for point in points:
+            times, values = np.asarray(point["time"]), 100 * np.asarray(point["accuracy"])
+            middle = (times.mean(), values.mean())
+            axes.errorbar(*middle, yerr=values.std(), xerr=times.std(), fmt="o", capsize=3)
+            axes.annotate(point["arm"], middle, xytext=(6, 4), textcoords="offset points", fontsize=8)

@@ -55,6 +55,18 @@ def test_classification():
     )
 
 
+def test_a_network_that_returns_nothing_but_logits():
+    """Its first row is no tuple's first element."""
+
+    class Bare(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    model, x, labels = Bare(4, 3), torch.randn(5, 4), torch.arange(5) % 3
+    expected = torch.nn.functional.cross_entropy(model(x), labels, reduction="none")
+    torch.testing.assert_close(BatchScorer(model)({"x": x, "labels": labels}).losses, expected.detach())
+
+
 def test_scoring_draws_nothing_and_needs_no_gradient():
     model = tiny_lora(dropout=0.5).train()
     state = torch.get_rng_state()

@@ -19,6 +19,15 @@ from darel_hf.training.checkpoints import all_in, expected_files, problem, resol
 BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="has no such modes")
+def test_files_of_a_checkpoint_are_as_readable_as_others(tmp_path):
+    """safetensors writes files that only their owner may read."""
+    save(tmp_path, {"losses": np.ones(3), "steps": 3})
+    (tmp_path / "another").touch()
+    wanted = (tmp_path / "another").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "darel").iterdir()} == {wanted}
+
+
 class StopAt(TrainerCallback):
     """End a run early, as if it had been interrupted."""
 
