@@ -349,7 +349,7 @@ def test_auto_measures_a_disk(tmp_path, capsys, monkeypatch, loading, way):
     monkeypatch.setattr(PromptCache, "_time", lambda self, prompt, folder: (1.0, loading))
     trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
-    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: ") and "ms to store and load" in told[0]
+    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: ") and "stored and loaded in" in told[0]
     assert (tmp_path / "prompts").exists() == (way == "disk")
 
 
