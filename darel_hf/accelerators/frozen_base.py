@@ -79,7 +79,8 @@ class FrozenBase:
         self._read: list[torch.Tensor] = []  # what attention modules read, [N, D] each, while recording
         self._outputs: dict[nn.Module, torch.Tensor] = {}  # of linear layers, recorded or to be given
         self._hooks: list[Any] = []
-        self._longest, self._refresh = 0, False
+        # Positions that arguments of calls are known for; whether these are those of one prompt, from its beginning.
+        self._longest, self._is_table, self._refresh = 0, True, False
         FrozenBase.exploring = self
         try:
             self._run([tuple(tokens)])
@@ -192,8 +193,9 @@ class FrozenBase:
         """
         length = sum(map(len, prompts))
         # Of one prompt, arguments such as rotary embeddings serve as a table by position for all that are shorter.
-        self._refresh = len(prompts) > 1 or length > self._longest
-        self._longest = length if len(prompts) > 1 else max(length, self._longest)
+        self._refresh = len(prompts) > 1 or not self._is_table or length > self._longest
+        if self._refresh:
+            self._longest, self._is_table = length, len(prompts) == 1
         self._doing, self._outputs, self._read = "record", {}, []
         try:
             self._run(prompts)
@@ -208,6 +210,11 @@ class FrozenBase:
         for layer, read in zip(self.layers, self._read, strict=True):
             parts += [read, *(self._outputs[linear] for linear in layer.linears)]
         return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1)
+
+    def reach(self, prompt: tuple[int, ...]) -> None:
+        """Get ready for a prompt that was recorded at another time: know the arguments of calls up to its end."""
+        if self.adapted and not (self._is_table and self._longest >= len(prompt)):
+            self.record([prompt])
 
     def _at_attention(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self._doing != "record":

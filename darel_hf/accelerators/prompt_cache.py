@@ -65,6 +65,11 @@ class PromptCache(unpad.PaddingFree):
         model, args = self.trainer.model, self.trainer.args
         if not self.reading:
             return "adapters act on prompts, too, so what a prompt gives changes with every step; use ReaderLoraConfig"
+        trained = [
+            n for n, p in base_model(model).base_model.named_parameters() if p.requires_grad and "lora_" not in n
+        ]
+        if trained:
+            return self._named(f"{trained[0]} is trained, on which what a prompt gives may depend")
         rope = getattr(base_model(model).config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
         if kinds & set(BY_LENGTH):
@@ -112,6 +117,7 @@ class PromptCache(unpad.PaddingFree):
         rest = used & self._computed(ids, labels, used)
         last = used & (columns == columns.amax(1, keepdim=True))
         rest |= last & ~rest.any(1, keepdim=True)  # a row of a batch must be something
+        rest[:, 0] |= ~used.any(1)
         start = columns.masked_fill(~rest, ids.shape[1]).amin(1, keepdim=True)
         prompts = [tuple(row) for row in _rows(ids, used & (columns < start))]
         parts = {"input_ids": ids, "position_ids": columns.clamp(min=0)}
@@ -165,7 +171,7 @@ class PromptCache(unpad.PaddingFree):
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
         """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
         trainer, way = self.trainer, self.trainer.darel.prompt_cache
-        folder = Path(trainer.args.output_dir) / "prompts"
+        folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
         if way == "auto":
             way = self._choose(few, folder)
         if way == "disk":

@@ -57,6 +57,7 @@ class InMemory(Recompute):
         if not prompts:
             return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
         kept = torch.cat([self._one(base, prompt) for prompt in prompts]).to(device, non_blocking=True)
+        base.reach(max(prompts, key=len))
         return kept, torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
 
     def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:

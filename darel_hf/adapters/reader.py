@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import enum
 import inspect
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,10 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import Embedding, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -56,8 +61,9 @@ class ReaderLoraConfig(LoraConfig):
 
     Trains with any Trainer, evaluates and generates (`model.generate`, beams, batches with padding on the left). The
     prompt of a row is what precedes its first label, less its last token, which predicts that label; without labels
-    all but the last token of what a first call is given; or the first `prompt_lengths` tokens (int64 `[B]`, an
-    argument of `model(...)`). Logits at positions of the prompt are of no use. Nothing is dropped out in prompts.
+    all but the last token of what is given (whose logits are NaN then: no loss is to be read off them); or the first
+    `prompt_lengths` tokens (int64 `[B]`, an argument of `model(...)`). Logits at positions of a prompt are of no use.
+    Nothing is dropped out in prompts.
 
     `save_pretrained` writes what PEFT writes. To load it, this package must be imported:
     `from darel_hf import ReaderLoraConfig`, then `PeftModel.from_pretrained(base, folder)`; PEFT alone refuses it.
@@ -107,19 +113,36 @@ class ReaderModel(LoraModel):
     states, through adapted keys and values, and nothing that adapters make of a prompt is ever read.
     """
 
+    def _pre_injection_hook(self, model: nn.Module, config: ReaderLoraConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        # PEFT renames what LoRA adapts in experts, when it begins and when it loads, and does so for LoRA alone.
+        stock = copy.deepcopy(config)
+        stock.peft_type = PeftType.LORA
+        convert_peft_config_for_transformers(stock, model=model, conversions=get_model_conversion_mapping(model))
+        same = all(getattr(stock, name) == getattr(config, name) for name in ("target_modules", "target_parameters"))
+        remedy = (
+            f"in {type(model).__name__} PEFT adapts experts under other names, which a reader does not know; name "
+        )
+        require(same, "target_modules", config.target_modules, remedy + "layers of attention, or train a LoraConfig")
+
     def _post_injection_hook(self, model: nn.Module, config: ReaderLoraConfig, adapter_name: str) -> None:
         super()._post_injection_hook(model, config, adapter_name)
         # Plain numbers and references, no modules: nn.Module must not take them for parts of the model.
         self._recording, self._inside, self._states, self._prompt = False, False, {}, None
+        self._given: int | None = None  # while it generates, the columns that it was given
+        self._guessed = False  # whether nobody has said where prompts end
         causal = {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         remedy = "a reader needs a causal language model of transformers, with its blocks; train a plain LoraConfig"
-        require(bool(causal and blocks), "model", type(model).__name__, remedy)
+        config_of_model = getattr(model, "config", None)
+        attends = hasattr(config_of_model, "num_attention_heads")  # what a state holds is no key and no value
+        require(bool(causal and blocks and attends), "model", type(model).__name__, remedy)
         remedy = "adapters on embeddings change prompts, which a reader leaves alone; take them out"
         embeddings = any(isinstance(module, Embedding) for module in model.modules())
         require(not embeddings, "target_modules", config.target_modules, remedy)
         self._hooks = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._blank),
             model.register_forward_hook(self._end, always_call=True),
             *(block.register_forward_pre_hook(self._at_block, with_kwargs=True) for block in blocks),
         ]
@@ -127,8 +150,14 @@ class ReaderModel(LoraModel):
     @property
     def everywhere(self) -> bool:
         """Whether adapters act on prompts, too, or not at all."""
-        acting = any(not m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer))
-        return not acting or any(self.peft_config[name].everywhere for name in self.active_adapters)
+        if not any(not m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer)):
+            return True
+        found = {self.peft_config[name].everywhere for name in self.active_adapters if name in self.peft_config}
+        if len(found) > 1:
+            raise ValueError(
+                f"active_adapters={self.active_adapters}: some act on prompts and some do not; activate one kind"
+            )
+        return found != {False}
 
     # -- a forward pass --
 
@@ -137,7 +166,7 @@ class ReaderModel(LoraModel):
         if self._recording:
             return None
         lengths = kwargs.pop("prompt_lengths", None)
-        self._inside, self._prompt, self._states = True, None, {}
+        self._inside, self._prompt, self._states, self._guessed = True, None, {}, False
         if not self.everywhere:
             inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
             inputs = {**inputs.pop("kwargs", {}), **inputs}
@@ -154,9 +183,16 @@ class ReaderModel(LoraModel):
             raise ValueError(f"{type(model).__name__} was called without input_ids: the reader finds no prompt")
         cache = next((value for value in inputs.values() if isinstance(value, Cache)), None)
         past = 0 if cache is None else int(cache.get_seq_length())
+        if self._given is not None:  # all but the last column, in whatever calls it is read
+            columns = past + torch.arange(asked.shape[1], device=asked.device)
+            prompt = (columns < self._given - 1).expand(asked.shape[:2])
+            if past and prompt.any():
+                raise ValueError("a reader takes its prompt in one call, this generation reads it in parts")
+            return prompt
         if lengths is None and inputs.get("labels") is None:
             if past:  # what follows a prompt
                 return None
+            self._guessed = True
             if model.training:
                 raise ValueError(
                     "labels: the reader needs them to know where a prompt ends, and this loss keeps them from the "
@@ -201,21 +237,36 @@ class ReaderModel(LoraModel):
             if not (model.training and torch.is_grad_enabled() and _checkpoints(model)):
                 self._prompt, self._states = None, {}
 
+    def _blank(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        """Give no logits where nobody has said whether it is prompt: a loss of these must not pass for one."""
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if self._guessed and self._prompt is not None and logits is not None:
+            of_no_use = self._prompt[:, self._prompt.shape[1] - logits.shape[1] :]
+            output["logits"] = logits.masked_fill(of_no_use[..., None], torch.nan)
+        return output
+
     # -- what PEFT's LoRA does otherwise --
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does; raises `ValueError` for a prompt that would be read in parts."""
-        config = kwargs.get("generation_config") or self.model.generation_config
+        given = inspect.signature(self.model.generate).bind_partial(*args, **kwargs).arguments
+        given = {**given.pop("kwargs", {}), **given}
+        config = given.get("generation_config") or self.model.generation_config
         for name in ("prefill_chunk_size", "cache_implementation"):
-            value = kwargs.get(name, getattr(config, name, None))
+            value = given.get(name, getattr(config, name, None))
             remedy = "a reader takes its prompt in one call, into a cache that grows; leave it out"
             require(value is None or self.everywhere or value == "dynamic", name, value, remedy)
         for name in ("past_key_values", "cache"):
-            filled = isinstance(kwargs.get(name), Cache) and int(kwargs[name].get_seq_length()) > 0
+            filled = isinstance(given.get(name), Cache) and int(given[name].get_seq_length()) > 0
             remedy = "a reader reads a prompt in one call, and takes what follows a cache for its own words; give all "
             remedy += "tokens, without it"
-            require(not filled or self.everywhere, name, type(kwargs.get(name)).__name__, remedy)
-        return self.model.generate(*args, **kwargs)
+            require(not filled or self.everywhere, name, type(given.get(name)).__name__, remedy)
+        prompt = next((given[k] for k in ("inputs", "input_ids", "inputs_embeds") if given.get(k) is not None), None)
+        self._given = None if prompt is None else prompt.shape[1]
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            self._given = None
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Raise `ValueError`, unless adapters act everywhere: weights that hold for completions only cannot merge."""
@@ -240,7 +291,7 @@ class ReaderModel(LoraModel):
         self._hooks = []
 
     def _require_everywhere(self) -> None:
-        if not self.everywhere:
+        if not all(config.everywhere for config in self.peft_config.values()):
             raise ValueError(
                 "a reader cannot be merged: its weights are for completions, not for prompts; to_lora(model) makes "
                 "stock LoRA of it and says what that costs, finish_epochs trains it to be one"
@@ -324,8 +375,10 @@ def with_prompt_lengths(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str
     if reader is None or reader.everywhere or "prompt_lengths" in inputs or not torch.is_tensor(labels):
         return dict(inputs)
     mask = inputs.get("attention_mask")
-    used = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0)
-    return {**inputs, "prompt_lengths": (used & prompt_positions(used, labels)).sum(1)}
+    two = torch.is_tensor(mask) and mask.dim() == 2
+    used = mask.ne(0) if two else torch.ones_like(labels, dtype=torch.bool)
+    begun = used.cumsum(1) > 0
+    return {**inputs, "prompt_lengths": (begun & prompt_positions(used, labels)).sum(1)}
 
 
 def find_reader(model: nn.Module) -> ReaderModel | None:

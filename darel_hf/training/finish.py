@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..adapters import find_reader
+from ..files import require
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,18 @@ class FinishEverywhere(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Find out with which step it begins."""
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
-        self.first = max(state.max_steps - round(self.epochs * steps), 0)
-        self._set(state.global_step)
+        self.first = state.max_steps - max(round(self.epochs * steps), 1)
+        remedy = f"the run has {state.max_steps} steps, {steps} an epoch; give less, or train a LoraConfig"
+        require(self.first > 0, "finish_epochs", self.epochs, remedy)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let them act where it is time."""
-        if self._set(state.global_step) and state.global_step == self.first:
-            logger.info("adapters act everywhere from step %d on: what is saved is stock LoRA", self.first + 1)
+    def start_step(self, step: int) -> None:
+        """Let them act where it is time; called before anything of a step is done, `step` are done before it."""
+        if step == self.first:
+            logger.info("adapters act everywhere from step %d on: what is saved is stock LoRA", step + 1)
+        self.set(step >= self.first)
 
-    def _set(self, step: int) -> bool:
+    def set(self, everywhere: bool) -> None:
+        """Let the active adapters act everywhere, or on completions only."""
         reader = find_reader(self.trainer.model)
         for name in reader.active_adapters:
-            reader.peft_config[name].everywhere = step >= self.first
-        return step >= self.first
+            reader.peft_config[name].everywhere = everywhere

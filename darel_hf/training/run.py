@@ -55,6 +55,8 @@ class Run:
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
+        finishes = self.config.finish_epochs > 0
+        self.finish = FinishEverywhere(trainer, self.config.finish_epochs) if finishes else None
 
     @property
     def plan(self) -> Plan:
@@ -98,6 +100,8 @@ class Run:
         if trainer.model_init is not None and self.checkpoint is None:
             set_seed(args.seed)  # as Trainer does before it makes the model anew
             trainer.model = trainer.call_model_init(self.trial)
+        if self.finish is not None:
+            self.finish.set(False)  # also after an earlier run
         # Under FSDP and DeepSpeed Trainer leaves the model where it is until it is sharded.
         waits = (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled) and not is_sharded(trainer.model)
         waits |= trainer.model_init is not None or args.fp16_full_eval or args.bf16_full_eval
@@ -175,8 +179,7 @@ class Run:
 
     def callbacks(self) -> list[TrainerCallback]:
         """Return what takes part in Trainer's loop as its callbacks do."""
-        finish = FinishEverywhere(self.trainer, self.config.finish_epochs) if self.config.finish_epochs else None
-        return [callback for callback in (self.planner.pace, finish) if callback is not None]
+        return [callback for callback in (self.planner.pace, self.finish) if callback is not None]
 
     def logs(self) -> dict[str, float]:
         """Return the values to log, global over ranks."""
@@ -195,7 +198,7 @@ class Run:
             checkpoints.save(folder, state)
         self.trainer.accelerator.wait_for_everyone()
 
-    def finish(self) -> Report:
+    def end(self) -> Report:
         """Make the report, and store it in the output folder."""
         online, offline, planner, state = self.online, self.offline, self.planner, self.trainer.state
         online.merge()

@@ -95,7 +95,7 @@ class DarelMixin:
             for callback in callbacks:
                 self.add_callback(callback)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
-            self.report = self._run.finish()
+            self.report = self._run.end()
             return result
         except Exception as error:  # torch and safetensors name neither file nor way out when a disk is full
             full = checkpoints.explain_full_disk(error, self.args.output_dir)
@@ -172,6 +172,8 @@ class DarelMixin:
         online, pace = self._run.online, self._run.planner.pace
         if pace is not None and pace.over:  # a budget had ended this run: there is no further step
             return [], None
+        if self._run.finish is not None:
+            self._run.finish.start_step(self.state.global_step)
         online.start_step()
         if online.in_loop:
             epoch_iterator = map(online.select, epoch_iterator)
@@ -196,8 +198,7 @@ class DarelMixin:
         loss = None
         if online is not None:
             model, inputs, loss = online.own_loss(model, inputs)
-        if self.darel.active:
-            inputs = with_prompt_lengths(self.model, inputs)
+        inputs = with_prompt_lengths(self.model, inputs)
         if loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = loss  # the class below counts, scales and logs it

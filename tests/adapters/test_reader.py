@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel, get_peft_model
 from readers import (
     FAMILIES,
+    SMALL,
     VOCABULARY,
     adapted,
     data,
@@ -22,10 +24,10 @@ from readers import (
     prompt_cache,
     rows,
 )
-from transformers import Trainer, pipeline
+from transformers import GenerationConfig, Trainer, pipeline
 
-from darel_hf import ReaderLoraConfig, to_lora
-from darel_hf.adapters import acting_everywhere, find_reader, prompt_positions
+from darel_hf import DarelTrainer, ReaderLoraConfig, to_lora
+from darel_hf.adapters import acting_everywhere, find_reader, prompt_positions, with_prompt_lengths
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2)]
 
@@ -273,6 +275,71 @@ def test_a_conversation_that_goes_on():
     cache = first.get("past_key_values", first.get("cache"))
     with pytest.raises(ValueError, match="past_key_values='DynamicCache': a reader reads a prompt in one call"):
         model.generate(input_ids=longer, past_key_values=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"prompt_lookup_num_tokens": 4}])
+def test_whatever_calls_generation_makes(settings):
+    """The prompt is what it was given, also where a first call holds guesses, or each call the whole text again."""
+    model = adapted("llama", ReaderLoraConfig).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7]])
+    said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=-1, **settings)
+    assert said[0, 7:].tolist() == greedy_to(adapted("llama").eval(), ids, 12)
+
+
+def greedy_to(stock, ids, steps):
+    stock.get_base_model().generation_config.eos_token_id = -1
+    return greedy(stock, ids, steps)
+
+
+def test_a_prompt_in_parts_by_a_configuration():
+    model = adapted("llama", ReaderLoraConfig)
+    with pytest.raises(ValueError, match="prefill_chunk_size=2"):
+        model.generate(torch.ones(1, 4, dtype=torch.int64), GenerationConfig(prefill_chunk_size=2, max_new_tokens=2))
+
+
+def test_losses_read_off_guessed_prompts_are_nan(tmp_path):
+    """Where labels are kept from the model in evaluation, a loss that means nothing must not look like one."""
+    inputs, model = batch("right"), adapted("llama", ReaderLoraConfig).eval()
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    used = inputs["attention_mask"].bool()
+    last = used & (used.cumsum(1) == used.sum(1, keepdim=True))
+    assert logits[used & ~last].isnan().all() and not logits[last].isnan().any()
+    kinds = {Trainer: True, DarelTrainer: False}
+    for cls, nothing in kinds.items():
+        trainer = cls(
+            model=model,
+            args=arguments(tmp_path, label_smoothing_factor=1e-9),
+            eval_dataset=data(12),
+            data_collator=PadCollator(),
+        )
+        assert math.isnan(trainer.evaluate()["eval_loss"]) == nothing
+    assert labels is not None
+
+
+def test_padding_inside_a_prompt():
+    inputs, model = batch("right", [(6, 3)]), adapted("llama", ReaderLoraConfig).eval()
+    inputs["attention_mask"][0, 2:4] = 0
+    wanted = model(**inputs).loss
+    assert torch.equal(model(**with_prompt_lengths(model, inputs)).loss, wanted)
+
+
+def test_adapters_of_both_kinds_at_once():
+    model = adapted("llama", ReaderLoraConfig)
+    model.add_adapter("other", ReaderLoraConfig(r=2, target_modules=["q_proj"], everywhere=True))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="some act on prompts and some do not"):
+        model(**batch("right"))
+
+
+def test_experts_that_peft_renames():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    base = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2))
+    with pytest.raises(ValueError, match="target_modules='all-linear': in MixtralForCausalLM PEFT adapts experts"):
+        get_peft_model(base, ReaderLoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    base = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=2))
+    get_peft_model(base, ReaderLoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
 
 
 def test_refuses_merging_parts_and_several_answers():

@@ -60,6 +60,30 @@ def test_resume_on_either_side(step, prompt_cache, tmp_path):
     assert [saved_type(tmp_path / f"checkpoint-{s}") for s in (5, 15)] == ["READER", "LORA"]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_are_scored_as_they_are_trained(seed, tmp_path):
+    """At the first step of finishing, too: else a run that is resumed there would choose other rows."""
+    more = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "data_seed": seed}
+    darel = {"finish_epochs": 1, "online_keep": 0.5, "online_rule": "hardest"}  # from step 3 of 6 on
+    whole = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), darel, **more)
+    resume = str(tmp_path / "checkpoint-3")
+    again = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), darel, resume=resume, **more)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_second_run_begins_as_a_reader_again(tmp_path):
+    trainer = DarelTrainer(
+        model=adapted("llama", ReaderLoraConfig),
+        args=arguments(tmp_path, **GENTLE, save_strategy="epoch"),
+        train_dataset=data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(prompt_cache="ram", finish_epochs=0.01),
+    )
+    for _ in range(2):
+        trainer.train()
+        assert [saved_type(tmp_path / f"checkpoint-{step}") for step in (6, 12)] == ["READER", "LORA"]
+
+
 def test_the_plan_counts_both_parts(tmp_path):
     """A step that is half of it LoRA without padding costs more than one of a reader alone."""
     trainer = DarelTrainer(
@@ -89,5 +113,7 @@ def test_refusals(tmp_path):
     refused(r"finish_epochs=1: only a reader has something to finish", model=adapted("llama"))
     refused(r"finish_epochs=-1: give a number of epochs", finish_epochs=-1)
     refused(r"finish_epochs=1: a run that may end early", budget_time=0.5)
+    with pytest.raises(ValueError, match="finish_epochs=1: the run has 3 steps, 6 an epoch; give less"):
+        trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"finish_epochs": 1}, max_steps=3)
     best = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}
     refused(r"load_best_model_at_end=True: the best checkpoint may be of before", settings=best)
