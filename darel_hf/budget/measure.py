@@ -14,10 +14,10 @@ import torch
 from ..accelerators import Accelerator, first_line
 from ..data import ID_KEY, feature_length, token_batches
 from ..scoring import (
-    WINDOW,
     BatchScorer,
     SharedPrompts,
     default_max_tokens,
+    read_window,
     rows_without_tokens,
     scorer_for,
     share_prompts,
@@ -216,7 +216,7 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
     limit = default_max_tokens(trainer.args.device)
 
     if tokens and not scorer.sharded:
-        window = [dataset[i] for i in range(min(WINDOW, len(dataset)))]  # what the pass reads at a time
+        window = read_window(dataset, range(len(dataset)), seconds=1.0)  # what the pass reads at a time
         shared = share_prompts(
             scorer, window, lambda some: scorer(_batch_of(trainer, collator, [window[i] for i in some]))
         )

@@ -117,9 +117,11 @@ class Run:
             _ = self.data.shared_keys  # raises for batches that rows cannot be cut out of
         scores = offline.load_scores()
         planner.draft(scores_free=scores is not None or not config.rule("offline").reads_losses)
-        if config.batch_by_length and not streams:
+        sorts = config.batch_by_length and not streams
+        if sorts and config.has_budget:
             self.data.measure_lengths()
-        if not streams and (config.may_select("offline") or config.may_select("online") or planner.accelerators):
+        measures = config.may_select("offline") or config.may_select("online") or bool(planner.accelerators)
+        if measures and not streams:
             offline.make_scorer(needed=scores is None)
             planner.measure(offline.scorer, offline.scorer_seconds)
             if scores is None and planner.wants_offline():
@@ -127,9 +129,10 @@ class Run:
                 spent = self.clock.seconds["offline"] - offline.scorer_seconds
                 planner.count_offline(spent, offline.scores_reused)
             planner.solve()
-            planner.announce()
-        elif streams or self.data.lengths is not None:
+        if sorts and not config.has_budget:  # scoring has read every item already
+            self.data.measure_lengths()
             planner.count_padding()
+        if measures or sorts or streams:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:

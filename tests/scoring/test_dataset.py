@@ -1,11 +1,14 @@
 """Scores of a whole data set: whatever the batches, resumable, prompts computed once."""
 
+import weakref
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import PadCollator, tiny_gpt2, tiny_lora, token_data
 from models import llama, score, t5
+from PIL import Image
 from transformers import (
     DataCollatorForSeq2Seq,
     GPT2LMHeadModel,
@@ -14,6 +17,7 @@ from transformers import (
 from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.scoring import (
     BatchScorer,
+    read_window,
     score_dataset,
 )
 
@@ -62,6 +66,88 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path, monkeypatch):
     again = score(parts=tmp_path)
     assert sum(calls) == 50 - 32  # two windows of sixteen were saved
     np.testing.assert_array_equal(again.losses, whole.losses)
+
+
+class Spectrograms(torch.utils.data.Dataset):
+    """Items of a megabyte; counts the bytes of those that are alive."""
+
+    live = most = 0
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        values = np.full(2**18, index, np.float32)
+        self.live += values.nbytes
+        self.most = max(self.most, self.live)
+        weakref.finalize(values, self._gone, values.nbytes)
+        return {"x": values, "labels": index % 3, ID_KEY: index}
+
+    def _gone(self, size):
+        self.live -= size
+
+
+class Hearing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 3)
+
+    def forward(self, x):
+        return {"logits": self.layer(x[:, :1] / 100)}
+
+
+def hear(data, **settings):
+    def collate(items):
+        return {"x": torch.tensor(np.stack([i["x"] for i in items])), "labels": torch.tensor([i["labels"] for i in items])}
+
+    torch.manual_seed(0)
+    return score_dataset(BatchScorer(Hearing()), data, CarryIds(collate), dict, max_rows=8, **settings)
+
+
+def test_memory_is_that_of_batches_not_of_so_many_samples(monkeypatch):
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 20 * 2**20)
+    data = Spectrograms(100)
+    few = hear(data)
+    assert data.most <= 20 * 2**20
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 2**40)
+    np.testing.assert_allclose(few.losses, hear(data).losses, rtol=1e-6)
+    assert data.most == 100 * 2**20
+
+
+def test_a_killed_pass_over_large_samples_goes_on(tmp_path, monkeypatch):
+    """Windows are of as many samples as fit: what is left of a pass must not depend on how many those are now."""
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 20 * 2**20)
+    whole = hear(Spectrograms(50), parts=tmp_path)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 7 * 2**20)
+    data = Spectrograms(50)
+    again = hear(data, parts=tmp_path)
+    np.testing.assert_array_equal(again.ids, whole.ids)
+    np.testing.assert_allclose(again.losses, whole.losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("item", "size"),
+    [
+        ({"x": np.zeros((80, 30), np.float32)}, 9600),
+        ({"x": torch.zeros(80, 30)}, 9600),
+        ({"x": [[0.5] * 30] * 80}, 76800),
+        ({"x": Image.new("RGB", (80, 40))}, 9600),
+        ((np.zeros(2400, np.float32), b"1"), 9634),
+    ],
+    ids=["array", "tensor", "lists", "image", "tuple"],
+)
+def test_samples_of_any_kind_are_measured(monkeypatch, item, size):
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 10 * size + 5)
+    assert len(read_window([item] * 40, range(40))) == 10
+    assert len(read_window([item] * 4, range(4))) == 4
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 5)
+    assert len(read_window([item] * 40, range(40))) == 1
 
 
 # ---- Prompts that are the same ----

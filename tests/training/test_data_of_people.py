@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import PadCollator, arguments, tiny_gpt2, token_data
+from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, token_data, weights
 from torch.utils.data import TensorDataset
 
 from darel_hf import DarelConfig, DarelTrainer, Selector
@@ -163,32 +163,87 @@ def test_torch_formatted_data_share_prompts():
         assert share_prompts(scorer, items, plain(items)) is not None
 
 
-def test_nothing_is_read_where_nothing_is_scored(tmp_path):
-    class Counting(torch.utils.data.Dataset):
-        reads = 0
+class Slow(torch.utils.data.Dataset):
+    """Items that are dear to read, and how often each was."""
 
-        def __init__(self):
-            self.rows = [{k: v for k, v in row.items() if k != "group"} for row in token_data(600)]
+    def __init__(self, n=600):
+        self.rows, self.reads = [dict(row, number=1000 + i) for i, row in enumerate(token_data(n))], [0] * n
 
-        def __len__(self):
-            return 600
+    def __len__(self):
+        return len(self.rows)
 
-        def __getitem__(self, index):
-            Counting.reads += 1
-            return self.rows[index]
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return self.rows[index]
 
-    before = []
 
-    class Trainer(DarelTrainer):
-        def _prepare_run(self):
-            super()._prepare_run()
-            before.append(Counting.reads)
+class Before(DarelTrainer):
+    """Remembers how often items were read before the first step."""
 
-    Trainer(
-        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1), train_dataset=Counting(),
-        data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
-    ).train()  # fmt: skip
-    assert before[0] <= 2 * 64 + 8 * 4  # looked at twice for the fingerprint, and a few batches that are measured
+    def _prepare_run(self):
+        super()._prepare_run()
+        self.reads = list(self.train_dataset.dataset.reads)
+
+
+class Known(PadCollator):
+    def __call__(self, features):
+        return super().__call__([{k: f[k] for k in ("input_ids", "attention_mask", "labels")} for f in features])
+
+
+@pytest.mark.parametrize(
+    ("darel", "times"),
+    [
+        ({"offline_keep": 0.5, "offline_rule": "random"}, 0),
+        ({"online_keep": 0.5, "id_column": None}, 0),
+        ({"offline_keep": 0.5}, 1),
+        ({"offline_keep": 0.5, "group_column": "group", "batch_by_length": True}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "random", "group_column": "group"}, 1),
+        ({"online_keep": 0.5, "batch_by_length": True}, 1),
+        ({"online_keep": 0.5, "batch_by_length": True, "id_column": "number"}, 1),
+    ],
+    ids=["offline", "online", "scores", "while-scoring", "groups", "lengths", "ids"],
+)
+def test_how_often_slow_items_are_read(tmp_path, darel, times):
+    """Nothing where nothing is scored; else once, while scoring. Some are looked at: for the fingerprint, measuring."""
+    data = Slow()
+    trainer = Before(
+        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
+        train_dataset=data, data_collator=Known(), darel=DarelConfig(**darel),
+    )  # fmt: skip
+    trainer.train()
+    looked_at = 2 * 64 + 8 * 4 + 8 + 3 + 3
+    assert np.median(trainer.reads) == times and sum(trainer.reads) <= times * len(data) + looked_at
+    if "group_column" in darel:
+        kept = [row["group"] for row, keep in zip(data.rows, trainer.report.kept, strict=True) if keep]
+        assert np.bincount(kept).tolist() == [60] * 5
+    if "id_column" in darel and times:
+        assert trainer.report.ledger.ids.tolist() == list(range(1000, 1600))
+
+
+def test_what_the_facts_of_slow_items_are(tmp_path):
+    """Lengths and groups noted while scoring are those that are read off a table."""
+    plans = []
+    for name, data in (("slow", Slow(60)), ("table", token_data(60))):
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path / name, num_train_epochs=1, remove_unused_columns=False),
+            train_dataset=data, data_collator=Known(),
+            darel=DarelConfig(offline_keep=0.5, group_column="group", batch_by_length=True),
+        )  # fmt: skip
+        trainer.train()
+        plans.append((trainer.report.kept.tolist(), trainer.report.plan.costs.padding, weights(trainer.model)))
+    assert plans[0][:2] == plans[1][:2]
+    assert_same_weights(plans[0][2], plans[1][2])
+
+
+@pytest.mark.parametrize("column", ["id_column", "group_column"])
+def test_a_column_that_items_lack(tmp_path, column):
+    trainer = DarelTrainer(
+        model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Slow(20), data_collator=Known(),
+        darel=DarelConfig(offline_keep=0.5, **{column: "nope"}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{column}='nope': the items of the training set have no such key"):
+        trainer.train()
+    assert sum(trainer.train_dataset.reads) == 1
 
 
 def test_columns_of_fixed_shape_are_hashed_as_arrays():
