@@ -19,4 +19,4 @@ from .columns import (
 )
 from .fingerprint import code_fingerprint, data_fingerprint
 from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, sample_ids, select_rows
-from .rows import ID_KEY, WEIGHT_KEY, shared_keys, take_rows
+from .rows import ID_KEY, WEIGHT_KEY, keys_without_rows, require_rows, take_rows

@@ -17,6 +17,7 @@ from .scorer import (
     is_causal_lm,
     is_sharded,
     preserve_rng_state,
+    rows_of,
     scorer_for,
     skip_identity_adapters,
     spread_before_training,

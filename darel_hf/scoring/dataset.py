@@ -129,7 +129,7 @@ def read_window(dataset: Any, positions: Sequence[int], seconds: float = math.in
     """
     items: list = []
     held, count, began = 0, 1, time.perf_counter()
-    while 0 < count and time.perf_counter() - began < seconds:
+    while count > 0 and time.perf_counter() - began < seconds:
         read = read_items(dataset, list(positions[len(items) : len(items) + count]))
         items += read
         held += sum(map(_bytes, read))

@@ -186,6 +186,8 @@ class BatchScorer:
         autocast (`Callable`): returns the context in which the model runs.
         own_loss (`Callable`, *optional*): `inputs -> loss`, the one that trains; default: the model's own.
         reading ([`Reading`], *optional*): what another scorer of the model has found out.
+        examples (`Callable`, *optional*): `() -> (batch of a few rows, the first of them alone)`, or `None` where rows
+            can be cut out of any batch.
     """
 
     def __init__(
@@ -197,10 +199,11 @@ class BatchScorer:
         want_embeddings: bool = False,
         own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None,
         reading: Reading | None = None,
+        examples: Callable[[], tuple[dict, list[dict]] | None] | None = None,
     ):
         self.model, self.per_sample_loss, self.autocast = model, per_sample_loss, autocast
         self.want_correct, self.want_embeddings, self.own_loss = want_correct, want_embeddings, own_loss
-        self.reading = reading or Reading(model)
+        self.reading, self.examples = reading or Reading(model), examples
 
     @property
     def head(self) -> nn.Module | None:
@@ -315,11 +318,7 @@ class BatchScorer:
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """Find out how losses are read: on up to four rows together, and on the two shortest of them one by one."""
-        reading, n, mask = self.reading, len(first_of(inputs)), inputs.get("attention_mask")
-        few = np.arange(min(n, 4))
-        if torch.is_tensor(mask) and mask.dim() == 2:
-            few = few[np.argsort(mask[: len(few)].sum(1).cpu().numpy(), kind="stable")]
-        batch, rows = take_rows(inputs, few, n), [take_rows(inputs, few[i : i + 1], n) for i in range(min(n, 2))]
+        reading, (batch, rows) = self.reading, self.few_rows(inputs)
         # By the trainer, which also shows what it hands the model. (Sharded models: as many passes in every process.)
         own = [None] if reading.sharded else self._own_losses([batch])
         rows = [] if reading.sharded else rows
@@ -355,6 +354,18 @@ class BatchScorer:
                     found[0],
                     next((value for value in own if value is not None), float("nan")),
                 )
+
+    def few_rows(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return up to four rows of a batch, without ids, and the two shortest of them alone."""
+        made = None if self.examples is None else self.examples()
+        if made is not None:
+            return made
+        inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
+        n, mask = rows_of(inputs), inputs.get("attention_mask")
+        few = np.arange(min(n, 4))
+        if torch.is_tensor(mask) and mask.dim() == 2:
+            few = few[np.argsort(mask[: len(few)].sum(1).cpu().numpy(), kind="stable")]
+        return take_rows(inputs, few, n), [take_rows(inputs, few[i : i + 1], n) for i in range(min(n, 2))]
 
     def _same(self, found: float, wanted: float) -> bool:
         return math.isclose(found, wanted, rel_tol=self.tolerance, abs_tol=self.tolerance)
@@ -419,6 +430,12 @@ def first_of(inputs: Mapping[str, Any]) -> torch.Tensor:
     return next(value for value in inputs.values() if torch.is_tensor(value) and value.dim() > 0)
 
 
+def rows_of(inputs: Mapping[str, Any]) -> int:
+    """Return how many samples a batch has."""
+    labels = inputs.get("labels")
+    return len(labels if torch.is_tensor(labels) and labels.dim() else first_of(inputs))
+
+
 def _number(loss: Any) -> float | None:
     """Return a loss as a number, or `None` where it is none (no single number, or not finite)."""
     one = torch.is_tensor(loss) and loss.numel() == 1 and bool(torch.isfinite(loss))
@@ -445,6 +462,7 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
         "embeddings" in needs,
         trainer.own_loss if own else None,
         trainer.reading() if own else None,
+        trainer.examples,
     )
 
 

@@ -23,10 +23,11 @@ from ..data import (
     group_numbers,
     has_labels,
     is_stream,
+    keys_without_rows,
     read_column,
+    require_rows,
     sample_ids,
     sample_lengths,
-    shared_keys,
     stores_lengths,
 )
 from ..files import require
@@ -168,23 +169,43 @@ class TrainingSet:
         return loader.dataset, loader.collate_fn
 
     @cached_property
-    def shared_keys(self) -> frozenset[str]:
-        """What of a batch belongs to no single row; raises for what belongs to rows in a way that we do not know."""
+    def _without_rows(self) -> tuple[frozenset[str], dict[str, tuple]]:
+        """See [`darel_hf.data.keys_without_rows`]; nothing is known of streams and of fewer than three samples."""
         if self.streams or len(self) < 3:
-            return frozenset()
+            return frozenset(), {}
         dataset, collator = self.batching
-        items = [dataset[i] for i in range(3)]
-        return shared_keys(collator(items[:2]), collator(items))
+        items = [dataset[int(i)] for i in np.unique(np.linspace(0, len(self) - 1, 16).astype(int))]
+        return keys_without_rows({n: collator(items[:n]) for n in (2, 3, len(items))})
+
+    @cached_property
+    def shared_keys(self) -> frozenset[str] | None:
+        """What of a batch belongs to no single row; raises for what belongs to rows in a way that we do not know."""
+        shared, apart = self._without_rows
+        for key, sizes in apart.items():
+            require_rows(False, key, sizes[0], 2)
+        return None if self.streams else shared
 
     def few_rows(self) -> dict[str, Any]:
         """Return a batch of four samples, without ids: the shortest and the longest of some, and two others."""
-        dataset, collator = self.batching
+        return self._batch(self._few_items)
+
+    @cached_property
+    def _few_items(self) -> list:
+        dataset, _ = self.batching
         some = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
         taught = [item for item in some if has_labels(item)] or some
         by_length = sorted(taught, key=feature_length)  # what differs may depend on lengths
-        items = [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
-        batch = self.trainer._prepare_inputs(collator(items))
+        return [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
+
+    def _batch(self, items: list) -> dict[str, Any]:
+        batch = self.trainer._prepare_inputs(self.batching[1](items))
         return {key: value for key, value in batch.items() if key != ID_KEY}
+
+    def examples(self) -> tuple[dict, list[dict]] | None:
+        """Return a batch of a few samples, and two of them alone; `None` where they can be cut out of any batch."""
+        if not any(self._without_rows):
+            return None
+        return self.few_rows(), [self._batch([item]) for item in self._few_items[:2]]
 
     def text_of(self, sample_id: int) -> str:
         """Return what a sample says: its columns of text, or else its tokens decoded."""

@@ -169,7 +169,7 @@ class Run:
             streams=data.streams,
             offline_weights=self.offline.weights,
             accelerators=self.planner.accelerators,
-            shared_keys=data.shared_keys if selector.config.online_keep < 1 else frozenset(),
+            shared_keys=data.shared_keys if selector.config.online_keep < 1 else None,
             make_sampler=make_sampler,
         )
 

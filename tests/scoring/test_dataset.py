@@ -101,7 +101,10 @@ class Hearing(torch.nn.Module):
 
 def hear(data, **settings):
     def collate(items):
-        return {"x": torch.tensor(np.stack([i["x"] for i in items])), "labels": torch.tensor([i["labels"] for i in items])}
+        return {
+            "x": torch.tensor(np.stack([i["x"] for i in items])),
+            "labels": torch.tensor([i["labels"] for i in items]),
+        }
 
     torch.manual_seed(0)
     return score_dataset(BatchScorer(Hearing()), data, CarryIds(collate), dict, max_rows=8, **settings)

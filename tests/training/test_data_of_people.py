@@ -112,6 +112,80 @@ def test_what_of_a_batch_belongs_to_rows(tmp_path):
     DarelTrainer(model=model, data_collator=Shared(), darel=DarelConfig(online_keep=0.5), **settings).train()
 
 
+IMAGE = 1  # a token that stands for a patch of an image
+
+
+class Seeing(tf.GPT2LMHeadModel):
+    """Puts patches in the places of image tokens, and like real ones refuses a wrong number of them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.see = torch.nn.Linear(5, config.n_embd)
+
+    def forward(self, input_ids=None, pixel_values=None, **kwargs):
+        places = input_ids.eq(IMAGE)
+        if places.sum() != len(pixel_values):
+            raise ValueError("image tokens and patches do not match")
+        embeddings = self.transformer.wte(input_ids).masked_scatter(places[..., None], self.see(pixel_values))
+        return super().forward(inputs_embeds=embeddings, **kwargs)
+
+
+def seeing():
+    torch.manual_seed(0)
+    return Seeing(tiny_gpt2().config)
+
+
+def picture_books(patches):
+    """Texts behind so many image tokens each."""
+    draw, rows = np.random.default_rng(0), []
+    for k, row in zip(patches, token_data(len(patches)), strict=True):
+        ids = [IMAGE] * k + row["input_ids"]
+        labels = [-100] * k + row["labels"]
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "patches": draw.normal(size=(k, 5))}
+        )
+    return rows
+
+
+class Look(PadCollator):
+    def __call__(self, features):
+        patches = np.concatenate([feature["patches"] for feature in features])
+        return {"pixel_values": torch.tensor(patches, dtype=torch.float32), **super().__call__(features)}
+
+
+def look(folder, data, darel, **settings):
+    trainer = DarelTrainer(
+        model=seeing(), args=arguments(folder, num_train_epochs=1, remove_unused_columns=False, **settings),
+        train_dataset=data, data_collator=Look(), darel=DarelConfig(**darel),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("patches", [[1, 2, 3, 4] * 8, [1, 1, 0, 2] * 8, [0, 2, 2, 0] * 8], ids=str)
+@pytest.mark.parametrize("rule", ["hardest", "infobatch"])
+def test_patches_of_several_images_offline(tmp_path, caplog, patches, rule):
+    """Batches are collated, never cut: also where there are by chance as many patches as rows."""
+    data, model = picture_books(patches), seeing().eval()
+    with torch.no_grad():
+        alone = [model(**Look()([row])).loss.item() for row in data]
+    trainer = look(tmp_path, data, {"offline_keep": 0.5, "offline_rule": rule, "track": True})
+    np.testing.assert_allclose(trainer.report.offline_losses, alone, rtol=1e-4)
+    assert trainer.report.rows_backpropagated == trainer.report.kept.sum()
+    assert "ranked by" not in caplog.text
+
+
+def test_patches_of_several_images_online(tmp_path):
+    for patches in ([1, 1, 0, 2] * 8, [1] * 16 + [2] * 16):
+        with pytest.raises(ValueError, match=r"pixel_values=.*rows cannot be cut out of it; select offline"):
+            look(tmp_path, picture_books(patches), {"online_keep": 0.5})
+    patches = [1] * 32
+    patches[1] = 2  # at none of the places that are looked at
+    with pytest.raises(ValueError, match="pixel_values=9: its first size in a batch of 8 samples"):
+        look(tmp_path, picture_books(patches), {"online_keep": 0.5})
+    look(tmp_path, picture_books([1] * 32), {"online_keep": 0.5, "online_rule": "hardest"})  # one each: rows after all
+
+
 def test_rows_of_a_last_batch_that_is_dropped(tmp_path):
     for keep in ({"offline_keep": 0.5, "offline_rule": "random"}, {"online_keep": 0.5}):
         trainer = DarelTrainer(
@@ -204,7 +278,7 @@ class Known(PadCollator):
     ids=["offline", "online", "scores", "while-scoring", "groups", "lengths", "ids"],
 )
 def test_how_often_slow_items_are_read(tmp_path, darel, times):
-    """Nothing where nothing is scored; else once, while scoring. Some are looked at: for the fingerprint, measuring."""
+    """Nothing where nothing is scored; else once, while scoring. A few are looked at, for other things."""
     data = Slow()
     trainer = Before(
         model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
