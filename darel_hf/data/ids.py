@@ -38,7 +38,7 @@ def sample_ids(dataset: Any, id_column: str | None = None, values: Sequence | No
         raise TypeError(
             f"train_dataset={type(dataset).__name__}: it has no length, so there is nothing to take a fraction of; "
             "use a data set with a length (of a streaming one, take the part to train on and load it without "
-            "streaming=True), or leave out darel="
+            "streaming=True)"
         ) from None
     require(n > 0, "train_dataset", "empty", "give a training set with at least one sample")
     if id_column is None:

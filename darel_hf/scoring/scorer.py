@@ -250,9 +250,11 @@ class BatchScorer:
     def _score(self, inputs: dict[str, Any]) -> SampleLosses:
         has_labels, reading = torch.is_tensor(inputs.get("labels")), self.reading
         if self.per_sample_loss is None and not has_labels:
+            remedy = "so the training set (or its collator) must provide them"
+            if not reading.takes_labels:  # it goes by other names, as in question answering
+                remedy = f"which {type(base_model(self.model)).__name__} takes no labels for; pass per_sample_loss="
             raise ValueError(
-                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
-                "training set (or its collator) must provide labels, or pass per_sample_loss="
+                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, {remedy}"
             )
         if not reading.checked:
             with preserve_rng_state():  # a loss of the user's may draw

@@ -58,7 +58,7 @@ def expected_files(args: Any, sharded: bool) -> list[str]:
 def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """Read what [`save`] wrote. Raises `ValueError` for a checkpoint without it."""
     folder = Path(checkpoint) / FOLDER
-    remedy = "made without DAREL (or by another version); resume it with Trainer, or start anew"
+    remedy = "made without DAREL (or by another version); resume it with Trainer"
     require((folder / "state.json").is_file(), "resume_from_checkpoint", str(checkpoint), remedy)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return {**state, **load_file(folder / "ledger.safetensors")}
@@ -66,12 +66,14 @@ def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelConfig) -> None:
     """Raise `ValueError` if a checkpoint is of other data, or of other settings than these."""
-    remedy = f"made from another data set (fingerprint {state['data']}, this training set has {data})"
+    remedy = (
+        f"made from another data set (fingerprint {state['data']}, this training set has {data}); resume with that"
+    )
     require(state["data"] == data, "resume_from_checkpoint", str(checkpoint), remedy)
     before = DarelConfig().to_dict() | state["config"]  # a setting that it does not know was off
     for name, value in config.to_dict().items():
         saved = before[name]
-        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
+        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that"
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 
 

@@ -143,7 +143,7 @@ class Run:
         """Take everything over from the checkpoint."""
         state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
-        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that, or start anew"
+        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"
         size = self.trainer._train_batch_size
         same = size == state["batch_size"] or self.args.auto_find_batch_size
         require(same, "per_device_train_batch_size", size, remedy)

@@ -100,3 +100,32 @@ def test_no_memory_to_try_an_accelerator(tmp_path, monkeypatch, caplog):
     assert "online_backward='sliced': trying it out takes more memory than there is" in caplog.text
     with pytest.raises(ValueError, match=r"unpad=True: .* more memory than there is .*; set it to False"):
         train(tmp_path / "unpad", monkeypatch, "trial", unpad=True)
+
+
+def test_what_is_said_of_savings(tmp_path, monkeypatch, caplog, capsys):
+    """Once, with the true cause; not where time is no matter, and no count that is not known."""
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path / "steps", monkeypatch, online_keep=0.5, online_rule="hardest")
+        train(tmp_path / "memory", monkeypatch, budget_memory=0.9)
+    assert caplog.text.count("no saving is predicted") == 1 and "train plainly" in caplog.text
+    report = train(tmp_path / "random", monkeypatch, online_keep=0.5).report
+    assert "label tokens" not in str(report) and "12 rows in 3 steps" in str(report)
+
+
+def test_steps_that_an_accelerator_makes_no_cheaper(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("darel_hf.budget.measure._factors", lambda *args: {"unpad": 1.3})
+    monkeypatch.setattr(
+        "darel_hf.training.planner.Planner._from_main", lambda self, v: 0.0 if isinstance(v, float) else v
+    )
+    with caplog.at_level(logging.WARNING):
+        train(tmp_path, monkeypatch, unpad=True)
+    assert "because steps are no cheaper with unpad; leave it out" in caplog.text
+
+
+def test_max_steps_is_said_once(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path, max_steps=2), train_dataset=token_data(24),
+            data_collator=PadCollator(), darel=DarelConfig(online_keep=0.5),
+        ).train()  # fmt: skip
+    assert caplog.text.count("fixes the number of steps") == 1 and "no saving" not in caplog.text
