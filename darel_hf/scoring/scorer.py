@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..data import ID_KEY, WEIGHT_KEY, take_rows
 from ..files import require
@@ -342,12 +342,20 @@ class BatchScorer:
             ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - model_own) for shift in (True, False)}
             reading.shift = reading.shift if ways[reading.shift] <= ways[not reading.shift] else not reading.shift
         plain = self.read(logits, labels)
+        # Prompt tuning has positions of its own; where nothing tells what predicts what (CTC), no guess is right.
+        apart = labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] != logits.shape[1]
+        apart |= type(base_model(self.model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
         reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
         found = [_mean(plain), *plain.losses.tolist()]
         counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
         pairs = [(a, b) for a, b, k in zip(found, own, counted, strict=False) if b is not None and k]
         if pairs:
             reading.matches_own_loss = all(self._same(a, b) for a, b in pairs)
+            remedy = (
+                f"the model predicts {logits.shape[1]} positions, and which of them a label belongs to is not known; "
+            )
+            remedy += "pass per_sample_loss="
+            require(reading.matches_own_loss or not apart, "labels", tuple(labels.shape), remedy)
             if not reading.matches_own_loss:
                 logger.warning(
                     "samples are ranked by %s (%.4f on a first batch), the loss that trains is %.4f: it adds or "
