@@ -199,7 +199,7 @@ def refused(task, kind):
     if task == "question answering" and kind != "random":
         return "BertForQuestionAnswering takes no labels for; pass per_sample_loss="
     if task == "CTC" and kind != "random":
-        return r"labels=\(\d, 5\): the model predicts 18 positions .*; pass per_sample_loss="
+        return r"labels=\(\d, 5\): the model predicts 18 positions, .*; pass per_sample_loss="
     if task == "mixture of experts" and kind == "unpad":  # the router's loss looks at the mask of a padded batch
         return "Qwen2MoeForCausalLM cannot be trained without padding: "
     if task == "mixture of experts" and kind == "weights":
