@@ -131,15 +131,30 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
     first = found[0] if wanted is True and found else wanted
     trouble = None if first is True else problem(first)
     if first is not True and trouble is None:
+        _let_go_first(found, Path(first))
         return str(first)
     complete = next((path for path in found if problem(path) is None), None)
     if found and Path(str(first)) == found[0] and complete is not None:
         logger.warning("%s; going back to the checkpoint before it that is complete, %s", trouble, complete)
+        _let_go_first(found, complete)
         return str(complete)
     remedy = f"no complete checkpoint in it{f' ({trouble})' if trouble else ''}; train without resuming"
     require(wanted is not True, "output_dir", output_dir, remedy)
     last = "there is no complete one beside it" if complete is None else f"the newest complete one is {complete}"
     raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
+
+
+def _let_go_first(found: list[Path], chosen: Path) -> None:
+    """
+    Let what is left of checkpoints before the chosen one be deleted before it.
+
+    Rotation deletes what was changed longest ago, and one that was killed has just changed what it was deleting: whole
+    checkpoints would go before that.
+    """
+    for path in found[found.index(chosen) + 1 :] if chosen in found else ():
+        if problem(path) is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path, (0, 0))
 
 
 def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:
