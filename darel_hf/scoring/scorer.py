@@ -491,8 +491,9 @@ def _mean(samples: SampleLosses) -> float:
 
 
 def _changes_tokens(model: nn.Module) -> bool:
-    """Whether adapters act on the rows of single tokens, which a probe may not have: then no probe tells."""
-    indices = ("trainable_token_indices", "token_indices")  # of LoRA and its like, and of PEFT's TrainableTokens
+    """Whether adapters act on or behind single tokens, which a probe may not have: then no probe tells."""
+    # Of LoRA and its like, of PEFT's TrainableTokens, of activated LoRA.
+    indices = ("trainable_token_indices", "token_indices", "alora_invocation_tokens")
     return any(getattr(config, name, None) for config in model.peft_config.values() for name in indices)
 
 

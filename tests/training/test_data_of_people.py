@@ -367,3 +367,23 @@ def test_default_steps_are_no_ones_setting(tmp_path, caplog):
     ).train()  # fmt: skip
     assert "made for the full run" not in caplog.text
     assert tf.TrainingArguments(str(tmp_path)).save_steps == 500
+
+
+def test_scores_of_another_transform_are_not_used_again(tmp_path):
+    """The table below is the same: a changed template, or augmentation, changes every loss."""
+    reports = []
+    for shift in (0, 0, 7):
+
+        def moved(batch, shift=shift):
+            ids = [[(token + shift) % 62 + 2 for token in row] for row in batch["input_ids"]]
+            return {"input_ids": ids, "labels": ids, "attention_mask": batch["attention_mask"]}
+
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
+            train_dataset=token_data(24).remove_columns("group").with_transform(moved),
+            data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5),
+        )  # fmt: skip
+        trainer.train()
+        reports.append(trainer.report)
+    assert [report.scores_reused for report in reports] == [False, True, False]
+    assert not np.allclose(reports[1].offline_losses, reports[2].offline_losses)
