@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
 from ..data import ID_KEY, feature_length, read_items, token_batches
@@ -66,7 +67,7 @@ def score_dataset(
         prepare (`Callable`): moves a batch to the model's device.
         rank, world_size (`int`): this process scores every `world_size`-th sample; all get all scores.
         max_tokens (`int`, *optional*): positions a batch, padding included; the default suits the device.
-        max_rows (`int`): samples a batch.
+        max_rows (`int`): samples a batch; where memory is short, both are halved.
         progress_bar (`bool`): show one if the pass takes longer than two seconds.
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
@@ -98,9 +99,18 @@ def score_dataset(
             progress.update(0 if idle else len(found))
         else:
             items = read_window(dataset, [0] if idle else mine[start : start + WINDOW].tolist())
-            found = _score_window(
-                scorer, items, collator, prepare, max_tokens, max_rows, progress, together, prompts_once
-            )
+            found = None
+            while found is None:
+                try:
+                    found = _score_window(
+                        scorer, items, collator, prepare, max_tokens, max_rows, progress, together, prompts_once
+                    )
+                except Exception as error:
+                    if together or max_rows == 1 or not should_reduce_batch_size(error):
+                        raise
+                    max_tokens, max_rows, progress.n = max(max_tokens // 2, 1), max_rows // 2, start
+                if found is None:  # outside of the handler, which holds what is on the device
+                    clear_device_cache(garbage_collection=True)
             del items  # not beside those of the next window
             if part is not None and not idle and len(found) < len(mine):
                 with atomic_path(part) as temporary:

@@ -134,6 +134,27 @@ def test_a_killed_pass_over_large_samples_goes_on(tmp_path, monkeypatch):
     np.testing.assert_allclose(again.losses, whole.losses, rtol=1e-6)
 
 
+def test_batches_get_smaller_where_memory_is_short():
+    """What plain training has room for is no matter of how wide batches of scoring are."""
+    model, rows = tiny_gpt2(), []
+
+    def forward(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        rows.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(forward, with_kwargs=True)
+    np.testing.assert_allclose(score(model=model, max_tokens=600).losses, score().losses, rtol=1e-5)
+    assert max(rows) > 1
+
+    def never(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(never, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model=model)
+
+
 @pytest.mark.parametrize(
     ("item", "size"),
     [
