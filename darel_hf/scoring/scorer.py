@@ -337,10 +337,12 @@ class BatchScorer:
         alone = alone or own[1:]
         if labels.is_floating_point():
             self._find_form(logits, labels, alone)
-        elif logits.dim() == 3 and labels.dim() == 2 and model_own is not None:
-            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
-            ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - model_own) for shift in (True, False)}
-            reading.shift = reading.shift if ways[reading.shift] <= ways[not reading.shift] else not reading.shift
+        elif logits.dim() == 3 and labels.dim() == 2 and own[0] is not None:
+            # Whether position t predicts label t or t + 1 is what the loss says, not the model's name; but where it is
+            # far from both (a penalty is added), the nearer one is chance.
+            wanted = own[0] if model_own is None else model_own
+            ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - wanted) for shift in (True, False)}
+            reading.shift ^= ways[not reading.shift] < 0.1 * ways[reading.shift]
         plain = self.read(logits, labels)
         # Prompt tuning has positions of its own; where nothing tells what predicts what (CTC), no guess is right.
         apart = labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] != logits.shape[1]

@@ -136,7 +136,7 @@ class OfflineStage:
     def _origin(self, model: nn.Module, skipped: bool) -> dict[str, str]:
         """Return the fingerprints of all that decides the scores."""
         own, dataset = self.trainer.per_sample_loss, self.data.dataset
-        # What makes items of a table's rows, of which the fingerprint of the data knows nothing; or the data set's code.
+        # What makes items of a table's rows, of which the fingerprint of the data knows nothing; or the code of items.
         makes_items = [type(dataset)]
         if isinstance(dataset, datasets.Dataset):
             makes_items = [dataset.format["type"], *dataset.format["format_kwargs"].values()]

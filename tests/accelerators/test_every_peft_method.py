@@ -55,8 +55,8 @@ def adapted(method, move=True):
     """The model with its adapter, moved off its starting point, as training would."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
-        use_cache=False,
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, use_cache=False,
     )  # fmt: skip
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[method]
     settings = {**SETTINGS, **MORE.get(named(method), {})}
@@ -115,6 +115,8 @@ def reference(folder, method):
         pytest.skip(f"plain Trainer: {type(error).__name__}: {str(error)[:80]}")
     if not wanted:
         pytest.skip("plain Trainer computes no gradient")
+    if not all(gradient.isfinite().all() for gradient in wanted.values()):
+        pytest.skip("plain Trainer's gradients are not finite")
     if far(again, wanted):
         pytest.skip("it draws at random in every forward pass, as dropout does")
     return wanted
@@ -132,7 +134,7 @@ def without_padding(folder, method, wanted):
 
 
 def sliced(folder, method, monkeypatch, caplog):
-    """Whether rows chosen in the forward pass that trains have their own gradients; else they get a step of their own."""
+    """Whether rows chosen in the forward pass that trains have their gradients; else they get a step of their own."""
     chosen, select = [], Selector.select
 
     def remember(self, ids, *args, **kwargs):
@@ -156,13 +158,18 @@ def scored(method):
         model.eval()
         with torch.no_grad():
             own = [model(**{k: v[i : i + 1] for k, v in data.items()}).loss.item() for i in range(8)]
-        scorer = BatchScorer(model)
-        np.testing.assert_allclose(scorer(data).losses, own, rtol=1e-4)
+        if not np.isfinite(own).all():
+            pytest.skip("its own loss of a row is not finite")
+        scorer, own = BatchScorer(model), np.array(own)
+        losses = scorer(data).losses.numpy()
+        penalty = np.mean(own - losses) if scorer.reading.matches_own_loss is False else 0.0  # of all rows alike
+        np.testing.assert_allclose(losses + penalty, own, rtol=1e-4)
         before = [p.requires_grad for p in model.parameters()]
         with skip_identity_adapters(scorer, {k: v[:4] for k, v in data.items()}) as skipped:
-            np.testing.assert_allclose(scorer(data).losses, own, rtol=1e-4)
+            np.testing.assert_allclose(scorer(data).losses + penalty, own, rtol=1e-4)
         assert before == [p.requires_grad for p in model.parameters()]
-    return "right, skipped at the start" if skipped else "right"
+    what = "right" if not penalty else "cross-entropy, with a warning"
+    return what + (", skipped at the start" if skipped else "")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=named)
