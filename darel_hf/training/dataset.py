@@ -183,7 +183,7 @@ class TrainingSet:
         shared, apart = self._without_rows
         for key, sizes in apart.items():
             require_rows(False, key, sizes[0], 2)
-        return None if self.streams else shared
+        return shared if len(self) >= 3 else None
 
     def few_rows(self) -> dict[str, Any]:
         """Return a batch of four samples, without ids: the shortest and the longest of some, and two others."""

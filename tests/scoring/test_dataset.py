@@ -267,6 +267,27 @@ def test_prompts_are_not_shared_where_scores_would_differ():
     np.testing.assert_allclose(scores.losses, expected, rtol=1e-4)
 
 
+def test_a_collator_that_cuts_off_what_is_long():
+    """Prompts are shared without it: then its batches must be the same, those of the longest sample as well."""
+    rows = list(references())
+    long = np.random.default_rng(1).integers(2, 64, 30).tolist()
+    prompt = rows[57]["labels"].count(-100)
+    ids = rows[57]["input_ids"][:prompt] + long
+    rows[57] = {**rows[57], "input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + long}
+
+    class Cut(PadCollator):
+        def __call__(self, features):
+            return super().__call__([{key: value[:24] for key, value in feature.items()} for feature in features])
+
+    data, model = datasets.Dataset.from_list(rows), tiny_gpt2()
+    scores = [
+        score_dataset(BatchScorer(model), data, CarryIds(Cut()), dict, progress_bar=False, prompts_once=once)
+        for once in (True, False)
+    ]
+    np.testing.assert_array_equal(scores[0].n_tokens, scores[1].n_tokens)
+    np.testing.assert_allclose(scores[0].losses, scores[1].losses, rtol=1e-4)
+
+
 def test_distinct_prompts_are_scored_the_simple_way():
     data = add_ids(token_data(), np.arange(37))
     _, computed = score_counting(tiny_gpt2(), data.remove_columns("group"))
