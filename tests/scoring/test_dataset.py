@@ -205,7 +205,7 @@ def test_shared_prompts_give_the_same_scores(make_model):
     torch.manual_seed(0)
     model, data = make_model(), references()
     scores, computed = score_counting(model, data)
-    assert computed < 0.6 * sum(len(ids) for ids in data["input_ids"])
+    assert computed < 0.65 * sum(len(ids) for ids in data["input_ids"])  # what is tried out, included
     one_by_one = BatchScorer(model, want_correct=True)
     np.testing.assert_array_equal(scores.ids, np.arange(120))
     for i, item in enumerate(data):
