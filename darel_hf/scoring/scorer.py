@@ -148,7 +148,7 @@ class Reading:
         shift (`bool`): whether position t predicts label t + 1.
         head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
         form (`str`): how float labels are read, see [`darel_hf.scoring.losses.FORMS`].
-        keys (`frozenset[str]`, *optional*): what the trainer's own step hands the model; `None`: not known, all.
+        withheld (`frozenset[str]`): keys of batches that the trainer's own step does not hand the model.
         checked (`bool`): whether a batch has been looked at.
         matches_own_loss (`bool`, *optional*): whether the losses add up to the one that trains; `None`: there is none.
     """
@@ -160,7 +160,7 @@ class Reading:
         # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
         whole = self.sharded or not hasattr(base, "get_output_embeddings")
         self.head = None if whole else base.get_output_embeddings()
-        self.form, self.keys = FORMS[0], None
+        self.form, self.withheld = FORMS[0], frozenset()
         self.checked, self.matches_own_loss = False, None
 
 
@@ -270,8 +270,7 @@ class BatchScorer:
 
     def _handed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the trainer's own step hands the model, and the labels."""
-        keys = self.reading.keys
-        return inputs if keys is None else {k: v for k, v in inputs.items() if k in keys or k == "labels"}
+        return {k: v for k, v in inputs.items() if k not in self.reading.withheld or k == "labels"}
 
     def _outputs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, float | None]:
         """Return the logits, and the model's own loss if it gives one."""
@@ -399,8 +398,8 @@ class BatchScorer:
             return [None] * len(batches)
         finally:
             hook.remove()
-        if seen:
-            self.reading.keys = frozenset(seen)
+        if seen:  # not only those are handed on: a batch with images may come after one without
+            self.reading.withheld = frozenset(key for batch in batches for key in batch) - seen
         return losses
 
     def _find_form(self, logits: torch.Tensor, labels: torch.Tensor, alone: list[float | None]) -> None:

@@ -132,3 +132,24 @@ def test_a_causal_model_of_another_name(penalty, hidden):
     assert not scorer.reading.shift
     scorer(collate())
     assert scorer.reading.shift
+
+
+def test_keys_that_only_some_batches_have():
+    """A batch with images after one without: what was not there to be handed to the model is not withheld from it."""
+
+    class Optional(GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, shift=None):
+            embeddings = self.transformer.wte(input_ids)
+            embeddings = embeddings if shift is None else embeddings + shift[:, None, None]
+            return super().forward(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels)
+
+    model = Optional(tiny_gpt2().config).eval()
+    scorer = BatchScorer(
+        model, own_loss=lambda inputs: model(**{k: v for k, v in inputs.items() if k != "extra"}).loss
+    )
+    batch = {**collate(4), "extra": torch.ones(4)}
+    scorer(batch)
+    moved = {**batch, "shift": torch.full((4,), 0.5)}
+    with torch.no_grad():
+        own = [model(**{k: v[i : i + 1] for k, v in moved.items() if k != "extra"}).loss.item() for i in range(4)]
+    assert scorer(moved).losses.tolist() == pytest.approx(own, rel=1e-4)
