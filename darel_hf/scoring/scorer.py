@@ -250,7 +250,7 @@ class BatchScorer:
     def _score(self, inputs: dict[str, Any]) -> SampleLosses:
         has_labels, reading = torch.is_tensor(inputs.get("labels")), self.reading
         if self.per_sample_loss is None and not has_labels:
-            remedy = "so the training set (or its collator) must provide them"
+            remedy = "so the training set (or its collator) must provide labels"
             if not reading.takes_labels:  # it goes by other names, as in question answering
                 remedy = f"which {type(base_model(self.model)).__name__} takes no labels for; pass per_sample_loss="
             raise ValueError(
