@@ -9,6 +9,7 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
 )
 
 from darel_hf.scoring import (
@@ -90,7 +91,7 @@ def test_prompt_learning_is_never_skipped():
 def test_a_penalty_says_nothing_of_which_label_a_position_predicts(penalty):
     """AdaLoRA's, or a router's: added to a loss of ln 64, it brought it nearer to that of the wrong labels."""
 
-    class Penalized(GPT2LMHeadModel):
+    class Penalized(LlamaForCausalLM):
         def forward(self, input_ids=None, attention_mask=None, labels=None):
             outputs = super().forward(input_ids, attention_mask=attention_mask, labels=labels)
             if outputs.loss is not None:
@@ -98,7 +99,8 @@ def test_a_penalty_says_nothing_of_which_label_a_position_predicts(penalty):
             return outputs
 
     for seed in range(8):
-        model, rows = Penalized(tiny_gpt2(seed=seed).config).eval(), collate(seed=seed)
+        torch.manual_seed(seed)
+        model, rows = Penalized(llama().config).eval(), collate(seed=seed)
         scorer = BatchScorer(model)
         found = scorer(rows).losses
         with torch.no_grad():
@@ -140,7 +142,8 @@ def test_keys_that_only_some_batches_have():
     class Optional(GPT2LMHeadModel):
         def forward(self, input_ids=None, attention_mask=None, labels=None, shift=None):
             embeddings = self.transformer.wte(input_ids)
-            embeddings = embeddings if shift is None else embeddings + shift[:, None, None]
+            if shift is not None:
+                embeddings = embeddings + shift[:, None, None] * torch.linspace(-1, 1, embeddings.shape[-1])
             return super().forward(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels)
 
     model = Optional(tiny_gpt2().config).eval()

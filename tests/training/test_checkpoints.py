@@ -136,7 +136,7 @@ def test_what_is_left_of_a_deletion_goes_first(tmp_path):
     for age, path in enumerate(all_in(tmp_path)):
         os.utime(path, (time.time() - 100 * age - 100,) * 2)
     (all_in(tmp_path)[-1] / "optimizer.pt").unlink()
-    make(tmp_path, save_total_limit=3).train(resume_from_checkpoint=True)
+    make(tmp_path, stop=13, save_total_limit=3).train(resume_from_checkpoint=True)
     left = all_in(tmp_path)
     assert len(left) == 3 and [problem(path) for path in left] == [None] * 3
 
