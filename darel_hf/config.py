@@ -73,7 +73,6 @@ class AcceleratorFacts:
     with_weights: str | None = None
 
 
-_ALONE = "leave out one of them"
 #: Accelerators by name: ours, and those that [`darel_hf.accelerators.register_accelerator`] adds.
 ACCELERATOR_FACTS = {
     facts.name: facts
@@ -84,11 +83,11 @@ ACCELERATOR_FACTS = {
             exactness="exact",
             phrase="without padding",
             not_with={
-                "batch_by_length": f"without padding there is nothing for it to save; {_ALONE}",
-                "track": f"losses of rows cannot be read off a batch without padding; {_ALONE}",
-                "online_backward": "it slices the rows of a padded batch; give 'subset', or unpad=False",
+                "batch_by_length": "without padding there is nothing for it to save; leave it out",
+                "track": "losses of rows cannot be read off a batch without padding; leave it out",
+                "online_backward": "it slices the rows of a padded batch; give 'subset'",
             },
-            with_weights=f"its weights need losses of rows, which unpad=True has not; {_ALONE}",
+            with_weights="its weights need losses of rows, which unpad=True has not; leave out unpad",
         ),
         AcceleratorFacts(
             "prompt_cache",
@@ -96,12 +95,12 @@ ACCELERATOR_FACTS = {
             exactness="exact",
             phrase="without computing prompts again",
             not_with={
-                "unpad": f"completions are computed without padding anyway; {_ALONE}",
-                "batch_by_length": f"without padding there is nothing for it to save; {_ALONE}",
-                "track": f"losses of rows cannot be read off a batch without padding; {_ALONE}",
-                "online_backward": "it slices the rows of a padded batch; give 'subset', or prompt_cache=None",
+                "unpad": "completions are computed without padding anyway; leave it out",
+                "batch_by_length": "without padding there is nothing for it to save; leave it out",
+                "track": "losses of rows cannot be read off a batch without padding; leave it out",
+                "online_backward": "it slices the rows of a padded batch; give 'subset'",
             },
-            with_weights=f"its weights need losses of rows, which a batch without padding has not; {_ALONE}",
+            with_weights="its weights need losses of rows, which prompt_cache has not; leave out prompt_cache",
         ),
         AcceleratorFacts(
             "sliced",
@@ -252,14 +251,14 @@ class DarelConfig:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             require(number, name, value, "give a number, a fraction in (0, 1]", TypeError)
             remedy = "give a fraction in (0, 1]"
-            if 1 < value <= 100:
+            if 5 <= value <= 100:  # nobody who writes 1.5 means per cent
                 remedy += f" ({value:g} per cent is {value / 100:g})"
             require(0 < value <= 1, name, value, remedy)
         number = isinstance(self.finish_epochs, (int, float)) and not isinstance(self.finish_epochs, bool)
         remedy = "give a number of epochs, 0 or more"
         require(number, "finish_epochs", self.finish_epochs, remedy, TypeError)
         require(self.finish_epochs >= 0, "finish_epochs", self.finish_epochs, remedy)
-        remedy = "a run that may end early has no last epochs; leave out one of them"
+        remedy = "a run that may end early has no last epochs; leave it out"
         require(not self.finish_epochs or self.budget_time is None, "finish_epochs", self.finish_epochs, remedy)
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
@@ -280,7 +279,7 @@ class DarelConfig:
                 self._check_beside(facts)
         if self.has_budget:
             for name in ("offline_keep", "online_keep", "rescore_every"):
-                remedy = "a budget derives this; leave it out, or leave out the budget"
+                remedy = "a budget derives this; leave it out"
                 require(self._is_default(name), name, getattr(self, name), remedy)
 
     def _is_default(self, name: str) -> bool:

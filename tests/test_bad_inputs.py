@@ -1,6 +1,7 @@
 """A catalogue of bad inputs: each gives its one error, before any compute, from our code, and leaves no half file."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from darel_hf.training.checkpoints import resolve
 
 PACKAGE = Path(darel_hf.__file__).parent
 HALF = {"online_keep": 0.5, "online_rule": "hardest"}
+WEIGHTS = {"online_keep": 0.5, "online_rule": "infobatch"}
 CASES = {}
 
 
@@ -46,6 +48,14 @@ config("above one", "online_keep=1.5: give a fraction", online_keep=1.5)
 config("not a number", "offline_keep=nan: give a fraction", offline_keep=float("nan"))
 config("fraction as text", "offline_keep='0.5': give a number", TypeError, offline_keep="0.5")
 config("fraction as truth", "online_keep=True: give a number", TypeError, online_keep=True)
+config("half too much", r"online_keep=1.5: give a fraction in \(0, 1\]$", online_keep=1.5)
+config(
+    "two that are of one use",
+    "batch_by_length=True: without padding .* leave it out",
+    unpad=True,
+    batch_by_length=True,
+)
+config("rule and unpad", "online_rule='infobatch': its weights .* leave out unpad", unpad=True, **WEIGHTS)
 config("budget of zero", "budget_time=0: give a fraction", budget_time=0)
 config("memory above one", "budget_memory=2: give a fraction", budget_memory=2)
 config("period of zero", "rescore_every=0: give a number of epochs", rescore_every=0)
@@ -383,6 +393,9 @@ def test_bad_input(tmp_path, name):
     function, error, match = CASES[name]
     with pytest.raises(error, match=match) as raised:
         function(tmp_path)
+    assert not re.search(r"\bor (leave|start|pass|set|choose|resume|allow)\b", str(raised.value)), (
+        "one remedy is enough"
+    )
     raised_in = Path(str(raised.traceback[-1].path))
     assert raised_in.is_relative_to(PACKAGE) or raised_in == Path(__file__), raised_in
     for path in tmp_path.rglob("*"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from ..config import ACCELERATOR_FACTS, AcceleratorFacts
 from ..files import require
@@ -145,7 +146,10 @@ def make_accelerators(
             with preserve_rng_state():
                 reason = accelerator.why_not(few_rows)
         except Exception as found:  # of any kind: the other processes wait
-            error = found
+            if should_reduce_batch_size(found):
+                reason = f"trying it out takes more memory than there is ({first_line(found)})"
+            else:
+                error = found
         error = first_found(error)
         if error is not None:
             raise error

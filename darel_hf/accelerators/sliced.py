@@ -164,7 +164,10 @@ class SlicedStep:
             with dynamo_config.patch(skip_nnmodule_hook_guards=False, specialize_float=True):
                 losses, self.ranking, n_tokens, correct = self._losses(inputs)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            raise CannotSlice(f"the model cannot be traced as one graph ({first_line(error)})") from error
+            cause = getattr(
+                error, "inner_exception", error
+            )  # of the backend, whose name is all that the outer one says
+            raise CannotSlice(f"the model cannot be traced as one graph ({first_line(cause)})") from error
         return SampleLosses(losses, n_tokens, correct)
 
     def keep(self, rows: Sequence[int]) -> None:

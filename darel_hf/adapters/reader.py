@@ -119,7 +119,8 @@ class ReaderModel(LoraModel):
         stock = copy.deepcopy(config)
         stock.peft_type = PeftType.LORA
         convert_peft_config_for_transformers(stock, model=model, conversions=get_model_conversion_mapping(model))
-        same = all(getattr(stock, name) == getattr(config, name) for name in ("target_modules", "target_parameters"))
+        names = ("target_modules", "target_parameters")
+        same = all((getattr(stock, name) or set()) == (getattr(config, name) or set()) for name in names)
         remedy = (
             f"in {type(model).__name__} PEFT adapts experts under other names, which a reader does not know; name "
         )

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 from ..accelerators import Accelerator, first_line
 from ..data import ID_KEY, feature_length, token_batches
 from ..scoring import (
-    WINDOW,
     BatchScorer,
     SharedPrompts,
     default_max_tokens,
+    read_window,
     rows_without_tokens,
     scorer_for,
     share_prompts,
@@ -127,21 +128,22 @@ def measure_costs(
         for model in (trainer.model, trainer.model if offline_scorer is None else to_device(offline_scorer, device))
     )
     count = min(max(int(most), 2), BATCHES)
-    started = time.perf_counter()
-    batches = _batches(trainer, dataset, collator, rows, count + 1)
-    loading, workers = (time.perf_counter() - started) / len(batches), trainer.args.dataloader_num_workers
-    scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
-    accumulation = trainer.args.gradient_accumulation_steps
-    with untouched(trainer.model):
-        optimizer_step = _optimizer_step(trainer)
+    accumulation, workers = trainer.args.gradient_accumulation_steps, trainer.args.dataloader_num_workers
+    trains = False  # what scoring says is an error, unless that memory is short; what a step says is a warning
+    try:
+        started = time.perf_counter()
+        batches = _batches(trainer, dataset, collator, rows, count + 1)
+        loading = (time.perf_counter() - started) / len(batches)
+        scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
+        with untouched(trainer.model):
 
-        def seconds(prepare: Callable[[], Mapping]) -> float:
-            return _seconds(lambda: _loss(trainer, prepare()).backward(), device)
+            def seconds(prepare: Callable[[], Mapping]) -> float:
+                return _seconds(lambda: _loss(trainer, prepare()).backward(), device)
 
-        # The first call of each kind warms up caches and allocators. Scoring comes first: it names what is missing.
-        pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
-        forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
-        try:
+            # The first call of each kind warms up caches and allocators. Scoring comes first: it names what lacks.
+            pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
+            forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
+            trains = True
             steps: list[float] = []
             with_it: list[list[float]] = [[] for _ in accelerators]
             for batch in batches:  # in turn: what slows down one slows down the others
@@ -157,17 +159,19 @@ def measure_costs(
             trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
             optimizer_step = _optimizer_step(trainer)
             updates = [_seconds(optimizer_step, device) for _ in batches][1:]
-        except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
-            logger.warning("what a training step costs could not be measured (%s); assuming it", first_line(error))
-            return None
-        del steps[0]
-        # Texts differ in length; batches of images do not, and what makes one take longer is the machine. What the
-        # loop adds to the fastest step is found out on the way, see `pacing`.
-        typical = statistics.mean if "input_ids" in batches[0] else min
-        step = typical(steps) + min(updates) / accumulation
-        # Workers load while the loop computes, which waits for what they do not manage; without them it always waits.
-        loading = max(loading / workers - step, 0.0) if workers else loading
-        step += loading
+    except Exception as error:  # out of memory, or a loss of the user's that needs a run in progress
+        if not trains and not should_reduce_batch_size(error):
+            raise
+        logger.warning("what a training step costs could not be measured (%s); assuming it", first_line(error))
+        return None
+    del steps[0]
+    # Texts differ in length; batches of images do not, and what makes one take longer is the machine. What the
+    # loop adds to the fastest step is found out on the way, see `pacing`.
+    typical = statistics.mean if "input_ids" in batches[0] else min
+    step = typical(steps) + min(updates) / accumulation
+    # Workers load while the loop computes, which waits for what they do not manage; without them it always waits.
+    loading = max(loading / workers - step, 0.0) if workers else loading
+    step += loading
     return Costs(
         step_seconds=step,
         forward_share=typical(forwards) / candidates * rows / step if candidates else 0.0,
@@ -220,7 +224,7 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
     limit = default_max_tokens(trainer.args.device)
 
     if tokens and not scorer.sharded:
-        window = [dataset[i] for i in range(min(WINDOW, len(dataset)))]  # what the pass reads at a time
+        window = read_window(dataset, range(len(dataset)), seconds=1.0)  # what the pass reads at a time
         shared = share_prompts(
             scorer, window, lambda some: scorer(_batch_of(trainer, collator, [window[i] for i in some]))
         )

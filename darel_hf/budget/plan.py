@@ -177,7 +177,7 @@ class Plan:
         """Raise `ValueError` if the fraction of a batch cannot be had with whole rows."""
         size = self.batch_size
         remedy = f"of a batch of {size} it keeps {size} of {self.candidate_rows} candidates, all of them; "
-        remedy += f"give at most {size / (size + 0.5):.3f}, a larger batch, or 1"
+        remedy += f"give at most {size / (size + 0.5):.3f}"
         require(self.online_keep == 1 or self.candidate_rows > size, "online_keep", self.online_keep, remedy)
 
     def __str__(self) -> str:
@@ -325,7 +325,7 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
         return everything
     remedy = f"cannot be met: the smallest possible here is {smallest:.3f}"
     if not offline:
-        remedy += " where each value of group_column keeps a place offline; leave that out, or allow more time"
+        remedy += " where each value of group_column keeps a place offline; allow more"
     elif not plan.scores_free:
         remedy += " (saved scores, scores=, make it smaller)"
     require(budget_time >= smallest, "budget_time", budget_time, remedy)
@@ -396,7 +396,7 @@ def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0) -> Plan:
     budget = 1.0 if config.budget_time is None else config.budget_time
     alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
     made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
-    remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; leave it out, or allow more time"
+    remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; allow more time"
     require(made.kept_samples >= groups, "group_column", config.group_column, remedy)
     return made
 
@@ -414,7 +414,7 @@ def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_me
         ValueError: if even one row does not fit; says what the smallest possible budget is.
     """
     full, one = memory(batch_size), memory(1)
-    remedy = f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}"
+    remedy = f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}; give as much"
     require(one <= budget_memory * full, "budget_memory", budget_memory, remedy)
     if batch_size == 1 or full <= one:
         return batch_size

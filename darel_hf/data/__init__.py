@@ -5,7 +5,18 @@ Stands on `config` and `files`.
 """
 
 from .by_length import ShuffledByLength, token_batches
-from .columns import feature_length, group_numbers, has_labels, is_stream, read_column, sample_lengths
+from .columns import (
+    Noting,
+    cell,
+    feature_length,
+    group_numbers,
+    has_labels,
+    is_stream,
+    read_column,
+    read_items,
+    sample_lengths,
+    stores_lengths,
+)
 from .fingerprint import code_fingerprint, data_fingerprint
 from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, sample_ids, select_rows
-from .rows import ID_KEY, WEIGHT_KEY, shared_keys, take_rows
+from .rows import ID_KEY, WEIGHT_KEY, keys_without_rows, require_rows, take_rows

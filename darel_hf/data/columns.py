@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -35,12 +35,50 @@ def read_column(dataset: Any, name: str, purpose: str) -> list:
         columns = dataset.column_names
         require(name in columns, purpose, name, f"the training set has no such column, only {columns}")
         return dataset.with_format(None).select_columns([name])[:][name]
-    values = []
-    for item in (dataset[i] for i in range(len(dataset))):
-        known = isinstance(item, Mapping) and name in item
-        require(known, purpose, name, "the items of the training set have no such key")
-        values.append(item[name])
-    return values
+    return [cell(dataset[i], name, purpose) for i in range(len(dataset))]
+
+
+def cell(item: Any, name: str, purpose: str) -> Any:
+    """Return what an item has under a key; raise `ValueError` if it has none, see [`read_column`]."""
+    known = isinstance(item, Mapping) and name in item
+    require(known, purpose, name, "the items of the training set have no such key")
+    return item[name]
+
+
+def read_items(dataset: Any, positions: Sequence[int]) -> list:
+    """Read some items, at once where the data set can."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(positions)
+    return [dataset[i] for i in positions]
+
+
+class Noting(torch.utils.data.Dataset):
+    """
+    A data set that notes facts of every item that is read, so that items that are slow to read are read once.
+
+    Args:
+        dataset: map-style.
+        facts (`Mapping[str, Callable]`): by name, `item -> fact`.
+
+    Attributes:
+        noted (`dict[int, tuple]`): the facts of the items that were read, by position.
+    """
+
+    def __init__(self, dataset: Any, facts: Mapping[str, Callable[[Any], Any]]):
+        self.dataset, self.facts = dataset, facts
+        self.noted: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list:
+        items = read_items(self.dataset, indices)
+        for index, item in zip(indices, items, strict=True):
+            self.noted[index] = tuple(fact(item) for fact in self.facts.values())
+        return items
 
 
 def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
@@ -59,9 +97,8 @@ def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
     """
     if column is not None and column in (getattr(dataset, "column_names", None) or ()):
         return np.array(read_column(dataset, column, "length_column_name"), np.int64)
-    stored = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
-    stored = stored and np.ndim(dataset[0]["input_ids"]) == 1
     remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
+    stored = stores_lengths(dataset)
     require(stored or "input_ids" in dataset[0], "batch_by_length", True, remedy)
     if not stored:
         return np.array([feature_length(dataset[i]) for i in range(len(dataset))], np.int64)
@@ -73,6 +110,12 @@ def sample_lengths(dataset: Any, column: str | None = None) -> np.ndarray:
         if pa.types.is_list(table[name].type) or pa.types.is_large_list(table[name].type) or name == "input_ids"
     )
     return lengths + sum(np.where(target != lengths, target, 0) for target in targets)
+
+
+def stores_lengths(dataset: Any, column: str | None = None) -> bool:
+    """Whether a table says how long samples are, without a transform that would have to be run."""
+    columns = dataset.column_names if isinstance(dataset, datasets.Dataset) else ()
+    return column in columns or ("input_ids" in columns and np.ndim(dataset[0].get("input_ids")) == 1)
 
 
 def feature_length(feature: Mapping[str, Any]) -> int:

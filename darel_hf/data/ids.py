@@ -13,13 +13,18 @@ import pyarrow as pa
 import torch
 
 from ..files import require
-from .columns import is_plain, is_stream, read_column
+from .columns import is_plain, is_stream, read_column, read_items
 from .rows import ID_KEY, check_rows
 
 
-def sample_ids(dataset: Any, id_column: str | None = None) -> np.ndarray:
+def sample_ids(dataset: Any, id_column: str | None = None, values: Sequence | None = None) -> np.ndarray:
     """
     Return the id of every sample: int64 `[n]`, the row numbers unless `id_column` names a column.
+
+    Args:
+        dataset: map-style.
+        id_column (`str`, *optional*): the column.
+        values (`Sequence`, *optional*): what it holds, where it was read already.
 
     Raises:
         TypeError: if the data set has no length, or the ids are not integers.
@@ -33,12 +38,12 @@ def sample_ids(dataset: Any, id_column: str | None = None) -> np.ndarray:
         raise TypeError(
             f"train_dataset={type(dataset).__name__}: it has no length, so there is nothing to take a fraction of; "
             "use a data set with a length (of a streaming one, take the part to train on and load it without "
-            "streaming=True), or leave out darel="
+            "streaming=True)"
         ) from None
     require(n > 0, "train_dataset", "empty", "give a training set with at least one sample")
     if id_column is None:
         return np.arange(n, dtype=np.int64)
-    values = np.asarray(read_column(dataset, id_column, "id_column"))
+    values = np.asarray(read_column(dataset, id_column, "id_column") if values is None else values)
     whole = values.ndim == 1 and np.issubdtype(values.dtype, np.integer)
     require(whole, "id_column", id_column, f"ids must be integers, not {values.dtype}; number the rows", TypeError)
     unique, counts = np.unique(values, return_counts=True)
@@ -71,11 +76,7 @@ class WithIds(torch.utils.data.Dataset):
         return self._add(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        if hasattr(self.dataset, "__getitems__"):
-            items = self.dataset.__getitems__(indices)
-        else:
-            items = [self.dataset[i] for i in indices]
-        return [self._add(item, i) for item, i in zip(items, indices, strict=True)]
+        return [self._add(item, i) for item, i in zip(read_items(self.dataset, indices), indices, strict=True)]
 
 
 class StreamWithIds(torch.utils.data.IterableDataset):

@@ -29,24 +29,34 @@ def check_rows(batch: Mapping, n: int) -> None:
             )
 
 
-def shared_keys(two: Mapping, three: Mapping) -> frozenset[str]:
+def keys_without_rows(batches: Mapping[int, Mapping]) -> tuple[frozenset[str], dict[str, tuple[int | None, ...]]]:
     """
-    Return which keys of a batch belong to all of its rows alike, found on batches of 2 and of 3 samples.
+    Find out which tensors of a batch have no row a sample, on batches of several sizes.
 
-    Raises:
-        ValueError: for a tensor whose first size is neither the number of rows nor always the same (the patches of all
-            images of a batch, say): rows cannot be cut out of it.
+    Args:
+        batches (`Mapping[int, Mapping]`): by number of samples, at least two.
+
+    Returns:
+        The keys that belong to all rows of a batch alike (always of one size), and those that belong to rows in a way
+        that we do not know (the patches of all images of a batch, say), with their first sizes.
     """
-    shared = set()
-    for key, value in two.items():
-        sizes = [len(b[key]) if torch.is_tensor(b.get(key)) and b[key].dim() else None for b in (two, three)]
-        if None in sizes or sizes == [2, 3]:
+    shared, apart = set(), {}
+    for key in {key for batch in batches.values() for key, value in batch.items() if torch.is_tensor(value)}:
+        values = [batch.get(key) for batch in batches.values()]
+        sizes = tuple(len(v) if torch.is_tensor(v) and v.dim() else None for v in values)
+        if sizes == tuple(batches) or set(sizes) == {None}:
             continue
-        remedy = f"its first size is {sizes[0]} and {sizes[1]} in batches of 2 and 3 samples, so "
-        remedy += "rows cannot be cut out of it; select offline"
-        require(sizes[0] == sizes[1], key, tuple(value.shape), remedy)
-        shared.add(key)
-    return frozenset(shared)
+        if len(set(sizes)) == 1:
+            shared.add(key)
+        else:
+            apart[key] = sizes
+    return frozenset(shared), apart
+
+
+def require_rows(ok: bool, key: str, found: Any, of: Any) -> None:
+    """Raise `ValueError` for a tensor of which nobody knows what belongs to which row."""
+    remedy = f"its first size in a batch of {of} samples, so rows cannot be cut out of it; select offline"
+    require(ok, key, found, remedy)
 
 
 def take_rows(
@@ -54,17 +64,21 @@ def take_rows(
     rows: np.ndarray,
     n: int,
     pad_to_multiple_of: int | None = None,
-    shared: frozenset[str] = frozenset(),
+    shared: frozenset[str] | None = None,
 ) -> dict[str, Any]:
     """
     Return the batch of just the chosen rows, without trailing columns that are masked in all of them.
 
     Args:
-        batch (`Mapping`): tensors, arrays and lists; whatever has `n` rows is cut, all else is kept as it is.
+        batch (`Mapping`): tensors, arrays and lists; whatever has `n` rows is cut.
         rows (`np.ndarray`): int64 `[k]`, row positions.
         n (`int`): rows of `batch`.
         pad_to_multiple_of (`int`, *optional*): as in the collator; the width stays a multiple of it.
-        shared (`frozenset[str]`): keys that stay whole, see [`shared_keys`].
+        shared (`frozenset[str]`, *optional*): the only tensors that may have other than `n` rows, and stay whole, see
+            [`keys_without_rows`]; `None`: not known, whatever has others stays as it is.
+
+    Raises:
+        ValueError: for a tensor that has neither `n` rows nor is one of `shared`.
 
     Returns:
         `dict`: as if the collator had got the chosen samples alone. Left padding stays: cutting it would move the
@@ -72,12 +86,14 @@ def take_rows(
     """
     taken: dict[str, Any] = {}
     for key, value in batch.items():
-        if key in shared:
+        if shared is not None and key in shared:
             pass
         elif isinstance(value, Mapping):
             value = take_rows(value, rows, n, pad_to_multiple_of)
         elif torch.is_tensor(value) and value.dim() > 0 and value.shape[0] == n:
             value = value.index_select(0, torch.as_tensor(rows, device=value.device))
+        elif torch.is_tensor(value) and value.dim() > 0:
+            require_rows(shared is None, key, value.shape[0], n)
         elif isinstance(value, np.ndarray) and value.ndim > 0 and value.shape[0] == n:
             value = value[rows]
         elif isinstance(value, (list, tuple)) and len(value) == n:

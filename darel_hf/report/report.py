@@ -204,13 +204,15 @@ class Report:
         seconds, numbers = self.seconds, self.to_dict()
         parts = ", ".join(f"{name} {seconds[name]:.1f} s" for name in ("probe", "offline", "scoring") if seconds[name])
         measured, blank = numbers["measured_time"], ""
+        tokens = (
+            f" ({self.tokens_backpropagated:,} label tokens)" if self.tokens_backpropagated else ""
+        )  # else unknown
         if numbers["without_labels"]:
             blank = f" ({numbers['without_labels']:,} have no label and are dropped first)"
         lines = [
             str(self.plan),
             f"  kept      {numbers['kept']:,} of {numbers['samples']:,} samples offline" + blank,
-            f"  trained   {self.rows_backpropagated:,} rows ({self.tokens_backpropagated:,} label tokens) in "
-            f"{self.steps:,} steps",
+            f"  trained   {self.rows_backpropagated:,} rows{tokens} in {self.steps:,} steps",
             f"  time      {seconds['total']:.1f} s" + (f" (of it {parts})" if parts else ""),
         ]
         if self.decisions:

@@ -4,7 +4,7 @@ Losses of samples, without gradients: of a batch, of a whole data set, from a fi
 Stands on `data/` and `selection/`.
 """
 
-from .dataset import WINDOW, default_max_tokens, rows_without_tokens, score_dataset
+from .dataset import default_max_tokens, read_window, rows_without_tokens, score_dataset
 from .losses import IGNORE, SampleLosses, per_sample_losses, weighted_loss
 from .prompts import SharedPrompts, share_prompts
 from .saved import load_scores, match_scores, model_fingerprint, save_scores
@@ -18,6 +18,7 @@ from .scorer import (
     is_sharded,
     logits_of,
     preserve_rng_state,
+    rows_of,
     scorer_for,
     skip_identity_adapters,
     spread_before_training,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
-from ..data import ID_KEY, feature_length, token_batches
+from ..data import ID_KEY, feature_length, read_items, token_batches
 from ..files import atomic_path
 from ..selection import Scores, check_finite
 from .losses import SampleLosses
@@ -25,7 +28,8 @@ logger = logging.getLogger(__name__)
 #: Positions, padding included, in one batch of the offline pass, by device: caches are small, GPUs are wide.
 MAX_TOKENS = {"cpu": 1024}
 MAX_TOKENS_ELSEWHERE = 16384
-WINDOW = 4096  # samples that are read, sorted by length and saved together
+WINDOW = 4096  # samples that are read, sorted by length and saved together,
+WINDOW_BYTES = 2**28  # but no more of them than take so much memory: spectrograms, images
 
 
 def default_max_tokens(device: torch.device) -> int:
@@ -63,7 +67,7 @@ def score_dataset(
         prepare (`Callable`): moves a batch to the model's device.
         rank, world_size (`int`): this process scores every `world_size`-th sample; all get all scores.
         max_tokens (`int`, *optional*): positions a batch, padding included; the default suits the device.
-        max_rows (`int`): samples a batch.
+        max_rows (`int`): samples a batch; where memory is short, both are halved.
         progress_bar (`bool`): show one if the pass takes longer than two seconds.
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
@@ -79,38 +83,41 @@ def score_dataset(
         max_tokens = default_max_tokens(next(scorer.model.parameters()).device)
     mine = np.arange(rank, len(dataset), world_size)
     together = scorer.sharded and world_size > 1  # then every rank has to run as many forward passes
-    if together and rank >= len(dataset):
-        mine = np.zeros(1, np.int64)  # a sample that another rank scores too: the same row twice, one is dropped below
-    windows = [mine[start : start + WINDOW] for start in range(0, len(mine), WINDOW)]
-    while together and len(windows) < -(-math.ceil(len(dataset) / world_size) // WINDOW):
-        windows.append(mine[:1])
+
+    def everywhere(flag: bool) -> list[bool]:
+        return gather_object([flag]) if together else [flag]
+
     done: list[np.ndarray] = []
+    start = 0
     hidden = rank != 0 or not progress_bar
     progress = tqdm(total=len(mine), desc="scoring", unit=" samples", delay=2, leave=False, disable=hidden)
-    for number, window in enumerate(windows):
-        part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-{number}.npy"
+    while any(everywhere(start < len(mine))):
+        idle = start >= len(mine)  # the others need this rank in their forward passes: any sample will do
+        part = None if parts is None else Path(parts) / f"rank{rank}of{world_size}-from{start}.npy"
         found = _read_part(part)
-        if all(gather_object([found is not None])) if together else found is not None:
-            done.append(found)
-            progress.update(len(window))
+        if all(everywhere(idle or found is not None)):
+            progress.update(0 if idle else len(found))
         else:
-            done.append(
-                _score_window(
-                    scorer,
-                    dataset,
-                    window,
-                    collator,
-                    prepare,
-                    max_tokens,
-                    max_rows,
-                    progress,
-                    together,
-                    prompts_once,
-                )
-            )
-            if part is not None and len(mine) > WINDOW:
+            items = read_window(dataset, [0] if idle else mine[start : start + WINDOW].tolist())
+            found = None
+            while found is None:
+                try:
+                    found = _score_window(
+                        scorer, items, collator, prepare, max_tokens, max_rows, progress, together, prompts_once
+                    )
+                except Exception as error:
+                    if together or max_rows == 1 or not should_reduce_batch_size(error):
+                        raise
+                    max_tokens, max_rows, progress.n = max(max_tokens // 2, 1), max_rows // 2, start
+                if found is None:  # outside of the handler, which holds what is on the device
+                    clear_device_cache(garbage_collection=True)
+            del items  # not beside those of the next window
+            if part is not None and not idle and len(found) < len(mine):
                 with atomic_path(part) as temporary:
-                    np.save(temporary, done[-1])
+                    np.save(temporary, found)
+        if not idle:
+            done.append(found)
+            start += len(found)
     progress.close()
     everyone = gather_object(done) if world_size > 1 else done
     rows = np.concatenate(everyone)
@@ -119,6 +126,40 @@ def score_dataset(
     columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
     embeddings = columns["embedding"] if columns["embedding"].shape[1] else None
     return Scores(columns["id"], columns["loss"], columns["n_tokens"], columns["correct"], origin or {}, embeddings)
+
+
+def read_window(dataset: Any, positions: Sequence[int], seconds: float = math.inf) -> list:
+    """
+    Read the items at the first of some positions: at most `WINDOW`, and about `WINDOW_BYTES` or one.
+
+    Args:
+        dataset: map-style.
+        positions (`Sequence[int]`): of what is to be read.
+        seconds (`float`): start no further reading after so long.
+    """
+    items: list = []
+    held, count, began = 0, 1, time.perf_counter()
+    while count > 0 and time.perf_counter() - began < seconds:
+        read = read_items(dataset, list(positions[len(items) : len(items) + count]))
+        items += read
+        held += sum(map(_bytes, read))
+        room = (WINDOW_BYTES - held) * len(items) // max(held, 1)  # for items like those so far
+        count = min(len(items), room, len(positions) - len(items), WINDOW - len(items))
+    return items
+
+
+def _bytes(value: Any) -> int:
+    """Estimate what (a part of) an item takes in memory."""
+    if hasattr(value, "nbytes"):  # arrays and tensors
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        flat = not value or isinstance(value[0], (int, float))
+        return 32 * len(value) if flat else sum(map(_bytes, value))
+    if hasattr(value, "getbands"):  # an image of PIL: once it is decoded, by the collator, it stays so
+        return value.width * value.height * len(value.getbands())
+    return sys.getsizeof(value)
 
 
 def _read_part(part: Path | None) -> np.ndarray | None:
@@ -140,8 +181,7 @@ def _row_type(width: int) -> np.dtype:
 
 def _score_window(
     scorer: BatchScorer,
-    dataset: Any,
-    window: np.ndarray,
+    items: list,
     collator: Callable,
     prepare: Callable,
     max_tokens: int,
@@ -151,8 +191,6 @@ def _score_window(
     prompts_once: bool,
 ) -> np.ndarray:
     """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
-    positions = window.tolist()
-    items = dataset.__getitems__(positions) if hasattr(dataset, "__getitems__") else [dataset[i] for i in positions]
 
     def plain(rows: Sequence[int]) -> SampleLosses:
         return scorer(prepare(collator([items[i] for i in rows])))

@@ -128,7 +128,8 @@ def share_prompts(
     if shared.saving < WORTHWHILE:
         return None
     most = np.flatnonzero(shared.prompt_of == np.bincount(shared.prompt_of).argmax())
-    probe = [*dict.fromkeys([int(shared.starts.argmin()), int(shared.starts.argmax()), *most[:3].tolist()])]
+    longest = int(np.argmax([len(item["input_ids"]) for item in shared.items]))  # what a collator may cut off
+    probe = [*dict.fromkeys([int(shared.starts.argmin()), int(shared.starts.argmax()), longest, *most[:2].tolist()])]
     wanted = plain(probe).losses
     found = torch.zeros_like(wanted)
     try:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_CTC_MAPPING_NAMES
 
 from ..adapters import find_reader, with_prompt_lengths
 from ..data import ID_KEY, WEIGHT_KEY, take_rows
@@ -121,7 +121,7 @@ class Reading:
         shift (`bool`): whether position t predicts label t + 1.
         head (`nn.Module`, *optional*): the language-model head, where it can be called on its own.
         form (`str`): how float labels are read, see [`darel_hf.scoring.losses.FORMS`].
-        keys (`frozenset[str]`, *optional*): what the trainer's own step hands the model; `None`: not known, all.
+        withheld (`frozenset[str]`): keys of batches that the trainer's own step does not hand the model.
         checked (`bool`): whether a batch has been looked at.
         matches_own_loss (`bool`, *optional*): whether the losses add up to the one that trains; `None`: there is none.
     """
@@ -133,7 +133,7 @@ class Reading:
         # A forward pass that stops at the head, or a head on its own, is not what the hooks of sharded models expect.
         whole = self.sharded or not hasattr(base, "get_output_embeddings")
         self.head = None if whole else base.get_output_embeddings()
-        self.form, self.keys = FORMS[0], None
+        self.form, self.withheld = FORMS[0], frozenset()
         self.checked, self.matches_own_loss = False, None
 
 
@@ -160,6 +160,8 @@ class BatchScorer:
         autocast (`Callable`): returns the context in which the model runs.
         own_loss (`Callable`, *optional*): `inputs -> loss`, the one that trains; default: the model's own.
         reading ([`Reading`], *optional*): what another scorer of the model has found out.
+        examples (`Callable`, *optional*): `() -> (batch of a few rows, the first of them alone)`, or `None` where rows
+            can be cut out of any batch.
     """
 
     model: nn.Module
@@ -169,6 +171,7 @@ class BatchScorer:
     want_embeddings: bool = False
     own_loss: Callable[[Mapping[str, Any]], torch.Tensor] | None = None
     reading: Reading | None = None
+    examples: Callable[[], tuple[dict, list[dict]] | None] | None = None
 
     def __post_init__(self) -> None:
         self.reading = self.reading or Reading(self.model)
@@ -225,9 +228,11 @@ class BatchScorer:
     def _score(self, inputs: dict[str, Any]) -> SampleLosses:
         has_labels, reading = torch.is_tensor(inputs.get("labels")), self.reading
         if self.per_sample_loss is None and not has_labels:
+            remedy = "so the training set (or its collator) must provide labels"
+            if not reading.takes_labels:  # it goes by other names, as in question answering
+                remedy = f"which {type(base_model(self.model)).__name__} takes no labels for; pass per_sample_loss="
             raise ValueError(
-                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, so the "
-                "training set (or its collator) must provide labels, or pass per_sample_loss="
+                f"labels: the batch has only the keys {sorted(inputs)}; DAREL ranks samples by their loss, {remedy}"
             )
         if not reading.checked:
             with preserve_rng_state():  # a loss of the user's may draw
@@ -245,8 +250,7 @@ class BatchScorer:
 
     def _handed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return what the trainer's own step hands the model, and the labels."""
-        keys = self.reading.keys
-        return inputs if keys is None else {k: v for k, v in inputs.items() if k in keys or k == "labels"}
+        return {k: v for k, v in inputs.items() if k not in self.reading.withheld or k == "labels"}
 
     def _outputs(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, float | None]:
         """Return the logits, and the model's own loss if it gives one."""
@@ -299,11 +303,7 @@ class BatchScorer:
 
     def _check(self, inputs: dict[str, Any]) -> None:
         """Find out how losses are read: on up to four rows together, and on the two shortest of them one by one."""
-        reading, n, mask = self.reading, len(first_of(inputs)), inputs.get("attention_mask")
-        few = np.arange(min(n, 4))
-        if torch.is_tensor(mask) and mask.dim() == 2:
-            few = few[np.argsort(mask[: len(few)].sum(1).cpu().numpy(), kind="stable")]
-        batch, rows = take_rows(inputs, few, n), [take_rows(inputs, few[i : i + 1], n) for i in range(min(n, 2))]
+        reading, (batch, rows) = self.reading, self.few_rows(inputs)
         # By the trainer, which also shows what it hands the model. (Sharded models: as many passes in every process.)
         own = [None] if reading.sharded else self._own_losses([batch])
         rows = [] if reading.sharded else rows
@@ -320,17 +320,27 @@ class BatchScorer:
         alone = alone or own[1:]
         if labels.is_floating_point():
             self._find_form(logits, labels, alone)
-        elif logits.dim() == 3 and labels.dim() == 2 and model_own is not None:
-            # Whether position t predicts label t or t + 1 is what the model's own loss says, not its name.
-            ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - model_own) for shift in (True, False)}
-            reading.shift = reading.shift if ways[reading.shift] <= ways[not reading.shift] else not reading.shift
+        elif logits.dim() == 3 and labels.dim() == 2 and own[0] is not None:
+            # Whether position t predicts label t or t + 1 is what the loss says, not the model's name; but where it is
+            # far from both (a penalty is added), the nearer one is chance.
+            wanted = own[0] if model_own is None else model_own
+            ways = {shift: abs(_mean(per_sample_losses(logits, labels, shift)) - wanted) for shift in (True, False)}
+            reading.shift ^= ways[not reading.shift] < 0.1 * ways[reading.shift]
         plain = self.read(logits, labels)
+        # Prompt tuning has positions of its own; where nothing tells what predicts what (CTC), no guess is right.
+        apart = labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] != logits.shape[1]
+        apart |= type(base_model(self.model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
         reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
         found = [_mean(plain), *plain.losses.tolist()]
         counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
         pairs = [(a, b) for a, b, k in zip(found, own, counted, strict=False) if b is not None and k]
         if pairs:
             reading.matches_own_loss = all(self._same(a, b) for a, b in pairs)
+            remedy = (
+                f"the model predicts {logits.shape[1]} positions, and which of them a label belongs to is not known; "
+            )
+            remedy += "pass per_sample_loss="
+            require(reading.matches_own_loss or not apart, "labels", tuple(labels.shape), remedy)
             if not reading.matches_own_loss:
                 logger.warning(
                     "samples are ranked by %s (%.4f on a first batch), the loss that trains is %.4f: it adds or "
@@ -339,6 +349,18 @@ class BatchScorer:
                     found[0],
                     next((value for value in own if value is not None), float("nan")),
                 )
+
+    def few_rows(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return up to four rows of a batch, without ids, and the two shortest of them alone."""
+        made = None if self.examples is None else self.examples()
+        if made is not None:
+            return made
+        inputs = {key: value for key, value in inputs.items() if key not in (ID_KEY, WEIGHT_KEY)}
+        n, mask = rows_of(inputs), inputs.get("attention_mask")
+        few = np.arange(min(n, 4))
+        if torch.is_tensor(mask) and mask.dim() == 2:
+            few = few[np.argsort(mask[: len(few)].sum(1).cpu().numpy(), kind="stable")]
+        return take_rows(inputs, few, n), [take_rows(inputs, few[i : i + 1], n) for i in range(min(n, 2))]
 
     def _same(self, found: float, wanted: float) -> bool:
         return math.isclose(found, wanted, rel_tol=self.tolerance, abs_tol=self.tolerance)
@@ -360,8 +382,8 @@ class BatchScorer:
             return [None] * len(batches)
         finally:
             hook.remove()
-        if seen:
-            self.reading.keys = frozenset(seen)
+        if seen:  # not only those are handed on: a batch with images may come after one without
+            self.reading.withheld = frozenset(key for batch in batches for key in batch) - seen
         return losses
 
     def _find_form(self, logits: torch.Tensor, labels: torch.Tensor, alone: list[float | None]) -> None:
@@ -407,6 +429,12 @@ def logits_of(outputs: Any, place: int = 0) -> Any:
     return outputs[place] if isinstance(outputs, tuple) else outputs
 
 
+def rows_of(inputs: Mapping[str, Any]) -> int:
+    """Return how many samples a batch has."""
+    labels = inputs.get("labels")
+    return len(labels if torch.is_tensor(labels) and labels.dim() else first_of(inputs))
+
+
 def _number(loss: Any) -> float | None:
     """Return a loss as a number, or `None` where it is none (no single number, or not finite)."""
     one = torch.is_tensor(loss) and loss.numel() == 1 and bool(torch.isfinite(loss))
@@ -426,7 +454,14 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
     model = trainer.model if model is None else model
     wanted = {"want_correct": "correct" in needs, "want_embeddings": "embeddings" in needs}
     known = {"own_loss": trainer.own_loss, "reading": trainer.reading()} if model is trainer.model else {}
-    return BatchScorer(model, trainer.per_sample_loss, autocast=trainer.accelerator.autocast, **wanted, **known)
+    return BatchScorer(
+        model,
+        trainer.per_sample_loss,
+        autocast=trainer.accelerator.autocast,
+        examples=trainer.examples,
+        **wanted,
+        **known,
+    )
 
 
 def with_decoder_inputs(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -444,8 +479,9 @@ def _mean(samples: SampleLosses) -> float:
 
 
 def _changes_tokens(model: nn.Module) -> bool:
-    """Whether adapters act on the rows of single tokens, which a probe may not have: then no probe tells."""
-    indices = ("trainable_token_indices", "token_indices")  # of LoRA and its like, and of PEFT's TrainableTokens
+    """Whether adapters act on or behind single tokens, which a probe may not have: then no probe tells."""
+    # Of LoRA and its like, of PEFT's TrainableTokens, of activated LoRA.
+    indices = ("trainable_token_indices", "token_indices", "alora_invocation_tokens")
     return any(getattr(config, name, None) for config in model.peft_config.values() for name in indices)
 
 

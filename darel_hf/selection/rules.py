@@ -145,7 +145,7 @@ def _quotas(groups: np.ndarray, count: int) -> np.ndarray:
     sizes = np.bincount(groups)
     present = np.count_nonzero(sizes)
     smallest = present / len(groups)
-    remedy = f"{present} groups cannot all be represented; keep at least {smallest:.4f}, or leave out group_column"
+    remedy = f"{present} groups cannot all be represented; keep at least {smallest:.4f}"
     require(count >= present, "keep", count / len(groups), remedy)
     exact = sizes * (count / len(groups))
     quota = np.maximum(np.floor(exact).astype(np.int64), (sizes > 0).astype(np.int64))

@@ -58,7 +58,7 @@ def expected_files(args: Any, sharded: bool) -> list[str]:
 def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
     """Read what [`save`] wrote. Raises `ValueError` for a checkpoint without it."""
     folder = Path(checkpoint) / FOLDER
-    remedy = "made without DAREL (or by another version); resume it with Trainer, or start anew"
+    remedy = "made without DAREL (or by another version); resume it with Trainer"
     require((folder / "state.json").is_file(), "resume_from_checkpoint", str(checkpoint), remedy)
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     return {**state, **load_file(folder / "ledger.safetensors")}
@@ -66,12 +66,14 @@ def load(checkpoint: str | os.PathLike) -> dict[str, Any]:
 
 def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelConfig) -> None:
     """Raise `ValueError` if a checkpoint is of other data, or of other settings than these."""
-    remedy = f"made from another data set (fingerprint {state['data']}, this training set has {data})"
+    remedy = (
+        f"made from another data set (fingerprint {state['data']}, this training set has {data}); resume with that"
+    )
     require(state["data"] == data, "resume_from_checkpoint", str(checkpoint), remedy)
     before = DarelConfig().to_dict() | state["config"]  # a setting that it does not know was off
     for name, value in config.to_dict().items():
         saved = before[name]
-        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that, or start anew"
+        remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that"
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 
 
@@ -129,15 +131,30 @@ def resolve(wanted: str | bool, output_dir: str) -> str:
     first = found[0] if wanted is True and found else wanted
     trouble = None if first is True else problem(first)
     if first is not True and trouble is None:
+        _let_go_first(found, Path(first))
         return str(first)
     complete = next((path for path in found if problem(path) is None), None)
     if found and Path(str(first)) == found[0] and complete is not None:
         logger.warning("%s; going back to the checkpoint before it that is complete, %s", trouble, complete)
+        _let_go_first(found, complete)
         return str(complete)
     remedy = f"no complete checkpoint in it{f' ({trouble})' if trouble else ''}; train without resuming"
     require(wanted is not True, "output_dir", output_dir, remedy)
     last = "there is no complete one beside it" if complete is None else f"the newest complete one is {complete}"
     raise ValueError(f"resume_from_checkpoint={str(wanted)!r}: {trouble}; {last}")
+
+
+def _let_go_first(found: list[Path], chosen: Path) -> None:
+    """
+    Let what is left of checkpoints before the chosen one be deleted before it.
+
+    Rotation deletes what was changed longest ago, and one that was killed has just changed what it was deleting: whole
+    checkpoints would go before that.
+    """
+    for path in found[found.index(chosen) + 1 :] if chosen in found else ():
+        if problem(path) is not None:
+            with contextlib.suppress(OSError):
+                os.utime(path, (0, 0))
 
 
 def explain_full_disk(error: BaseException, output_dir: str) -> OSError | None:

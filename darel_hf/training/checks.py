@@ -35,7 +35,7 @@ def check_arguments(trainer: Any) -> None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
     if config.batch_by_length:
         strategy = getattr(args, "train_sampling_strategy", "random")
-        remedy = "batch_by_length decides the order, too; leave out one of them"
+        remedy = "batch_by_length decides the order; leave it at 'random'"
         require(strategy == "random", "train_sampling_strategy", strategy, remedy)
     if config.may_select("online"):
         strategy = getattr(args, "train_sampling_strategy", None)
@@ -45,7 +45,9 @@ def check_arguments(trainer: Any) -> None:
         require(not args.accelerator_config.split_batches, "split_batches", True, remedy)
     for stage in filter(config.may_select, ("offline", "online")):
         rule = config.rule(stage)
-        remedy = "the rule needs to know which predictions are right, which per_sample_loss does not say"
+        remedy = (
+            "it needs to know which predictions are right, which per_sample_loss does not say; choose another rule"
+        )
         known = "correct" not in rule.needs or trainer.per_sample_loss is None
         require(known, f"{stage}_rule", rule.name, remedy)
         remedy = "the rule looks at the embeddings of the whole training set; choose another for the online stage"
@@ -59,21 +61,22 @@ def check_arguments(trainer: Any) -> None:
     if spread is not None:
         scores = config.may_select("offline") and config.rule("offline").reads_losses
         scores = scores and config.scores is None and trainer.scorer is None
-        remedy = "before training not every process has whole weights to score with; give scores= or scorer="
+        remedy = (
+            "before training not every process has whole weights to score with; give scores=, made by `darel score`"
+        )
         require(not scores, *spread, remedy)
         for accelerator in () if is_stream(trainer.train_dataset) else config.accelerators:
             setting = ACCELERATOR_FACTS[accelerator].setting
             remedy = f"trying out {setting}={getattr(config, setting)!r} needs whole weights in every process before "
-            remedy += "training; leave out one of them"
+            remedy += f"training; leave out {setting}"
             require(ACCELERATORS[accelerator].falls_back, *spread, remedy)
     remedy = f"max_steps={args.max_steps} fixes the number of steps, and dropping samples then saves no time: give "
-    remedy += "num_train_epochs in its place, or leave out the budget"
+    remedy += "num_train_epochs in its place"
     require(config.budget_time is None or args.max_steps <= 0, "budget_time", config.budget_time, remedy)
     selects = config.online_keep < 1 or config.offline_keep < 1
     if args.max_steps > 0 and selects and not is_stream(trainer.train_dataset):
         logger.warning(
-            "max_steps=%d fixes the number of steps: selecting samples then saves no time, and scoring costs some; "
-            "use num_train_epochs to save time",
+            "max_steps=%d fixes the number of steps, so selecting samples saves no time; num_train_epochs would",
             args.max_steps,
         )
 

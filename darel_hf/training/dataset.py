@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
+import datasets
 import numpy as np
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from ..data import (
     ID_KEY,
     CarryIds,
+    Noting,
     ShuffledByLength,
     add_ids,
     add_stream_ids,
+    cell,
     data_fingerprint,
     feature_length,
     group_numbers,
     has_labels,
     is_stream,
+    keys_without_rows,
     read_column,
+    require_rows,
     sample_ids,
     sample_lengths,
-    shared_keys,
+    stores_lengths,
 )
 from ..files import require
 from ..selection import kept_count
@@ -37,7 +44,6 @@ class TrainingSet:
     Attributes:
         streams (`bool`): whether it can only be read from its beginning to its end.
         ids (`np.ndarray`, *optional*): int64 `[n]`; `None` for a stream.
-        groups (`np.ndarray`, *optional*): int64 `[n]`, number of each sample's group.
         lengths (`np.ndarray`, *optional*): int64 `[n]`, where batches are to be of similar length.
         fingerprint (`str`): of ids and content.
         seed (`int`): of whatever is drawn at random.
@@ -47,23 +53,73 @@ class TrainingSet:
         self.trainer, self.config, self.dataset = trainer, trainer.darel, trainer.train_dataset
         self.seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         self.streams = is_stream(self.dataset)
-        self.ids = None if self.streams else sample_ids(self.dataset, self.config.id_column)
-        self.groups = self._read_groups()
+        self.noting = Noting(self.dataset, self._facts_of_items())
+        self.ids = None if self.streams else self._read_ids()
         self.lengths: np.ndarray | None = None
         self.fingerprint = "a stream"
+        if "group" not in self.noting.facts:  # else items are read for it, which scoring does by the way
+            _ = self.groups  # raises before any compute
 
     def __len__(self) -> int:
         return 0 if self.streams else len(self.ids)
 
-    def _read_groups(self) -> np.ndarray | None:
-        """Number the groups; raise before any compute if there is no such column, or not a place for each group."""
-        config = self.config
-        if config.group_column is None:
+    def _facts_of_items(self) -> dict[str, Any]:
+        """Return what can only be found out by reading items, by name: it is noted whenever one is read."""
+        config, dataset, facts = self.config, self.dataset, {}
+        if self.streams or isinstance(dataset, list):
+            return facts
+        if not isinstance(dataset, datasets.Dataset):
+            if config.id_column is not None:
+                facts["id"] = partial(cell, name=config.id_column, purpose="id_column")
+            if config.group_column is not None:
+                facts["group"] = partial(cell, name=config.group_column, purpose="group_column")
+        if config.batch_by_length and not stores_lengths(dataset, self._length_column):
+            remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
+            require("input_ids" in dataset[0], "batch_by_length", True, remedy)
+            facts["length"] = feature_length
+        for fact in facts.values():
+            fact(dataset[0])  # raises for a key that is not there, before any compute
+        return facts
+
+    @property
+    def _length_column(self) -> str | None:
+        return getattr(self.trainer.args, "length_column_name", None)
+
+    @cached_property
+    def _facts(self) -> dict[str, tuple]:
+        """The facts of all items: those that nothing has read yet are read now, each by one process."""
+        args, noting, error = self.trainer.args, self.noting, None
+        mine = range(args.process_index, len(self.dataset), args.world_size)
+        try:
+            left = [i for i in mine if i not in noting.noted]
+            hidden = args.disable_tqdm or args.process_index > 0
+            for i in tqdm(left, desc="reading", unit=" samples", delay=2, leave=False, disable=hidden):
+                noting[i]
+        except Exception as found:  # of any kind: the other processes wait
+            error = found
+        found = {i: noting.noted.get(i) for i in mine}
+        everyone = gather_object([(error, found)]) if args.world_size > 1 else [(error, found)]
+        for error in (error for error, _ in everyone if error is not None):
+            raise error
+        noted = {i: facts for _, found in everyone for i, facts in found.items()}
+        columns = zip(*(noted[i] for i in range(len(self.dataset))), strict=True)
+        return dict(zip(noting.facts, columns, strict=True))
+
+    def _read_ids(self) -> np.ndarray:
+        values = self._facts["id"] if "id" in self.noting.facts else None
+        return sample_ids(self.dataset, self.config.id_column, values)
+
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """Number of each sample's group, int64 `[n]`; raises where there is not a place for each group."""
+        config, column = self.config, self.config.group_column
+        if column is None:
             return None
-        groups = group_numbers(read_column(self.dataset, config.group_column, "group_column"))
+        noted = "group" in self.noting.facts
+        groups = group_numbers(self._facts["group"] if noted else read_column(self.dataset, column, "group_column"))
         present, places = int(groups.max()) + 1, kept_count(config.offline_keep, len(self.ids))
         remedy = f"has {present} values, but offline_keep={config.offline_keep} leaves {places} places; keep more"
-        require(config.offline_keep == 1 or places >= present, "group_column", config.group_column, remedy)
+        require(config.offline_keep == 1 or places >= present, "group_column", column, remedy)
         return groups
 
     def take_fingerprint(self) -> None:
@@ -73,8 +129,10 @@ class TrainingSet:
 
     def measure_lengths(self) -> None:
         """Find out how long each sample is."""
-        column = getattr(self.trainer.args, "length_column_name", None)
-        self.lengths = self.trainer.on_main(sample_lengths, self.dataset, column)
+        if "length" in self.noting.facts:
+            self.lengths = np.array(self._facts["length"], np.int64)
+        else:
+            self.lengths = self.trainer.on_main(sample_lengths, self.dataset, self._length_column)
 
     def by_length(self, lengths: np.ndarray, batch_size: int) -> ShuffledByLength:
         """Return what visits samples of these lengths, int64 `[k]`, by length, for micro-batches of so many rows."""
@@ -101,7 +159,9 @@ class TrainingSet:
         dataset, collator = trainer.train_dataset, trainer.data_collator
         scores = config.may_select("offline") and config.rule("offline").reads_losses
         if scores or config.may_select("online") or config.track:
-            trainer.train_dataset, trainer.data_collator = self.with_ids, CarryIds(collator)
+            noting = not self.streams and self.noting.facts
+            noted = add_ids(self.noting, self.ids) if noting else self.with_ids
+            trainer.train_dataset, trainer.data_collator = noted, CarryIds(collator)
         try:
             loader = trainer.plain_train_dataloader()
         finally:
@@ -109,23 +169,43 @@ class TrainingSet:
         return loader.dataset, loader.collate_fn
 
     @cached_property
-    def shared_keys(self) -> frozenset[str]:
-        """What of a batch belongs to no single row; raises for what belongs to rows in a way that we do not know."""
+    def _without_rows(self) -> tuple[frozenset[str], dict[str, tuple]]:
+        """See [`darel_hf.data.keys_without_rows`]; nothing is known of streams and of fewer than three samples."""
         if self.streams or len(self) < 3:
-            return frozenset()
+            return frozenset(), {}
         dataset, collator = self.batching
-        items = [dataset[i] for i in range(3)]
-        return shared_keys(collator(items[:2]), collator(items))
+        items = [dataset[int(i)] for i in np.unique(np.linspace(0, len(self) - 1, 16).astype(int))]
+        return keys_without_rows({n: collator(items[:n]) for n in (2, 3, len(items))})
+
+    @cached_property
+    def shared_keys(self) -> frozenset[str] | None:
+        """What of a batch belongs to no single row; raises for what belongs to rows in a way that we do not know."""
+        shared, apart = self._without_rows
+        for key, sizes in apart.items():
+            require_rows(False, key, sizes[0], 2)
+        return shared if len(self) >= 3 else None
 
     def few_rows(self) -> dict[str, Any]:
         """Return a batch of four samples, without ids: the shortest and the longest of some, and two others."""
-        dataset, collator = self.batching
+        return self._batch(self._few_items)
+
+    @cached_property
+    def _few_items(self) -> list:
+        dataset, _ = self.batching
         some = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
         taught = [item for item in some if has_labels(item)] or some
         by_length = sorted(taught, key=feature_length)  # what differs may depend on lengths
-        items = [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
-        batch = self.trainer._prepare_inputs(collator(items))
+        return [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
+
+    def _batch(self, items: list) -> dict[str, Any]:
+        batch = self.trainer._prepare_inputs(self.batching[1](items))
         return {key: value for key, value in batch.items() if key != ID_KEY}
+
+    def examples(self) -> tuple[dict, list[dict]] | None:
+        """Return a batch of a few samples, and two of them alone; `None` where they can be cut out of any batch."""
+        if not any(self._without_rows):
+            return None
+        return self.few_rows(), [self._batch([item]) for item in self._few_items[:2]]
 
     def text_of(self, sample_id: int) -> str:
         """Return what a sample says: its columns of text, or else its tokens decoded."""

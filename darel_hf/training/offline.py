@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 from torch import nn
 
@@ -134,7 +135,11 @@ class OfflineStage:
 
     def _origin(self, model: nn.Module, skipped: bool) -> dict[str, str]:
         """Return the fingerprints of all that decides the scores."""
-        own = self.trainer.per_sample_loss
+        own, dataset = self.trainer.per_sample_loss, self.data.dataset
+        # What makes items of a table's rows, of which the fingerprint of the data knows nothing; or the code of items.
+        makes_items = [type(dataset)]
+        if isinstance(dataset, datasets.Dataset):
+            makes_items = [dataset.format["type"], *dataset.format["format_kwargs"].values()]
         return {
             "data": self.data.fingerprint,
             "model": model_fingerprint(model, without_adapters=skipped),
@@ -142,6 +147,7 @@ class OfflineStage:
                 ["mean over label positions", self.trainer.accelerator.mixed_precision, own],
                 model_fingerprint(own) if isinstance(own, nn.Module) else "",
                 self.trainer.data_collator,
+                makes_items,
             ),
         }
 

@@ -22,6 +22,7 @@ from ..scoring import (
     Trial,
     counts_items,
     preserve_rng_state,
+    rows_of,
     scorer_for,
     weighted_loss,
     with_decoder_inputs,
@@ -45,7 +46,7 @@ class OnlineStage:
         streams (`bool`): whether the data are a stream: what it holds is known once it has gone by.
         offline_weights (`np.ndarray`, *optional*): float32 `[n]`, of the offline stage, in the order of the ledger.
         accelerators (`Sequence[Accelerator]`): what makes steps cheaper, in the order in which they act.
-        shared_keys (`frozenset[str]`): what of a batch belongs to no single row.
+        shared_keys (`frozenset[str]`, *optional*): what of a batch belongs to no single row; `None`: not known.
         make_sampler (`Callable`, *optional*): `rows of a micro-batch -> sampler`, where the order is ours.
     """
 
@@ -58,7 +59,7 @@ class OnlineStage:
         streams: bool = False,
         offline_weights: np.ndarray | None = None,
         accelerators: Sequence[Accelerator] = (),
-        shared_keys: frozenset[str] = frozenset(),
+        shared_keys: frozenset[str] | None = None,
         make_sampler: Callable[[int], ShuffledByLength] | None = None,
     ):
         self.trainer, self.args, self.selector, self.clock = trainer, trainer.args, selector, clock
@@ -181,15 +182,14 @@ class OnlineStage:
             del batch[ID_KEY]
         elif weights is not None and self._counts is None:
             with self.clock.count("probe"):
-                self._try_weights(take_rows(batch, np.arange(min(len(rows), 4)), len(rows)))
+                self._try_weights(self.scorer.few_rows(self.trainer._prepare_inputs(batch))[0])
         elif not self.scorer.reading.checked and self.trainer.per_sample_loss is None:
-            self.scorer(take_rows(self.trainer._prepare_inputs(batch), np.arange(min(len(rows), 4)), len(rows)))
+            self.scorer(self.scorer.few_rows(self.trainer._prepare_inputs(batch))[0])
         return batch
 
-    def _try_weights(self, batch: Mapping[str, Any]) -> None:
+    def _try_weights(self, inputs: Mapping[str, Any]) -> None:
         """Show, the first time that there are weights, that with weights of 1 ours is the trainer's own step."""
         trainer, scorer = self.trainer, self.scorer
-        inputs = {k: v for k, v in trainer._prepare_inputs(batch).items() if k not in (ID_KEY, WEIGHT_KEY)}
         if trainer.per_sample_loss is None:
             scorer(inputs)
         self._counts, problem = True, None
@@ -203,7 +203,7 @@ class OnlineStage:
                     self._counts = counts_items(own, int(items))
 
             def ours() -> torch.Tensor:
-                self._weights = torch.ones(len(batch[ID_KEY]), device=self.args.device)
+                self._weights = torch.ones(rows_of(inputs), device=self.args.device)
                 try:
                     return own(items)
                 finally:

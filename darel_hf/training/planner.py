@@ -179,6 +179,8 @@ class Planner:
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""
         plan, asked = self.plan, self.config.budget_time
+        # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
+        about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
         self.trainer.accelerator.print(plan)
         if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
@@ -187,17 +189,17 @@ class Planner:
                 asked,
                 plan.overhead,
             )
-        if plan.predicted_saving <= 0 and (plan.offline_keep < 1 or plan.online_keep < 1):
+        elif plan.predicted_saving <= 0 and about_time and (plan.kept < 1 or self.accelerators):
             scored = plan.offline_keep < 1 and not plan.scores_free
             scored |= plan.online_keep < 1 and plan.costs.forward_share > 0
-            if plan.fixed_steps:
-                why = "max_steps fixes the number of steps; give num_train_epochs"
-            elif replace(plan, overhead=0.0).predicted_saving > 0:
+            if replace(plan, overhead=0.0).predicted_saving > 0:
                 why = f"trying out and measuring take {plan.overhead:.2f} of it in a run this short; train plainly"
             elif scored:
-                why = (
-                    "scoring costs more than the dropped rows save; raise rescore_every, keep fewer, use saved scores"
-                )
+                again = plan.online_keep < 1 and plan.epochs > plan.rescore_every
+                why = "scoring costs more than the dropped rows save; "
+                why += "raise rescore_every" if again else "keep fewer"
+            elif plan.kept == 1:
+                why = f"steps are no cheaper with {self.accelerators[0].facts.setting}; leave it out"
             else:
                 why = "loading all candidates costs more than the dropped rows save; select offline instead"
             logger.warning(

@@ -122,9 +122,11 @@ class Run:
             _ = self.data.shared_keys  # raises for batches that rows cannot be cut out of
         scores = offline.load_scores()
         planner.draft(scores_free=scores is not None or not config.rule("offline").reads_losses)
-        if config.batch_by_length and not streams:
+        sorts = config.batch_by_length and not streams
+        if sorts and config.has_budget:
             self.data.measure_lengths()
-        if not streams and (config.may_select("offline") or config.may_select("online") or planner.accelerators):
+        measures = config.may_select("offline") or config.may_select("online") or bool(planner.accelerators)
+        if measures and not streams:
             offline.make_scorer(needed=scores is None)
             planner.measure(offline.scorer, offline.scorer_seconds)
             if scores is None and planner.wants_offline():
@@ -132,9 +134,10 @@ class Run:
                 spent = self.clock.seconds["offline"] - offline.scorer_seconds
                 planner.count_offline(spent, offline.scores_reused)
             planner.solve()
-            planner.announce()
-        elif streams or self.data.lengths is not None:
+        if sorts and not config.has_budget:  # scoring has read every item already
+            self.data.measure_lengths()
             planner.count_padding()
+        if measures or sorts or streams:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:
@@ -145,7 +148,7 @@ class Run:
         """Take everything over from the checkpoint."""
         state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
-        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that, or start anew"
+        remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"
         size = self.trainer._train_batch_size
         same = size == state["batch_size"] or self.args.auto_find_batch_size
         require(same, "per_device_train_batch_size", size, remedy)
@@ -171,7 +174,7 @@ class Run:
             streams=data.streams,
             offline_weights=self.offline.weights,
             accelerators=self.planner.accelerators,
-            shared_keys=data.shared_keys if selector.config.online_keep < 1 else frozenset(),
+            shared_keys=data.shared_keys if selector.config.online_keep < 1 else None,
             make_sampler=make_sampler,
         )
 

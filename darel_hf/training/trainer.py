@@ -222,6 +222,10 @@ class DarelMixin:
         finally:
             self.label_smoother = smoother
 
+    def examples(self) -> tuple[dict, list[dict]] | None:
+        """Return a few rows for trials, together and alone; `None` where they can be cut out of any batch."""
+        return None if self._run is None else self._run.data.examples()
+
     def reading(self) -> Reading:
         """Return what has been found out of how losses are read off the model, in this `train()`."""
         if self._reading is None or self._reading.model is not self.model:

@@ -1,6 +1,7 @@
 """A run that is killed again and again ends like one that was not."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -88,3 +89,20 @@ def test_five_kills_end_bit_identical(tmp_path, darel):
     for name in straight.files:
         if name != "rows":
             np.testing.assert_array_equal(straight[name], killed[name], err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "least"), [(1, 30), (2, 12)])
+def test_killed_at_each_file_of_a_checkpoint(tmp_path, processes, least):
+    """Before and inside of each file that is written, and at each step of rotation; each rank where there are two."""
+    script = Path(__file__).with_name("kill_script.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(processes)],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) >= least and [case for case in found if case[1] != "exact"] == []

@@ -164,6 +164,30 @@ def test_sharded_model_equals_whole_one(samples):
 
 
 @pytest.mark.slow
+def test_processes_that_share_rows_are_refused(tmp_path):
+    """Tensor, context and sequence parallelism as meshes on gloo, where plain Trainer is made without a word."""
+    script = SCRIPT.with_name("parallel_script.py")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            script,
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("refused by name") == 2 * 4
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["single_gpu", "ddp_2gpu", "fsdp2_2gpu", "deepspeed_zero2"])
 def test_recipes_that_need_gpus(tmp_path, recipe):
     needed = 1 if recipe == "single_gpu" else 2
@@ -190,6 +214,20 @@ def test_offline_scores_do_not_depend_on_the_number_of_processes(tmp_path):
     ((_, one),) = launch(tmp_path / "one", 1, settings)
     np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
     np.testing.assert_array_equal(two["kept"], one["kept"])
+
+
+@pytest.mark.slow
+def test_items_are_read_once_by_one_of_the_processes(tmp_path):
+    """Lengths and groups of data that are no table are noted while scoring, each item by one process."""
+    darel = {"offline_keep": 0.5, "group_column": "group", "batch_by_length": True}
+    settings = {"darel": darel, "samples": 300, "items": True, "arguments": {"remove_unused_columns": False}}
+    both = launch(tmp_path / "two", 2, settings)
+    ((_, one),) = launch(tmp_path / "one", 1, settings)
+    reads = [ledger["reads"] for _, ledger in both]
+    assert [np.median(r[rank::2]) for rank, r in enumerate(reads)] == [1, 1]
+    assert [np.median(r[1 - rank :: 2]) for rank, r in enumerate(reads)] == [0, 0]
+    np.testing.assert_array_equal(both[0][1]["kept"], one["kept"])
+    np.testing.assert_array_equal(both[1][1]["kept"], one["kept"])
 
 
 @pytest.mark.slow

@@ -21,6 +21,28 @@ from darel_hf.training.checkpoints import all_in, problem
 READERS = {False: LoraConfig, True: ReaderLoraConfig}
 
 
+class Items(torch.utils.data.Dataset):
+    """Data that are no table; counts how often each item was read until training begins."""
+
+    def __init__(self, rows):
+        self.rows, self.reads, self.counts = list(rows), np.zeros(len(rows), int), True
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.reads[index] += self.counts
+        return self.rows[index]
+
+
+class Begun(TrainerCallback):
+    def __init__(self, items):
+        self.items = items
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.items.counts = False
+
+
 class Heartbeat(TrainerCallback):
     """Write the step to a file, slowly enough that a parent can aim between steps."""
 
@@ -40,6 +62,8 @@ def main():
     data = token_data(settings.get("samples", 37))
     if settings.get("stream"):
         data = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
+    if settings.get("items"):
+        data = Items(data)
     trainer = DarelTrainer(
         model=tiny_lora(settings.get("dropout", 0.0), config_class=READERS[settings.get("reader", False)]),
         args=arguments(run, **settings["arguments"]),
@@ -56,6 +80,8 @@ def main():
         return batches, count
 
     trainer.get_batch_samples = remember
+    if settings.get("items"):
+        trainer.add_callback(Begun(data))
     if settings.get("pause"):
         trainer.add_callback(Heartbeat(folder / "step", settings["pause"]))
     resume = any(problem(path) is None for path in all_in(run))
@@ -66,6 +92,8 @@ def main():
     ledger = trainer.report.ledger if trainer.report is not None else None
     kept = trainer.report.kept if trainer.report is not None else np.ones(0, bool)
     arrays = ledger.state_dict() if ledger is not None else {}
+    if settings.get("items"):
+        arrays["reads"] = data.reads
     np.savez(folder / f"ledger-{rank}.npz", **arrays, kept=kept, rows=np.array(rows))
 
 

@@ -1,11 +1,14 @@
 """Scores of a whole data set: whatever the batches, resumable, prompts computed once."""
 
+import weakref
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from helpers import PadCollator, tiny_gpt2, tiny_lora, token_data
 from models import llama, score, t5
+from PIL import Image
 from transformers import (
     DataCollatorForSeq2Seq,
     GPT2LMHeadModel,
@@ -14,6 +17,7 @@ from transformers import (
 from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.scoring import (
     BatchScorer,
+    read_window,
     score_dataset,
 )
 
@@ -64,6 +68,112 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.losses, whole.losses)
 
 
+class Spectrograms(torch.utils.data.Dataset):
+    """Items of a megabyte; counts the bytes of those that are alive."""
+
+    live = most = 0
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        values = np.full(2**18, index, np.float32)
+        self.live += values.nbytes
+        self.most = max(self.most, self.live)
+        weakref.finalize(values, self._gone, values.nbytes)
+        return {"x": values, "labels": index % 3, ID_KEY: index}
+
+    def _gone(self, size):
+        self.live -= size
+
+
+class Hearing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 3)
+
+    def forward(self, x):
+        return {"logits": self.layer(x[:, :1] / 100)}
+
+
+def hear(data, **settings):
+    def collate(items):
+        return {
+            "x": torch.tensor(np.stack([i["x"] for i in items])),
+            "labels": torch.tensor([i["labels"] for i in items]),
+        }
+
+    torch.manual_seed(0)
+    return score_dataset(BatchScorer(Hearing()), data, CarryIds(collate), dict, max_rows=8, **settings)
+
+
+def test_memory_is_that_of_batches_not_of_so_many_samples(monkeypatch):
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 20 * 2**20)
+    data = Spectrograms(100)
+    few = hear(data)
+    assert data.most <= 20 * 2**20
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 2**40)
+    np.testing.assert_allclose(few.losses, hear(data).losses, rtol=1e-6)
+    assert data.most == 100 * 2**20
+
+
+def test_a_killed_pass_over_large_samples_goes_on(tmp_path, monkeypatch):
+    """Windows are of as many samples as fit: what is left of a pass must not depend on how many those are now."""
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 20 * 2**20)
+    whole = hear(Spectrograms(50), parts=tmp_path)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) == 3
+    parts[1].unlink()
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 7 * 2**20)
+    data = Spectrograms(50)
+    again = hear(data, parts=tmp_path)
+    np.testing.assert_array_equal(again.ids, whole.ids)
+    np.testing.assert_allclose(again.losses, whole.losses, rtol=1e-6)
+
+
+def test_batches_get_smaller_where_memory_is_short():
+    """What plain training has room for is no matter of how wide batches of scoring are."""
+    model, rows = tiny_gpt2(), []
+
+    def forward(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        rows.append(len(kwargs["input_ids"]))
+
+    model.register_forward_pre_hook(forward, with_kwargs=True)
+    np.testing.assert_allclose(score(model=model, max_tokens=600).losses, score().losses, rtol=1e-5)
+    assert max(rows) > 1
+
+    def never(module, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    model.register_forward_pre_hook(never, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model=model)
+
+
+@pytest.mark.parametrize(
+    ("item", "size"),
+    [
+        ({"x": np.zeros((80, 30), np.float32)}, 9600),
+        ({"x": torch.zeros(80, 30)}, 9600),
+        ({"x": [[0.5] * 30] * 80}, 76800),
+        ({"x": Image.new("RGB", (80, 40))}, 9600),
+        ((np.zeros(2400, np.float32), b"1"), 9634),
+    ],
+    ids=["array", "tensor", "lists", "image", "tuple"],
+)
+def test_samples_of_any_kind_are_measured(monkeypatch, item, size):
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 10 * size + 5)
+    assert len(read_window([item] * 40, range(40))) == 10
+    assert len(read_window([item] * 4, range(4))) == 4
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW_BYTES", 5)
+    assert len(read_window([item] * 40, range(40))) == 1
+
+
 # ---- Prompts that are the same ----
 
 
@@ -95,7 +205,7 @@ def test_shared_prompts_give_the_same_scores(make_model):
     torch.manual_seed(0)
     model, data = make_model(), references()
     scores, computed = score_counting(model, data)
-    assert computed < 0.6 * sum(len(ids) for ids in data["input_ids"])
+    assert computed < 0.65 * sum(len(ids) for ids in data["input_ids"])  # what is tried out, included
     one_by_one = BatchScorer(model, want_correct=True)
     np.testing.assert_array_equal(scores.ids, np.arange(120))
     for i, item in enumerate(data):
@@ -155,6 +265,27 @@ def test_prompts_are_not_shared_where_scores_would_differ():
     np.testing.assert_array_equal(scores.n_tokens, 1)
     expected = [BatchScorer(model)(collator([item])).losses.item() for item in data]
     np.testing.assert_allclose(scores.losses, expected, rtol=1e-4)
+
+
+def test_a_collator_that_cuts_off_what_is_long():
+    """Prompts are shared without it: then its batches must be the same, those of the longest sample as well."""
+    rows = list(references())
+    long = np.random.default_rng(1).integers(2, 64, 30).tolist()
+    prompt = rows[57]["labels"].count(-100)
+    ids = rows[57]["input_ids"][:prompt] + long
+    rows[57] = {**rows[57], "input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * prompt + long}
+
+    class Cut(PadCollator):
+        def __call__(self, features):
+            return super().__call__([{key: value[:24] for key, value in feature.items()} for feature in features])
+
+    data, model = datasets.Dataset.from_list(rows), tiny_gpt2()
+    scores = [
+        score_dataset(BatchScorer(model), data, CarryIds(Cut()), dict, progress_bar=False, prompts_once=once)
+        for once in (True, False)
+    ]
+    np.testing.assert_array_equal(scores[0].n_tokens, scores[1].n_tokens)
+    np.testing.assert_allclose(scores[0].losses, scores[1].losses, rtol=1e-4)
 
 
 def test_distinct_prompts_are_scored_the_simple_way():

@@ -8,6 +8,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
 )
 
 from darel_hf.scoring import (
@@ -95,3 +97,74 @@ def test_prompt_learning_is_never_skipped():
     scorer = BatchScorer(prompt_tuned())
     with skip_identity_adapters(scorer, collate()) as off:
         assert not off
+
+
+@pytest.mark.parametrize("penalty", [0.01, 0.1, 1.7])
+def test_a_penalty_says_nothing_of_which_label_a_position_predicts(penalty):
+    """AdaLoRA's, or a router's: added to a loss of ln 64, it brought it nearer to that of the wrong labels."""
+
+    class Penalized(LlamaForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            outputs = super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+            if outputs.loss is not None:
+                outputs.loss = outputs.loss + penalty
+            return outputs
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model, rows = Penalized(llama().config).eval(), collate(seed=seed)
+        scorer = BatchScorer(model)
+        found = scorer(rows).losses
+        with torch.no_grad():
+            own = [model(**{k: v[i : i + 1] for k, v in rows.items()}).loss.item() - penalty for i in range(7)]
+        assert found.tolist() == pytest.approx(own, rel=1e-4)
+        assert scorer.reading.matches_own_loss is False
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e-4])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_causal_model_of_another_name(penalty, hidden):
+    """What its class does not say, its loss does, or the trainer's where its signature hides that it takes labels."""
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_gpt2()
+
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            outputs = self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+            if labels is None:
+                return {"logits": outputs.logits}
+            return {"loss": outputs.loss + penalty, "logits": outputs.logits}
+
+    class Hidden(Own):
+        def forward(self, **kwargs):
+            return super().forward(**kwargs)
+
+    model = Hidden() if hidden else Own()
+    scorer = BatchScorer(model, own_loss=lambda inputs: model(**inputs)["loss"])
+    assert not scorer.reading.shift
+    scorer(collate())
+    assert scorer.reading.shift
+
+
+def test_keys_that_only_some_batches_have():
+    """A batch with images after one without: what was not there to be handed to the model is not withheld from it."""
+
+    class Optional(GPT2LMHeadModel):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, shift=None):
+            embeddings = self.transformer.wte(input_ids)
+            if shift is not None:
+                embeddings = embeddings + shift[:, None, None] * torch.linspace(-1, 1, embeddings.shape[-1])
+            return super().forward(inputs_embeds=embeddings, attention_mask=attention_mask, labels=labels)
+
+    model = Optional(tiny_gpt2().config).eval()
+    scorer = BatchScorer(
+        model, own_loss=lambda inputs: model(**{k: v for k, v in inputs.items() if k != "extra"}).loss
+    )
+    batch = {**collate(4), "extra": torch.ones(4)}
+    scorer(batch)
+    moved = {**batch, "shift": torch.full((4,), 0.5)}
+    with torch.no_grad():
+        own = [model(**{k: v[i : i + 1] for k, v in moved.items() if k != "extra"}).loss.item() for i in range(4)]
+    assert scorer(moved).losses.tolist() == pytest.approx(own, rel=1e-4)

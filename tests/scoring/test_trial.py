@@ -175,6 +175,22 @@ def test_adapters_of_single_tokens_are_never_skipped():
         assert not off
 
 
+def test_adapters_behind_tokens_are_never_skipped():
+    """Activated LoRA that was trained does nothing in rows without its tokens, of which a probe may be made."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], alora_invocation_tokens=[70, 71])
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.5)
+    with skip_identity_adapters(BatchScorer(model), batch()) as off:  # tokens below 64 only
+        assert not off
+
+
 @pytest.mark.parametrize("rule", ["hardest", "easiest", "middle", "infobatch", "stratified", "percentile", "random"])
 def test_what_cannot_teach_is_dropped_first(rule):
     from darel_hf import RULES

@@ -139,6 +139,17 @@ def test_a_half_deleted_checkpoint(tmp_path, name):
     assert resolve(True, str(tmp_path)) == str(before)
 
 
+def test_what_is_left_of_a_deletion_goes_first(tmp_path):
+    """Rotation goes by when folders were changed: what it was deleting when it was killed was changed last."""
+    make(tmp_path, stop=10).train()
+    for age, path in enumerate(all_in(tmp_path)):
+        os.utime(path, (time.time() - 100 * age - 100,) * 2)
+    (all_in(tmp_path)[-1] / "optimizer.pt").unlink()
+    make(tmp_path, stop=13, save_total_limit=3).train(resume_from_checkpoint=True)
+    left = all_in(tmp_path)
+    assert len(left) == 3 and [problem(path) for path in left] == [None] * 3
+
+
 def test_complete_is_what_was_to_be_written(tmp_path):
     make(tmp_path / "weights", stop=4, save_only_model=True).train()
     assert problem(all_in(tmp_path / "weights")[0]) is None

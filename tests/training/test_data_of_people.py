@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import PadCollator, arguments, tiny_gpt2, token_data
+from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, token_data, weights
 from torch.utils.data import TensorDataset
 
 from darel_hf import DarelConfig, DarelTrainer, Selector
@@ -112,6 +112,80 @@ def test_what_of_a_batch_belongs_to_rows(tmp_path):
     DarelTrainer(model=model, data_collator=Shared(), darel=DarelConfig(online_keep=0.5), **settings).train()
 
 
+IMAGE = 1  # a token that stands for a patch of an image
+
+
+class Seeing(tf.GPT2LMHeadModel):
+    """Puts patches in the places of image tokens, and like real ones refuses a wrong number of them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.see = torch.nn.Linear(5, config.n_embd)
+
+    def forward(self, input_ids=None, pixel_values=None, **kwargs):
+        places = input_ids.eq(IMAGE)
+        if places.sum() != len(pixel_values):
+            raise ValueError("image tokens and patches do not match")
+        embeddings = self.transformer.wte(input_ids).masked_scatter(places[..., None], self.see(pixel_values))
+        return super().forward(inputs_embeds=embeddings, **kwargs)
+
+
+def seeing():
+    torch.manual_seed(0)
+    return Seeing(tiny_gpt2().config)
+
+
+def picture_books(patches):
+    """Texts behind so many image tokens each."""
+    draw, rows = np.random.default_rng(0), []
+    for k, row in zip(patches, token_data(len(patches)), strict=True):
+        ids = [IMAGE] * k + row["input_ids"]
+        labels = [-100] * k + row["labels"]
+        rows.append(
+            {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels, "patches": draw.normal(size=(k, 5))}
+        )
+    return rows
+
+
+class Look(PadCollator):
+    def __call__(self, features):
+        patches = np.concatenate([feature["patches"] for feature in features])
+        return {"pixel_values": torch.tensor(patches, dtype=torch.float32), **super().__call__(features)}
+
+
+def look(folder, data, darel, **settings):
+    trainer = DarelTrainer(
+        model=seeing(), args=arguments(folder, num_train_epochs=1, remove_unused_columns=False, **settings),
+        train_dataset=data, data_collator=Look(), darel=DarelConfig(**darel),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("patches", [[1, 2, 3, 4] * 8, [1, 1, 0, 2] * 8, [0, 2, 2, 0] * 8], ids=str)
+@pytest.mark.parametrize("rule", ["hardest", "infobatch"])
+def test_patches_of_several_images_offline(tmp_path, caplog, patches, rule):
+    """Batches are collated, never cut: also where there are by chance as many patches as rows."""
+    data, model = picture_books(patches), seeing().eval()
+    with torch.no_grad():
+        alone = [model(**Look()([row])).loss.item() for row in data]
+    trainer = look(tmp_path, data, {"offline_keep": 0.5, "offline_rule": rule, "track": True})
+    np.testing.assert_allclose(trainer.report.offline_losses, alone, rtol=1e-4)
+    assert trainer.report.rows_backpropagated == trainer.report.kept.sum()
+    assert "ranked by" not in caplog.text
+
+
+def test_patches_of_several_images_online(tmp_path):
+    for patches in ([1, 1, 0, 2] * 8, [1] * 16 + [2] * 16):
+        with pytest.raises(ValueError, match=r"pixel_values=.*rows cannot be cut out of it; select offline"):
+            look(tmp_path, picture_books(patches), {"online_keep": 0.5})
+    patches = [1] * 32
+    patches[1] = 2  # at none of the places that are looked at
+    with pytest.raises(ValueError, match="pixel_values=9: its first size in a batch of 8 samples"):
+        look(tmp_path, picture_books(patches), {"online_keep": 0.5})
+    look(tmp_path, picture_books([1] * 32), {"online_keep": 0.5, "online_rule": "hardest"})  # one each: rows after all
+
+
 def test_rows_of_a_last_batch_that_is_dropped(tmp_path):
     for keep in ({"offline_keep": 0.5, "offline_rule": "random"}, {"online_keep": 0.5}):
         trainer = DarelTrainer(
@@ -163,32 +237,87 @@ def test_torch_formatted_data_share_prompts():
         assert share_prompts(scorer, items, plain(items)) is not None
 
 
-def test_nothing_is_read_where_nothing_is_scored(tmp_path):
-    class Counting(torch.utils.data.Dataset):
-        reads = 0
+class Slow(torch.utils.data.Dataset):
+    """Items that are dear to read, and how often each was."""
 
-        def __init__(self):
-            self.rows = [{k: v for k, v in row.items() if k != "group"} for row in token_data(600)]
+    def __init__(self, n=600):
+        self.rows, self.reads = [dict(row, number=1000 + i) for i, row in enumerate(token_data(n))], [0] * n
 
-        def __len__(self):
-            return 600
+    def __len__(self):
+        return len(self.rows)
 
-        def __getitem__(self, index):
-            Counting.reads += 1
-            return self.rows[index]
+    def __getitem__(self, index):
+        self.reads[index] += 1
+        return self.rows[index]
 
-    before = []
 
-    class Trainer(DarelTrainer):
-        def _prepare_run(self):
-            super()._prepare_run()
-            before.append(Counting.reads)
+class Before(DarelTrainer):
+    """Remembers how often items were read before the first step."""
 
-    Trainer(
-        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1), train_dataset=Counting(),
-        data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
-    ).train()  # fmt: skip
-    assert before[0] <= 2 * 64 + 8 * 4  # looked at twice for the fingerprint, and a few batches that are measured
+    def _prepare_run(self):
+        super()._prepare_run()
+        self.reads = list(self.train_dataset.dataset.reads)
+
+
+class Known(PadCollator):
+    def __call__(self, features):
+        return super().__call__([{k: f[k] for k in ("input_ids", "attention_mask", "labels")} for f in features])
+
+
+@pytest.mark.parametrize(
+    ("darel", "times"),
+    [
+        ({"offline_keep": 0.5, "offline_rule": "random"}, 0),
+        ({"online_keep": 0.5, "id_column": None}, 0),
+        ({"offline_keep": 0.5}, 1),
+        ({"offline_keep": 0.5, "group_column": "group", "batch_by_length": True}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "random", "group_column": "group"}, 1),
+        ({"online_keep": 0.5, "batch_by_length": True}, 1),
+        ({"online_keep": 0.5, "batch_by_length": True, "id_column": "number"}, 1),
+    ],
+    ids=["offline", "online", "scores", "while-scoring", "groups", "lengths", "ids"],
+)
+def test_how_often_slow_items_are_read(tmp_path, darel, times):
+    """Nothing where nothing is scored; else once, while scoring. A few are looked at, for other things."""
+    data = Slow()
+    trainer = Before(
+        model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
+        train_dataset=data, data_collator=Known(), darel=DarelConfig(**darel),
+    )  # fmt: skip
+    trainer.train()
+    looked_at = 2 * 64 + 8 * 4 + 8 + 3 + 3
+    assert np.median(trainer.reads) == times and sum(trainer.reads) <= times * len(data) + looked_at
+    if "group_column" in darel:
+        kept = [row["group"] for row, keep in zip(data.rows, trainer.report.kept, strict=True) if keep]
+        assert np.bincount(kept).tolist() == [60] * 5
+    if "id_column" in darel and times:
+        assert trainer.report.ledger.ids.tolist() == list(range(1000, 1600))
+
+
+def test_what_the_facts_of_slow_items_are(tmp_path):
+    """Lengths and groups noted while scoring are those that are read off a table."""
+    plans = []
+    for name, data in (("slow", Slow(60)), ("table", token_data(60))):
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path / name, num_train_epochs=1, remove_unused_columns=False),
+            train_dataset=data, data_collator=Known(),
+            darel=DarelConfig(offline_keep=0.5, group_column="group", batch_by_length=True),
+        )  # fmt: skip
+        trainer.train()
+        plans.append((trainer.report.kept.tolist(), trainer.report.plan.costs.padding, weights(trainer.model)))
+    assert plans[0][:2] == plans[1][:2]
+    assert_same_weights(plans[0][2], plans[1][2])
+
+
+@pytest.mark.parametrize("column", ["id_column", "group_column"])
+def test_a_column_that_items_lack(tmp_path, column):
+    trainer = DarelTrainer(
+        model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Slow(20), data_collator=Known(),
+        darel=DarelConfig(offline_keep=0.5, **{column: "nope"}),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{column}='nope': the items of the training set have no such key"):
+        trainer.train()
+    assert sum(trainer.train_dataset.reads) == 1
 
 
 def test_columns_of_fixed_shape_are_hashed_as_arrays():
@@ -238,3 +367,23 @@ def test_default_steps_are_no_ones_setting(tmp_path, caplog):
     ).train()  # fmt: skip
     assert "made for the full run" not in caplog.text
     assert tf.TrainingArguments(str(tmp_path)).save_steps == 500
+
+
+def test_scores_of_another_transform_are_not_used_again(tmp_path):
+    """The table below is the same: a changed template, or augmentation, changes every loss."""
+    reports = []
+    for shift in (0, 0, 7):
+
+        def moved(batch, shift=shift):
+            ids = [[(token + shift) % 62 + 2 for token in row] for row in batch["input_ids"]]
+            return {"input_ids": ids, "labels": ids, "attention_mask": batch["attention_mask"]}
+
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
+            train_dataset=token_data(24).remove_columns("group").with_transform(moved),
+            data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5),
+        )  # fmt: skip
+        trainer.train()
+        reports.append(trainer.report)
+    assert [report.scores_reused for report in reports] == [False, True, False]
+    assert not np.allclose(reports[1].offline_losses, reports[2].offline_losses)
