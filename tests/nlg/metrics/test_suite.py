@@ -14,6 +14,7 @@ from sacrebleu.significance import PairedTest
 from texts import columns
 
 from darel_hf.nlg.metrics import (
+    NAMES,
     NLGMetrics,
     paired_p_value,
 )
@@ -181,7 +182,7 @@ def test_compute_metrics_of_a_trainer():
     metrics = NLGMetrics(wordnet="none")
     scores = metrics.compute_metrics(Words())(Evaluated)
     expected = metrics(["the inn is cheap", "the inn is"], [["the inn is cheap"], ["the inn cheap"]])
-    assert scores == {name: expected[name] for name in ("bleu", "ter", "meteor", "nist", "rouge_l")}
+    assert scores == {name: expected[name] for name in NAMES if name != "ser"}
     several = metrics.compute_metrics(Words(), [["the inn is cheap"], ["the inn is", "an inn"]])(Evaluated)
     assert several["ter"] == 0.0
 
