@@ -23,10 +23,31 @@ def refuse_used_folder(path: str | os.PathLike, what: str, remedy: str) -> None:
     require(not held, "output_dir", str(path), f"holds {what} ({', '.join(held[:5])}); {remedy}")
 
 
+def refuse_overwrite(path: Path, force: bool, name: str = "output") -> None:
+    """Raise `ValueError` if a file would be overwritten without being asked to; devices and pipes never are."""
+    require(not path.is_dir(), name, str(path), "is a folder; name a file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    require(existing.is_dir(), name, str(path), f"{existing} is a file, no folder; name another place")
+    free = force or not path.exists() or not path.is_file()
+    require(free, name, str(path), "exists; name another file, or say --force")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`, else removed."""
-    path = Path(path)
+    """
+    Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`, else removed.
+
+    A link is followed: the file that it names is replaced, the link stays. A device or a pipe is written into.
+    """
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / ("written" + path.suffix)
+            temporary.touch()
+            yield temporary
+            with open(path, "wb") as target:
+                target.write(temporary.read_bytes())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
     os.close(handle)

@@ -27,6 +27,7 @@ def parse(mr: str) -> list[tuple[str, str]] | None:
     if _WHOLE.fullmatch(mr):
         return [(name.strip(), value.strip()) for name, value in _ONE.findall(mr)]
     if _PIPED.fullmatch(mr):
-        parts = (part.split(" : ", 1) for part in mr.rstrip(" |").split("|"))
-        return [(name.strip(), value.strip()) for name, value in parts]
+        parts = [part.split(" : ") for part in mr.rstrip(" |").split("|")]
+        if all(len(part) == 2 for part in parts):  # three are a triple
+            return [(name.strip(), value.strip()) for name, value in parts]
     return None

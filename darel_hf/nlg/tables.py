@@ -1,4 +1,4 @@
-"""Files of rows, read as they stand: CSV, TSV, JSON, JSON lines, parquet, plain text; what every command reads with."""
+"""Files of rows, read as they stand: CSV, TSV, JSON, JSON lines, parquet, plain text; every command reads with it."""
 
 from __future__ import annotations
 
@@ -169,8 +169,8 @@ def read(path: str | os.PathLike, what: str, kinds: Sequence[str] | None = None)
         kinds (`Sequence[str]`, *optional*): the suffixes that make sense here; default: all.
 
     Raises:
-        ValueError: for a file that is missing, empty, not UTF-8, or not of the form that its name says; names the file,
-            the line and the remedy.
+        ValueError: for a file that is missing, empty, not UTF-8, or not of the form that its name says; names the
+            file, the line and the remedy.
     """
     name = str(path)
     suffixes = Path(name.removesuffix(".gz")).suffix.lower() if name != STDIN else ""
@@ -259,7 +259,7 @@ def _form(text: str) -> str | None:
 
 
 def is_header(cells: list[str]) -> bool:
-    """Whether a line is the header of a table of texts: a name for a meaning representation or an id, and one for a text."""
+    """Whether a line is the header of a table of texts: it names a representation or an id, and a text."""
     names = [cell.strip().lower().replace("_", " ") for cell in cells]
     sources = {"mr", "src", "source", "meaning representation", "da", "input", "context", "id"}
     texts = {"ref", "reference", "output", "prediction", "hypothesis", "target", "trg", "tgt", "human reference"}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..files import require
+from .representations import parse
 from .tables import Table, read
 
 # How a header begins, by the E2E scripts. A table with exactly one column of each is read as they read it.
@@ -38,7 +39,7 @@ class Instance:
     keys: dict[str, str]
     texts: list[str]
     place: str
-    mr: str | None = None
+    mr: str | None = None  # a representation of slots and values, if it is one
     ends: str | None = None  # of a plain text without empty lines: what its last line is, `text` or `blank`
 
 
@@ -51,9 +52,11 @@ class Columns:
     id: str | None = None
 
 
-def read_predictions(path: str | os.PathLike, columns: Columns | None = None, what: str = "predictions") -> list:
+def read_predictions(
+    path: str | os.PathLike, columns: Columns | None = None, what: str = "predictions"
+) -> list[Instance]:
     """
-    Read predictions: plain text, one a line; JSON (lines) with `prediction` and perhaps `id` or `mr`; a CSV or TSV table.
+    Read predictions: plain text, one a line; JSON (lines) with `prediction` and perhaps `id` or `mr`; CSV or TSV.
 
     Args:
         path: the file; `-` for standard input.
@@ -90,7 +93,9 @@ def read_predictions(path: str | os.PathLike, columns: Columns | None = None, wh
     return instances
 
 
-def read_references(path: str | os.PathLike, columns: Columns | None = None, what: str = "references") -> list[Instance]:
+def read_references(
+    path: str | os.PathLike, columns: Columns | None = None, what: str = "references"
+) -> list[Instance]:
     """
     Read references, one or more an instance.
 
@@ -270,7 +275,8 @@ def _instance(
     if table.kind == "csv":
         texts = [" ".join(_mended(text).split()) for text in texts]
         keys = {key: _mended(value) for key, value in keys.items()}
-    return Instance(keys, texts, table.place(number), keys.get("mr"))
+    mr = keys.get("mr")
+    return Instance(keys, texts, table.place(number), mr if mr is not None and parse(mr) else None)
 
 
 def _mended(text: str) -> str:
@@ -280,7 +286,7 @@ def _mended(text: str) -> str:
 
 
 def _key(value: Any) -> str:
-    """Return what a name is compared by: a table with gaps stores 1 as 1.0, and blanks are not what tells two apart."""
+    """Return what a name is compared by: a table with gaps stores 1 as 1.0, and blanks tell no two apart."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, (dict, list)):
@@ -338,12 +344,11 @@ def _triples(triples: list[tuple[str, str, str]]) -> str:
 
 
 def _entry(table: Table, number: int, triples: list[tuple[str, str, str]], texts: list[tuple[str, bool]]) -> Instance:
-    """Make an instance of an entry of WebNLG or DART; texts that were not judged good are left out, as everybody does."""
+    """Make an instance of an entry of WebNLG or DART; texts that were not judged good are left out, as usual."""
     good = [text for text, fine in texts if fine] or [text for text, _ in texts]
     if not good or not all(isinstance(text, str) and text.strip() for text in good):
         table.refuse(f"entry {number} has no reference, or one that is empty or no text")
-    mr = _triples(triples)
-    return Instance({"mr": mr}, good, f"entry {number}", mr)
+    return Instance({"mr": _triples(triples)}, good, f"entry {number}")
 
 
 def _webnlg(table: Table, entries: list[Any]) -> list[Instance]:

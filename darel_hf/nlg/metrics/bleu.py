@@ -19,8 +19,8 @@ class ScriptBLEU(SummedMetric):
     """
     BLEU of `measure_scores.py -p` in github.com/tuetschek/e2e-metrics, times 100.
 
-    It differs from sacrebleu's and mteval-v13a's where texts are shorter than four words: those count a negative number
-    of n-grams, an empty one is one empty word, and where nothing matches, a count is 1e-15 instead of smoothed.
+    It differs from sacrebleu's and mteval-v13a's where texts are shorter than four words: those count a negative
+    number of n-grams, an empty one is one empty word, and where nothing matches, a count is 1e-15, not smoothed.
     """
 
     ORDER = 4

@@ -19,10 +19,10 @@ class CIDEr(SegmentMean):
     """
     CIDEr-D as the scripts compute it: ten times the mean similarity of n-grams, n = 1..4, to each reference.
 
-    N-grams weigh their count times the logarithm of (instances / instances whose references have them). Similarity is the
-    cosine with counts clipped to the reference's, times exp(-(difference in length)^2 / 72), where a text's length is
-    the number of its pairs of words. Source: Vedantam et al. 2015. The weights come from the references of the whole
-    file: the score of one instance depends on the others, and one instance alone scores 0.
+    N-grams weigh their count times the logarithm of (instances / instances whose references have them). Similarity is
+    the cosine with counts clipped to the reference's, times exp(-(difference in length)^2 / 72), where a text's length
+    is the number of its pairs of words. Source: Vedantam et al. 2015. The weights come from the references of the
+    whole file: the score of one instance depends on the others, and one instance alone scores 0.
     """
 
     name = "CIDEr"

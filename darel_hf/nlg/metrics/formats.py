@@ -94,27 +94,26 @@ def _one_table(result: dict[str, Any]) -> Any:
 
 def _systems_table(result: dict[str, Any]) -> Any:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     systems = result["systems"]
     title = f"{result['n']} instances, protocol {result['protocol']}"
     if len(systems) > 2:
         title += f"; p corrected for {len(systems) - 1} comparisons with the first"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("", max_width=24, overflow="ellipsis", no_wrap=True)
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table.add_column("", min_width=8, overflow="ellipsis", no_wrap=True)
     ranked = any("ranks" in system for system in systems.values())
     spread = any("spread" in system for system in systems.values())
-    columns = ["score", *(["spread"] if spread else []), "95 % interval", "minus first", "p boot.", "p rand."]
+    columns = ["score", *(["spread"] if spread else []), "95 % interval", "- first", "p boot", "p rand"]
     for column in [*columns, *(["rank"] if ranked else [])]:
-        table.add_column(column, justify="right", no_wrap=column not in ("minus first", "p boot.", "p rand."))
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     metrics = next(iter(systems.values()))["scores"]
     for metric in [name for name in metrics if metrics[name] is not None]:
-        arrow = " (lower is better)" if metric in LOWER_IS_BETTER else ""
-        table.add_row(f"[bold]{NAMES[metric]}[/]{arrow}")
+        table.add_row(Text(NAMES[metric] + (" ↓" if metric in LOWER_IS_BETTER else ""), style="bold"))
         for name, system in systems.items():
-            runs = f" ({system['runs']} runs)" if system["runs"] > 1 else ""
-            row = [" " + escape(name) + runs, number(metric, system["scores"][metric])]
+            runs = f" ({system['runs']})" if system["runs"] > 1 else ""
+            row: list[Any] = [Text(" " + name + runs), number(metric, system["scores"][metric])]
             if spread:
                 row.append(number(metric, system["spread"][metric]) if "spread" in system else "")
             row.append(_interval(metric, system["intervals"].get(metric)))
@@ -177,11 +176,14 @@ def _legend(result: dict[str, Any]) -> list[str]:
     if any("spread" in system for system in systems):
         lines.append("Mean and standard deviation of the runs.")
     if result["bootstrap"]:
-        lines.append(f"In brackets 95 % intervals of {result['bootstrap']} bootstrap resamples (seed {result['seed']}).")
+        lines.append(
+            f"In brackets 95 % intervals of {result['bootstrap']} bootstrap resamples (seed {result['seed']})."
+        )
     if len(systems) > 1 and result["bootstrap"]:
         lines.append(
-            f"*: differs from {result['first']} (paired bootstrap and approximate randomization, p < {LEVEL}, corrected "
-            f"for {len(systems) - 1} comparisons by Holm). [rank]: 1 + how many systems are shown to be better."
+            f"*: differs from {result['first']} (paired bootstrap and approximate randomization, p < {LEVEL}, "
+            f"corrected for {len(systems) - 1} comparisons by Holm). [rank]: 1 + how many systems are shown to be "
+            "better."
         )
     return lines
 
@@ -206,7 +208,9 @@ def _latex(result: dict[str, Any]) -> str:
     lines = [f"% {line}" for line in _legend(result)]
     lines += [f"% {NAMES[m]}: {signature}" for m, signature in result["signatures"].items()]
     lines += [r"\begin{tabular}{l" + "r" * len(metrics) + "}", r"\toprule"]
-    lines.append(" & ".join(["system", *(f"{NAMES[m]} {head}" for m, head in zip(metrics, heads, strict=True))]) + r" \\")
+    lines.append(
+        " & ".join(["system", *(f"{NAMES[m]} {head}" for m, head in zip(metrics, heads, strict=True))]) + r" \\"
+    )
     lines.append(r"\midrule")
     for row in _cells(result, metrics, "\0", "\1"):
         lines.append(" & ".join(_escaped_latex(cell) for cell in row) + r" \\")
@@ -220,21 +224,20 @@ def _escaped_latex(text: str) -> str:
 
 
 def _csv(result: dict[str, Any]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["metric", "system", "runs", "score", "spread", "low", "high", "difference", "difference_low", "difference_high"]
-        + ["p_bootstrap", "p_randomization", "rank", "n", "protocol", "signature"]
-    )
+    rows = []
     for metric, signature in result["signatures"].items():
         for name, system in result["systems"].items():
             low, high = system["intervals"].get(metric, ("", ""))
             difference = system.get("differences", {}).get(metric, {})
             gap_low, gap_high = difference.get("interval", ("", ""))
-            writer.writerow(
-                [metric, name, system["runs"], system["scores"][metric], system.get("spread", {}).get(metric, "")]
-                + [low, high, difference.get("value", ""), gap_low, gap_high]
-                + [difference.get("p_bootstrap", ""), difference.get("p_randomization", "")]
-                + [system.get("ranks", {}).get(metric, ""), result["n"], result["protocol"], signature]
-            )
+            row = {"metric": metric, "system": name, "runs": system["runs"], "score": system["scores"][metric]}
+            row |= {"spread": system.get("spread", {}).get(metric, ""), "low": low, "high": high}
+            row |= {"difference": difference.get("value", ""), "difference_low": gap_low, "difference_high": gap_high}
+            row |= {test: difference.get(test, "") for test in ("p_bootstrap", "p_randomization")}
+            row |= {"rank": system.get("ranks", {}).get(metric, ""), "n": result["n"]}
+            rows.append({**row, "protocol": result["protocol"], "signature": signature})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return text.getvalue()

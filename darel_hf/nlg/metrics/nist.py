@@ -33,10 +33,10 @@ class NIST(SummedMetric):
 
     Args:
         reading (`str`): `"mteval"`; `"pymteval"`, what the E2E scripts compute with `-p`: L_r is the sum of the
-            segments' mean lengths, a text shorter than n words counts a negative number of n-grams, an empty one is one
-            empty word; or `"nltk"`: `nltk.translate.nist_score.corpus_nist` takes the counts of the one reference with
-            the highest precision, per segment and n-gram order. Where the latter two divide by zero (no n-grams in
-            all), the order counts 0 here.
+            segments' mean lengths, a text shorter than n words counts a negative number of n-grams, an empty one is
+            one empty word; or `"nltk"`: `nltk.translate.nist_score.corpus_nist` takes the counts of the one reference
+            with the highest precision, per segment and n-gram order. Where the latter two divide by zero (no n-grams
+            in all), the order counts 0 here.
         lowercase (`bool`): compare in lower case.
     """
 

@@ -1,4 +1,4 @@
-"""The words of the COCO scripts: Penn Treebank tokens as Stanford's PTBTokenizer 3.4.1 makes them, by one expression."""
+"""The words of the COCO scripts: Penn Treebank tokens, as Stanford's PTBTokenizer 3.4.1 makes them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ _TITLES = (
     "jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mon|tue|tues|wed|thu|thurs|fri"
 )
 _OPENERS = "A|At|He|In|It|She|That|The|There|They|This|We|When|What|You"
-_CLITIC = re.compile(r"(?<=[^\W_])(n['’`]t|['’](?:s|re|ll|ve|d|m))(?![^\W_])", re.IGNORECASE)
-_FUSED = re.compile(r"\b(?:(can)(not)|(gon|wan)(na)|(got)(ta)|(lem|gim)(me))\b|(?<![^\W_])('t)(is|was)\b", re.IGNORECASE)
+_CLITIC = re.compile(r"(?<=[^\W_])(n['\u2019`]t|['\u2019](?:s|re|ll|ve|d|m))(?![^\W_])", re.IGNORECASE)
+_FUSED = re.compile(
+    r"\b(?:(can)(not)|(gon|wan)(na)|(got)(ta)|(lem|gim)(me))\b|(?<![^\W_])('t)(is|was)\b", re.IGNORECASE
+)
 _RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u209c]+")
 _TOKEN = re.compile(
     rf"""
       https?://\S+ | www\.[^\s,]+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
-    | n['’`]t(?![^\W_]) | ['’](?:s|re|ll|ve|d|m)(?![^\W_]) | ['’]n['’] | ['’](?:em|n|t|[0-9]0s)(?![^\W_])
+    | n['\u2019`]t(?![^\W_]) | ['\u2019](?:s|re|ll|ve|d|m)(?![^\W_])
+    | ['\u2019]n['\u2019] | ['\u2019](?:em|n|t|[0-9]0s)(?![^\W_])
     | [#@][^\W\d_]\w*
     | [0-9]{{1,2}}[-/][0-9]{{1,2}}[-/][0-9]{{2,4}}(?![0-9])
     | (?:[^\W\d_]\.)+[^\W\d_]?-(?:[^\W_]\.?)+(?=\W|$)                       # U.S.-based, N.Y.-N.J.
     | [A-Za-z0-9](?:[A-Za-z0-9.,]{{0,60}}[A-Za-z0-9])?
       (?:-(?:(?:[A-Za-z]\.){{2,}}|[A-Za-z0-9]+))+(?![^\W_])                     # 3.5-4, food,low-priced
-    | (?<![^\W_])(?:[dlo]['’])[^\W\d_]{{2,}}(?:[-_][^\W_]+)*                    # O'Neil, d'Or
-    | [A-Za-z]{{1,2}}['’](?:clock|am)(?![^\W_]) | c\+\+ | c\#
+    | (?<![^\W_])(?:[dlo]['\u2019])[^\W\d_]{{2,}}(?:[-_][^\W_]+)*                    # O'Neil, d'Or
+    | [A-Za-z]{{1,2}}['\u2019](?:clock|am)(?![^\W_]) | c\+\+ | c\#
     | [A-Za-z]+(?:&[A-Za-z]+)+
-    | [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}(?![.,:]?[0-9])(?!['’])
+    | [A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){{0,2}}){{1,2}}(?![.,:]?[0-9])(?!['\u2019])
     | [-+]?(?:[0-9]+(?:[.:,][0-9]+)+|(?:[.:,][0-9]+)+)                        # 1,000.50, and 1.8 of 1.8g
     | [-+][0-9]+(?![^\W_])
     | (?:[^\W\d_]\.){{2,}}(?![^\W_]) | ph\.d\.                                # U.S., a.s.l.
@@ -40,14 +43,40 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_PUNCTUATION = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"', *"’‘“”–—…"])
-_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "½": " 1/2 ", "¼": " 1/4 ", "¾": " 3/4 "}
+_PUNCTUATION = frozenset(
+    [
+        "''",
+        "'",
+        "``",
+        "`",
+        ".",
+        "?",
+        "!",
+        ",",
+        ":",
+        "-",
+        "--",
+        "...",
+        ";",
+        '"',
+        *"\u2019\u2018\u201c\u201d\u2013\u2014\u2026",
+    ]
+)
+_ENTITIES = {
+    "&amp;": "&",
+    "&lt;": "<",
+    "&gt;": ">",
+    "&quot;": '"',
+    "\u00bd": " 1/2 ",
+    "\u00bc": " 1/4 ",
+    "\u00be": " 3/4 ",
+}
 _ENTITY = re.compile("|".join(_ENTITIES))
 
 
 def ptb_words(text: str) -> list[str]:
     """
-    Split English text as the COCO scripts do before ROUGE-L, CIDEr and METEOR: Penn Treebank, lower case, no punctuation.
+    Split English text as the COCO scripts do before ROUGE-L, CIDEr and METEOR: Penn Treebank, no punctuation.
 
     It stands in for the Java program PTBTokenizer; how often they agree, and on what texts, says `docs/metrics.md`.
 
@@ -68,4 +97,4 @@ def ptb_words(text: str) -> list[str]:
 def _spelled(word: str) -> str:
     """Lower case, clitics with a straight apostrophe."""
     word = word.lower()
-    return word.replace("’", "'") if word.startswith("’") or word == "n’t" else word
+    return word.replace("\u2019", "'") if word.startswith("\u2019") or word == "n\u2019t" else word

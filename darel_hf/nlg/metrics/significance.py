@@ -89,7 +89,7 @@ def randomization_p_value(differences: np.ndarray, observed: float) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """
-    Correct p-values for how many there are (Holm 1979): the chance of one false finding among all stays below the level.
+    Correct p-values for how many there are (Holm 1979): the chance of one false finding among all keeps the level.
 
     Example:
 

@@ -42,7 +42,7 @@ class SlotError:
 
 @dataclass
 class Rules:
-    """The rules of a file: for each slot its values and how they are said (None: verbatim), and other names of slots."""
+    """For each slot its values and how they are said (None: verbatim), and other names of slots."""
 
     slots: dict[str, dict[str, re.Pattern] | None]
     aliases: dict[str, str]
@@ -127,10 +127,12 @@ class SlotErrorRate(SummedMetric):
         return parse(mr) is not None
 
     def slots_of(self, mr: str) -> list[tuple[str, str]]:
-        """Return slots, under the names of the rules, and values; raises `ValueError` if the text is no representation."""
+        """Return slots, under the names of the rules, and values; raises `ValueError` for any other text."""
         slots = parse(mr)
         require(slots is not None, "mr", mr, "is no meaning representation of the form slot[value], slot[value]")
-        known = {name.lower(): name for name in self.rules.slots} | {k.lower(): v for k, v in self.rules.aliases.items()}
+        known = {name.lower(): name for name in self.rules.slots} | {
+            k.lower(): v for k, v in self.rules.aliases.items()
+        }
         return [(known.get(slot.lower(), slot), value) for slot, value in slots]
 
     def errors(self, text: str, mr: str) -> tuple[list[SlotError], int]:
@@ -159,7 +161,7 @@ class SlotErrorRate(SummedMetric):
 
     def _said(self, text: str, wanted: dict[str, list[str]]) -> dict[str, list[str]]:
         """Return the values that a text says, by slot."""
-        text = text.replace("’", "'")
+        text = text.replace("\u2019", "'")
         spans: dict[tuple[int, int], list[tuple[str, str]]] = {}
         for slot in {**self.rules.slots, **self.verbatim}:
             for value, pattern in self._patterns_of(slot).items():

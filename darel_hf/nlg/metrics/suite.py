@@ -50,8 +50,8 @@ class NLGMetrics:
     Score generated texts with BLEU, TER, METEOR, NIST, ROUGE-L, CIDEr, chrF, chrF++ and, where there are meaning
     representations, the slot error rate (SER), over any number of references.
 
-    BLEU, TER, chrF and SER are on a scale of 0 to 100, METEOR and ROUGE-L in [0, 1], CIDEr in [0, 10], NIST in bits, as
-    in the scripts of the E2E challenge. Statistics are extracted once per segment and resampled for intervals.
+    BLEU, TER, chrF and SER are on a scale of 0 to 100, METEOR and ROUGE-L in [0, 1], CIDEr in [0, 10], NIST in bits,
+    as in the scripts of the E2E challenge. Statistics are extracted once per segment and resampled for intervals.
 
     Args:
         protocol (`str`): `"e2e"`: what the challenge's scripts compute (METEOR is nltk's, unless `meteor_jar` is
@@ -183,7 +183,7 @@ class NLGMetrics:
         Score any number of systems, and compare them with the first.
 
         Args:
-            systems (`dict`): by name, one text an instance; or several such lists: runs of one system with other seeds.
+            systems (`dict`): by name, one text an instance; or several such lists: runs of one system.
             references (`Sequence[Sequence[str]]`): one or more texts an instance; blank ones count as none.
             mrs (`Sequence[str]`, *optional*): meaning representations, for the slot error rate.
 
@@ -230,7 +230,9 @@ class NLGMetrics:
         """Return the statistics of all segments by metric, system and run: float64 `[n, d]`."""
         n = len(references)
         flat = [texts for name in runs for texts in runs[name]]
-        workers = self.processes or (1 if sum(map(len, references)) * len(flat) < _PARALLEL_FROM else joblib.cpu_count())
+        workers = self.processes or (
+            1 if sum(map(len, references)) * len(flat) < _PARALLEL_FROM else joblib.cpu_count()
+        )
         by_workers = {name: metric for name, metric in metrics.items() if not isinstance(metric, _HERE)}
         count = max(8 * workers, -(-n // _PART))
         bounds = np.linspace(0, n, min(n, count) + 1).astype(int)
@@ -238,7 +240,8 @@ class NLGMetrics:
         bar = functools.partial(tqdm, delay=2, leave=False, disable=not self.progress, unit="part")
         found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in flat] for name in metrics}
         answers = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")(
-            joblib.delayed(_statistics)(by_workers, [texts[part] for texts in flat], references[part]) for part in parts
+            joblib.delayed(_statistics)(by_workers, [texts[part] for texts in flat], references[part])
+            for part in parts
         )
         for name, metric in bar(list(metrics.items()), desc="scores of all references"):
             if name not in by_workers:
@@ -331,10 +334,10 @@ class Evaluation:
     @functools.cached_property
     def result(self) -> dict[str, Any]:
         """
-        Everything that a table needs, ready for JSON: `protocol`, `n`, `first`, `bootstrap`, `seed`, `signatures`, `notes`,
-        and under `systems` by name: `runs`, `scores` (means over runs), `each` (of every run), `spread` (standard
-        deviation over runs), `intervals`, `differences` (to the first system: `value`, `interval`, `p_bootstrap`,
-        `p_randomization`, both corrected for how many systems there are), `ranks`, `texts`.
+        Everything that a table needs, ready for JSON: `protocol`, `n`, `first`, `bootstrap`, `seed`, `signatures`,
+        `notes`, and under `systems` by name: `runs`, `scores` (means over runs), `each` (of every run), `spread`
+        (standard deviation over runs), `intervals`, `differences` (to the first system: `value`, `interval`,
+        `p_bootstrap`, `p_randomization`, both corrected for how many systems there are), `ranks`, `texts`.
         """
         made, names = self.made_by, list(self.systems)
         n = len(self.references)
@@ -450,13 +453,13 @@ class Evaluation:
     def of_one(self) -> dict[str, Any]:
         """Return the result in the form of [`NLGMetrics.__call__`]: the last system, the first as its baseline."""
         result = self.result
-        (name, own), compared = list(result["systems"].items())[-1], len(self.systems) > 1
+        own, compared = list(result["systems"].values())[-1], len(self.systems) > 1
         flat: dict[str, Any] = {"protocol": result["protocol"], "n": result["n"], **dict.fromkeys(NAMES)}
         flat |= own["scores"]
         flat |= {"signatures": result["signatures"], "intervals": own["intervals"], "notes": result["notes"]}
         if compared:
             differences = own["differences"]
-            flat["baseline"] = dict.fromkeys(NAMES) | result["systems"][result["first"]]["scores"]
+            flat["baseline"] = result["systems"][result["first"]]["scores"]
             flat["p_values"] = {metric: found["p_bootstrap"] for metric, found in differences.items()}
             flat["p_randomization"] = {metric: found["p_randomization"] for metric, found in differences.items()}
             flat["differences"] = {metric: found["interval"] for metric, found in differences.items()}
@@ -464,8 +467,8 @@ class Evaluation:
 
     def instances(self) -> Iterator[dict[str, Any]]:
         """
-        Yield every instance: `instance` (its number), `mr`, `references`, and under `systems` by name a list with, for each
-        run, the `prediction`, its `scores` and its slot `errors`.
+        Yield every instance: `instance` (its number), `mr`, `references`, and under `systems` by name a list with, for
+        each run, the `prediction`, its `scores` and its slot `errors`.
         """
         for i, group in enumerate(self.references):
             row: dict[str, Any] = {"instance": i + 1}
@@ -529,7 +532,10 @@ def describe(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
 
 def check_texts(predictions: Sequence[str], references: Sequence[Any], what: str = "predictions") -> None:
     """Raise `ValueError` for texts that cannot be compared, naming the first instance that is wrong."""
-    wanted = {what: "give a list of texts, one an instance", "references": "give a list with a list of texts an instance"}
+    wanted = {
+        what: "give a list of texts, one an instance",
+        "references": "give a list with a list of texts an instance",
+    }
     for name, given in ((what, predictions), ("references", references)):
         fine = hasattr(given, "__len__") and not isinstance(given, (str, bytes, Mapping, set, frozenset))
         require(fine, name, given, wanted[name])

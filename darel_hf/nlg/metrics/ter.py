@@ -138,7 +138,7 @@ def _matches(words: list[int], ref: list[int]) -> Iterator[tuple[int, int, int]]
 
 
 def _shift(words: list[int], start: int, length: int, target: int) -> list[int]:
-    """Move `length` words from `start` to before `target` (a target within them: further right, as sacrebleu has it)."""
+    """Move `length` words from `start` to before `target` (within them: further right, as in sacrebleu)."""
     moved = words[start : start + length]
     if target < start:
         return words[:target] + moved + words[target:start] + words[start + length :]
@@ -196,7 +196,7 @@ class _Distances:
             self.beam.append((max(0, middle - width), last))
 
     def matrix(self, words: list[int]) -> list[list[int]]:
-        """Return the distances of all beginnings, `[len(words) + 1][len(ref) + 1]`; outside of the beam a large number."""
+        """Return the distances of all beginnings, `[words + 1][reference + 1]`; outside of the beam a large number."""
         width = len(self.ref) + 1
         outside = 1 << 30
         row = list(range(width))
