@@ -100,8 +100,10 @@ def _systems_table(result: dict[str, Any]) -> Any:
     systems = result["systems"]
     title = f"{result['n']} instances, protocol {result['protocol']}"
     if len(systems) > 2:
-        title += f"; p corrected for {len(systems) - 1} comparisons with the first"
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+        title += "; p corrected (Holm)"
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
+    )
     table.add_column("", min_width=8, overflow="ellipsis", no_wrap=True)
     ranked = any("ranks" in system for system in systems.values())
     spread = any("spread" in system for system in systems.values())
@@ -180,10 +182,10 @@ def _legend(result: dict[str, Any]) -> list[str]:
             f"In brackets 95 % intervals of {result['bootstrap']} bootstrap resamples (seed {result['seed']})."
         )
     if len(systems) > 1 and result["bootstrap"]:
+        corrected = f"corrected for {len(systems) - 1} comparisons by Holm" if len(systems) > 2 else "two-sided"
         lines.append(
             f"*: differs from {result['first']} (paired bootstrap and approximate randomization, p < {LEVEL}, "
-            f"corrected for {len(systems) - 1} comparisons by Holm). [rank]: 1 + how many systems are shown to be "
-            "better."
+            f"{corrected}). [rank]: 1 + how many systems are shown to be better."
         )
     return lines
 

@@ -49,8 +49,9 @@ def write_page(evaluation: Evaluation, path: str | os.PathLike) -> None:
         _scores(result),
     ]
     parts += [f"<p class=small>{escape(note)}</p>" for note in result["notes"]]
+    rows = list(evaluation.instances())
     for name in names[1:] or [None]:
-        parts += _differences(evaluation, names[0], name)
+        parts += _differences(evaluation, rows, names[0], name)
     signatures = (f"<li>{NAMES[m]}: <code>{escape(text)}</code></li>" for m, text in result["signatures"].items())
     parts += ["<h2>How the scores were made</h2>", f"<ul class=small>{''.join(signatures)}</ul>"]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
@@ -91,9 +92,8 @@ def _scores(result: dict[str, Any]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _differences(evaluation: Evaluation, first: str, second: str | None) -> list[str]:
+def _differences(evaluation: Evaluation, rows: list[dict[str, Any]], first: str, second: str | None) -> list[str]:
     """Return the heading and the instances of one pair of systems, or of the first alone."""
-    rows = list(evaluation.instances())
     names = [first] if second is None else [first, second]
     values = np.array([[list(row["systems"][name][0]["scores"].values()) for name in names] for row in rows])
     signs = np.array([-1.0 if metric in LOWER_IS_BETTER else 1.0 for metric in evaluation.metrics])

@@ -49,7 +49,7 @@ def swapped(
     generator = np.random.default_rng([seed, 1])
     sums, other_sums, difference = one.sum(axis=0), other.sum(axis=0), other - one
     for part in _blocks(trials, len(one)):
-        coins = generator.integers(0, 2, size=(part.stop - part.start, len(one)), dtype=np.int8)
+        coins = generator.random((part.stop - part.start, len(one))) < 0.5
         moved = coins.astype(np.float64) @ difference
         yield part, sums + moved, other_sums - moved
 
