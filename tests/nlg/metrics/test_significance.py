@@ -41,15 +41,15 @@ def texts(draw, n, quality):
 
 
 def test_p_values_of_randomization_are_uniform_under_the_null():
-    """Two systems of the same quality, 400 times: p below a level as often as the level says."""
-    draw, found = random.Random(0), []
-    for seed in range(400):
-        (one, other), references = texts(draw, 30, (0.3, 0.3))
-        metrics = NLGMetrics(only=["ter"], bootstrap=100, seed=seed, processes=1)
-        found.append(metrics(one, references, other)["p_randomization"]["ter"])
+    """Two systems of the same quality, 2,000 times: p is below a level as often as the level says."""
+    draw, found = np.random.default_rng(0), []
+    for seed in range(2000):
+        one, other = draw.normal(size=(2, 40, 1))
+        differences = np.concatenate([(a - b)[:, 0] for _, a, b in swapped(one, other, 199, seed)])
+        found.append(randomization_p_value(differences, float((one - other).sum())))
     for level in (0.05, 0.1, 0.25, 0.5, 0.75):
-        slack = 3 * math.sqrt(level * (1 - level) / len(found))
-        assert np.mean(np.array(found) <= level) == pytest.approx(level, abs=slack + 0.02)
+        slack = 4 * math.sqrt(level * (1 - level) / len(found))
+        assert np.mean(np.array(found) <= level) == pytest.approx(level, abs=slack)
 
 
 def test_randomization_is_near_sacrebleus():
