@@ -5,7 +5,7 @@ What the scores cost, against sacrebleu and nltk as they come, one after the oth
     python eval/benchmarks/metrics.py --long 1000      # TER alone, pairs of 100 words
     python eval/benchmarks/metrics.py --large 100000 --references trainset.csv    # time and memory of many instances
 
-NIST, ROUGE-L and CIDEr, which neither library has in the challenge's reading, are ours on both sides. Without files: the
+NIST, ROUGE-L and CIDEr, which neither library has as the challenge has them, are ours on both sides. Without files: the
 test set of the generated corpus, each prediction the first reference with some of its words replaced. A row goes to
 results/metrics.jsonl: seconds of both (medians of interleaved runs), their ratio, whether all numbers are equal, and
 what 1,000 bootstrap resamples cost beside scoring once. The libraries take too long for the other two: they get a part
@@ -75,7 +75,7 @@ def large(options: argparse.Namespace) -> None:
     draw = random.Random(0)
     references = [[draw.choice(texts)] for _ in range(options.large)]
     predictions = corrupted(references)
-    only = [name for name in ("bleu", "ter", "meteor", "nist", "rouge_l", "cider", "chrf", "chrf++")]
+    only = ["bleu", "ter", "meteor", "nist", "rouge_l", "cider", "chrf", "chrf++"]
     ours, scores = timed(
         lambda: NLGMetrics(wordnet="none", bootstrap=RESAMPLES, only=only, progress=True)(predictions, references)
     )
