@@ -300,6 +300,8 @@ def _key(value: Any) -> str:
 def _plain_references(table: Table) -> list[Instance]:
     lines = [row["text"].strip() for row in table.rows]
     require(any(lines), table.what, table.path, "the file is empty: there is no reference in it")
+    if all("||" in line and parse(line.split("||")[0]) for line in lines if line):
+        return _lora(table, lines)
     ends = "blank" if not lines[-1] else "text"
     while not lines[-1]:
         lines.pop()
@@ -316,6 +318,18 @@ def _plain_references(table: Table) -> list[Instance]:
             instances.append(Instance({}, [text], f"line {line}"))
         opened = bool(text)
     return instances
+
+
+def _lora(table: Table, lines: list[str]) -> list[Instance]:
+    """Read the files of LoRA's repository: `slot : value | ...||reference`, one a line."""
+    instances = []
+    for i, line in enumerate(lines):
+        if line:
+            mr, text = (part.strip() for part in line.split("||", 1))
+            if not text:
+                table.refuse(f"{table.place(i)} has an empty reference")
+            instances.append(Instance({"mr": _key(mr)}, [text], table.place(i), mr))
+    return _grouped(instances)
 
 
 def _texts_of_document(table: Table, several: bool) -> list[Instance]:

@@ -5,11 +5,11 @@ What the scores cost, against sacrebleu and nltk as they come, one after the oth
     python eval/benchmarks/metrics.py --long 1000      # TER alone, pairs of 100 words
     python eval/benchmarks/metrics.py --large 100000 --references trainset.csv    # time and memory of many instances
 
-NIST, ROUGE-L and CIDEr, which neither library has as the challenge has them, are ours on both sides. Without files: the
-test set of the generated corpus, each prediction the first reference with some of its words replaced. A row goes to
-results/metrics.jsonl: seconds of both (medians of interleaved runs), their ratio, whether all numbers are equal, and
-what 1,000 bootstrap resamples cost beside scoring once. The libraries take too long for the other two: they get a part
-(`plain_instances`), their seconds are scaled, and equality is that of the part's TER.
+NIST, ROUGE-L and CIDEr, which neither library has as the challenge has them, are ours on both sides. Without files:
+the test set of the generated corpus, each prediction the first reference with some of its words replaced. A row goes
+to results/metrics.jsonl: seconds of both (medians of interleaved runs), their ratio, whether all numbers are equal,
+and what 1,000 bootstrap resamples cost beside scoring once. The libraries take too long for the other two: they get a
+part (`plain_instances`), their seconds are scaled, and equality is that of the part's TER.
 """
 
 from __future__ import annotations

@@ -147,3 +147,13 @@ def test_bad_files(tmp_path, predictions, references, kinds, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"predictions=.*no such file"):
         read_predictions(tmp_path / "none.txt")
+
+
+def test_the_files_of_loras_repository(tmp_path):
+    text = "name : The Oak | Type : inn||The Oak is an inn . \nname : The Oak | Type : inn||An inn . \nname : Elm||Elm . \n"
+    assert read(tmp_path, "a\nb\n", text) == (["a", "b"], [["The Oak is an inn .", "An inn ."], ["Elm ."]])
+    lines = (
+        '{"context": "name : The Oak", "completion": "The Oak ."}\n'
+    lines += '{"context": "name : Elm", "completion": "Elm ."}\n'
+    )
+    assert read(tmp_path, "a\nb\n", lines, ("txt", "jsonl")) == (["a", "b"], [["The Oak ."], ["Elm ."]])

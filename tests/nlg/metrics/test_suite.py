@@ -197,7 +197,7 @@ def evaluate(tmp_path_factory):
     return module
 
 
-@pytest.mark.parametrize("name", ["bleu", "ter", "meteor", "nist", "rouge_l"])
+@pytest.mark.parametrize("name", ["bleu", "ter", "meteor", "nist", "rouge_l", "cider"])
 def test_evaluate_modules(name, tmp_path, evaluate):
     folder = Path(__file__).parents[3] / "eval" / "metrics" / name
     metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
@@ -207,3 +207,11 @@ def test_evaluate_modules(name, tmp_path, evaluate):
     expected = NLGMetrics(wordnet="none")(["the inn is cheap"], [["the inn is quiet", "it"]])
     assert many == {name: expected[name], "signature": expected["signatures"][name]}
     assert "nrefs:1|" in one["signature"]
+
+
+@pytest.mark.parametrize("references", [["ab", ["cd"]], [["ab"], "cd"], "ab", {"a": "ab", "c": "cd"}])
+def test_evaluate_modules_refuse_mixed_forms(references, tmp_path, evaluate):
+    folder = Path(__file__).parents[3] / "eval" / "metrics" / "bleu"
+    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"references=.*give a list"):
+        metric.compute(predictions=["ab", "cd"], references=references)
