@@ -150,10 +150,9 @@ def test_a_missing_file(tmp_path):
 
 
 def test_the_files_of_loras_repository(tmp_path):
-    text = "name : The Oak | Type : inn||The Oak is an inn . \nname : The Oak | Type : inn||An inn . \nname : Elm||Elm . \n"
+    mr = "name : The Oak | Type : inn||"
+    text = f"{mr}The Oak is an inn . \n{mr}An inn . \nname : Elm||Elm . \n"
     assert read(tmp_path, "a\nb\n", text) == (["a", "b"], [["The Oak is an inn .", "An inn ."], ["Elm ."]])
-    lines = (
-        '{"context": "name : The Oak", "completion": "The Oak ."}\n'
-    lines += '{"context": "name : Elm", "completion": "Elm ."}\n'
-    )
+    pairs = [("name : The Oak", "The Oak ."), ("name : Elm", "Elm .")]
+    lines = "".join(f'{{"context": "{mr}", "completion": "{text}"}}\n' for mr, text in pairs)
     assert read(tmp_path, "a\nb\n", lines, ("txt", "jsonl")) == (["a", "b"], [["The Oak ."], ["Elm ."]])
