@@ -513,3 +513,23 @@ def test_any_texts_give_the_oracles_value_or_an_error(tmp_path, pairs):
     texts, groups = [text for text, _ in pairs], columns([group for _, group in pairs])
     assert scores["bleu"] == BLEU(lowercase=True).corpus_score(texts, groups).score
     assert scores["ter"] == TER().corpus_score(texts, groups).score
+
+
+def test_the_standard_output_is_written_into(files, tmp_path):
+    """A link to a pipe that no name leads to."""
+    import subprocess
+
+    options = ("--only", "bleu", "--bootstrap", "0", "--format", "csv", "--output", "/dev/stdout")
+    command = [
+        sys.executable,
+        "-m",
+        "darel_hf.cli",
+        "eval",
+        "--predictions",
+        "p.txt",
+        "--references",
+        "r.csv",
+        *options,
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '"bleu": 100' in done.stdout, done.stderr

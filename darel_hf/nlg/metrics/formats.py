@@ -107,7 +107,9 @@ def _systems_table(result: dict[str, Any]) -> Any:
     table.add_column("", min_width=8, overflow="ellipsis", no_wrap=True)
     ranked = any("ranks" in system for system in systems.values())
     spread = any("spread" in system for system in systems.values())
-    columns = ["score", *(["spread"] if spread else []), "95 % interval", "- first", "p boot", "p rand"]
+    tested = any(system["intervals"] for system in systems.values())
+    columns = ["score", *(["spread"] if spread else [])]
+    columns += ["95 % interval", "- first", "p boot", "p rand"] if tested else []
     for column in [*columns, *(["rank"] if ranked else [])]:
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     metrics = next(iter(systems.values()))["scores"]
@@ -118,9 +120,10 @@ def _systems_table(result: dict[str, Any]) -> Any:
             row: list[Any] = [Text(" " + name + runs), number(metric, system["scores"][metric])]
             if spread:
                 row.append(number(metric, system["spread"][metric]) if "spread" in system else "")
-            row.append(_interval(metric, system["intervals"].get(metric)))
-            difference = system.get("differences", {}).get(metric)
-            row += ["", "", ""] if difference is None else _difference(metric, difference)
+            if tested:
+                row.append(_interval(metric, system["intervals"].get(metric)))
+                difference = system.get("differences", {}).get(metric)
+                row += ["", "", ""] if difference is None else _difference(metric, difference)
             if ranked:
                 row.append(str(system.get("ranks", {}).get(metric, "")))
             table.add_row(*row)
