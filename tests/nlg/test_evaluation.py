@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
