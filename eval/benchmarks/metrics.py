@@ -26,6 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from common import add_quick, store
+from joblib.externals.loky import get_reusable_executor
 from nltk.translate.meteor_score import meteor_score
 from sacrebleu.metrics import BLEU, CHRF, TER
 from sacrebleu.metrics.lib_ter import translation_edit_rate
@@ -69,6 +70,13 @@ def timed(call: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - started, result
 
 
+def cpu_seconds() -> float:
+    """Return what this process and its workers, which are ended for that, have used: load of others is not in it."""
+    get_reusable_executor().shutdown(wait=True)
+    uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(use.ru_utime + use.ru_stime for use in uses)
+
+
 def large(options: argparse.Namespace) -> None:
     """Score `options.large` instances of one reference each, and compare 1,000 resamples and memory."""
     texts = [text for instance in read_references(options.references) for text in instance.texts]
@@ -76,17 +84,21 @@ def large(options: argparse.Namespace) -> None:
     references = [[draw.choice(texts)] for _ in range(options.large)]
     predictions = corrupted(references)
     only = ["bleu", "ter", "meteor", "nist", "rouge_l", "cider", "chrf", "chrf++"]
+    started = cpu_seconds()
     ours, scores = timed(
         lambda: NLGMetrics(wordnet="none", bootstrap=RESAMPLES, only=only, progress=True)(predictions, references)
     )
+    our_cpu = cpu_seconds() - started
     memory = {
         "main_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "largest_worker_peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
     }
     part = options.plain
+    started = cpu_seconds()
     plain, expected = timed(
         lambda: plainly(predictions[:part], references[:part], SimpleNamespace(synsets=lambda word: []))
     )
+    plain_cpu = (cpu_seconds() - started) * options.large / part
     check = NLGMetrics(wordnet="none", only=["ter", "bleu"])(predictions[:part], references[:part])
     store(
         "metrics",
@@ -102,8 +114,10 @@ def large(options: argparse.Namespace) -> None:
             "scores": {name: scores[name] for name in only},
             "equal_to_the_last_digit": {name: check[name] == expected[name] for name in ("ter", "bleu")},
             "our_seconds": ours,
+            "our_cpu_seconds": our_cpu,
             "plain_seconds": plain * options.large / part,
-            "ratio": plain * options.large / part / ours,
+            "plain_cpu_seconds": plain_cpu,
+            "cpu_ratio": plain_cpu / our_cpu,
             **memory,
         },
     )
