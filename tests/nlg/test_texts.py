@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from darel_hf.nlg.texts import match, read_predictions, read_references
 
@@ -156,3 +158,40 @@ def test_the_files_of_loras_repository(tmp_path):
     pairs = [("name : The Oak", "The Oak ."), ("name : Elm", "Elm .")]
     lines = "".join(f'{{"context": "{mr}", "completion": "{text}"}}\n' for mr, text in pairs)
     assert read(tmp_path, "a\nb\n", lines, ("txt", "jsonl")) == (["a", "b"], [["The Oak ."], ["Elm ."]])
+
+
+PIECES = st.sampled_from(
+    [
+        *'{}[]",\t\n\0\ufeffa1',
+        "mr",
+        "ref",
+        "id",
+        "prediction",
+        "references",
+        "\r\n",
+        "\n\n",
+        "the inn",
+        "name[a]",
+        "||",
+        "null",
+        ": ",
+        "<benchmark>",
+        "<entry>",
+        "</entry>",
+        "entries",
+        "annotations",
+    ]
+)
+FILES = st.tuples(st.sampled_from(["csv", "tsv", "json", "jsonl", "txt", "xml", "out"]), st.lists(PIECES, max_size=20))
+
+
+@given(FILES, FILES)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_two_files_fit_together_or_are_refused(tmp_path, predictions, references):
+    paths = [write(tmp_path, f"{n}.{kind}", "".join(text)) for n, (kind, text) in enumerate((predictions, references))]
+    try:
+        texts, groups = match(read_predictions(paths[0]), read_references(paths[1]))
+    except ValueError as error:
+        assert "\n" not in str(error) and str(error).startswith(("predictions", "references", "id=", "mr="))
+        return
+    assert len(texts) == len(groups) > 0 and all(group and all(text.strip() for text in group) for group in groups)
