@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .adapters import ReaderLoraConfig, to_lora
     from .budget import Plan
     from .config import DarelConfig
     from .nlg.metrics import NLGMetrics
@@ -24,11 +25,13 @@ _HOME = {
     "LossLedger": "selection",
     "NLGMetrics": "nlg.metrics",
     "Plan": "budget",
+    "ReaderLoraConfig": "adapters",
     "RULES": "selection",
     "Report": "report",
     "Samples": "selection",
     "Selector": "selection",
     "register_rule": "selection",
+    "to_lora": "adapters",
 }
 
 __all__ = [
@@ -41,11 +44,13 @@ __all__ = [
     "LossLedger",
     "NLGMetrics",
     "Plan",
+    "ReaderLoraConfig",
     "Report",
     "Samples",
     "Selector",
     "__version__",
     "register_rule",
+    "to_lora",
 ]
 
 

@@ -91,6 +91,19 @@ ACCELERATOR_FACTS = {
             with_weights=f"its weights need losses of rows, which unpad=True has not; {_ALONE}",
         ),
         AcceleratorFacts(
+            "prompt_cache",
+            setting="prompt_cache",
+            exactness="exact",
+            phrase="without computing prompts again",
+            not_with={
+                "unpad": f"completions are computed without padding anyway; {_ALONE}",
+                "batch_by_length": f"without padding there is nothing for it to save; {_ALONE}",
+                "track": f"losses of rows cannot be read off a batch without padding; {_ALONE}",
+                "online_backward": "it slices the rows of a padded batch; give 'subset', or prompt_cache=None",
+            },
+            with_weights=f"its weights need losses of rows, which a batch without padding has not; {_ALONE}",
+        ),
+        AcceleratorFacts(
             "sliced",
             setting="online_backward",
             exactness="exact",
@@ -108,7 +121,11 @@ ACCELERATOR_FACTS = {
 
 #: What may be typed where a setting is one of a few words; of the backwards, the second takes one forward pass.
 BACKWARDS = ("subset", "sliced")
-CHOICES = {"budget_method": ("measured", "paper"), "online_backward": BACKWARDS}
+CHOICES = {
+    "budget_method": ("measured", "paper"),
+    "online_backward": BACKWARDS,
+    "prompt_cache": (None, "ram", "disk", "recompute", "auto"),
+}
 
 
 @dataclass
@@ -175,6 +192,14 @@ class DarelConfig:
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
             `attn_implementation="sdpa"`, shown on a few samples before training. See
             [`darel_hf.accelerators.PaddingFree`].
+        prompt_cache (`str`, *optional*):
+            Compute completions only: what the frozen base makes of a prompt is computed once, for adapters that leave
+            prompts alone ([`darel_hf.ReaderLoraConfig`]). The same losses and gradients (but for rounding and
+            dropout). `"ram"`, `"disk"` (a file in the output folder, which later runs on the same base use again),
+            `"recompute"` (nothing is kept: prompts are run in every step, without gradient) or `"auto"`, which says
+            what it takes and why. See [`darel_hf.accelerators.PromptCache`].
+        finish_epochs (`float`, defaults to 0.0):
+            The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
             Column with a unique integer id of each sample. Without it, a sample's id is its row number.
         track (`bool`, defaults to `False`):
@@ -211,6 +236,10 @@ class DarelConfig:
     id_column: str | None = field(default=None, metadata={"help": "column with unique integer ids"})
     group_column: str | None = field(default=None, metadata={"help": "column whose values all stay represented"})
     batch_by_length: bool = field(default=False, metadata={"help": "batches of similar length, in random order"})
+    finish_epochs: float = field(default=0.0, metadata={"help": "last epochs in which a reader acts everywhere"})
+    prompt_cache: str | None = field(
+        default=None, metadata={"help": "'ram', 'disk', 'recompute' or 'auto': compute completions only (a reader's)"}
+    )
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
@@ -226,6 +255,12 @@ class DarelConfig:
             if 1 < value <= 100:
                 remedy += f" ({value:g} per cent is {value / 100:g})"
             require(0 < value <= 1, name, value, remedy)
+        number = isinstance(self.finish_epochs, (int, float)) and not isinstance(self.finish_epochs, bool)
+        remedy = "give a number of epochs, 0 or more"
+        require(number, "finish_epochs", self.finish_epochs, remedy, TypeError)
+        require(self.finish_epochs >= 0, "finish_epochs", self.finish_epochs, remedy)
+        remedy = "a run that may end early has no last epochs; leave out one of them"
+        require(not self.finish_epochs or self.budget_time is None, "finish_epochs", self.finish_epochs, remedy)
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
@@ -293,7 +328,8 @@ class DarelConfig:
     def active(self) -> bool:
         """Whether anything differs from plain training."""
         selects = self.may_select("offline") or self.may_select("online")
-        return selects or self.track or self.batch_by_length or bool(self.accelerators)
+        others = (self.track, self.batch_by_length, self.finish_epochs, self.accelerators)
+        return selects or any(map(bool, others))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dict, for JSON."""

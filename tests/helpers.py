@@ -48,9 +48,9 @@ def tiny_gpt2(dropout: float = 0.0, seed: int = 0) -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config)
 
 
-def tiny_lora(dropout: float = 0.0, seed: int = 0):
+def tiny_lora(dropout: float = 0.0, seed: int = 0, config_class: type[LoraConfig] = LoraConfig):
     """A tiny GPT-2 with LoRA on its attention."""
-    config = LoraConfig(
+    config = config_class(
         r=4, lora_alpha=8, target_modules=["c_attn"], lora_dropout=dropout, task_type="CAUSAL_LM", fan_in_fan_out=True
     )
     return get_peft_model(tiny_gpt2(dropout, seed), config)

@@ -2,8 +2,13 @@
 
 import inspect
 
+import peft
 import pytest
 import torch
+from peft import PeftType
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora.variants import get_alora_offsets_for_forward
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from sacrebleu.metrics import BLEU, TER
 from sacrebleu.metrics.base import Metric
 from sacrebleu.metrics.lib_ter import translation_edit_rate
@@ -20,7 +25,9 @@ from transformers import PreTrainedConfig, Seq2SeqTrainer, Trainer
 from transformers import trainer as trainer_module
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 @pytest.mark.parametrize(
@@ -108,3 +115,14 @@ def test_what_a_sacrebleu_metric_is_made_of(cls, name, parameters):
 
 def test_ter_of_one_reference():
     assert translation_edit_rate(["a", "b"], ["a", "c"]) == (1, 2)
+
+
+def test_the_reader_in_peft_and_transformers():
+    """A method of our own is registered in PEFT's tables, hooks go on blocks, a flag switches adapters off."""
+    assert peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.LORA] == LoraModel.prefix
+    assert "self._post_injection_hook(" in inspect.getsource(BaseTuner.__init__)
+    assert callable(LoraModel._get_adapter_state_dict)
+    assert "return self._disable_adapters" in inspect.getsource(BaseTunerLayer.disable_adapters.fget)
+    assert "alora_offsets" in inspect.getsource(get_alora_offsets_for_forward)
+    assert torch._C._current_graph_task_id() == -1
+    assert issubclass(LlamaDecoderLayer, GradientCheckpointingLayer)

@@ -1,7 +1,8 @@
 """
 Whatever makes a training step cheaper: one file each, behind the contract in `base.py`.
 
-Stands on `scoring/`. The trainer, the planner and the report know the contract only, no accelerator by name.
+Stands on `scoring/` and `adapters/`. The trainer, the planner and the report know the contract only, no accelerator
+by name.
 """
 
 from .base import (
@@ -13,5 +14,6 @@ from .base import (
     make_accelerators,
     register_accelerator,
 )
+from .prompt_cache import PromptCache
 from .sliced import CannotSlice, SlicedStep
 from .unpad import PaddingFree, flatten

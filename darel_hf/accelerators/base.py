@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -65,6 +66,10 @@ class Accelerator(ABC):
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the model trains on in place of a micro-batch, which has no ids and weights any more."""
         return inputs
+
+    def plain(self) -> contextlib.AbstractContextManager:
+        """Return a context in which the model trains as it would without what this accelerator is for."""
+        return contextlib.nullcontext()
 
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float | None:
         """

@@ -48,23 +48,46 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     tensor([[-100,    6,    7, -100,    9]])
     ```
     """
-    labels, used = inputs["labels"], _used(inputs)
-    columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    labels, used = inputs["labels"], used_positions(inputs)
     row = {key: inputs[key][used][None] for key in TOKEN_KEYS if key in inputs and key != "attention_mask"}
     row["labels"] = labels.masked_fill(_first_used(used), IGNORE)[used][None]
-    row.setdefault("position_ids", columns[used][None])
-    lengths = used.sum(1, keepdim=True)
+    row.setdefault("position_ids", torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[used][None])
+    row["attention_mask"] = places_of(used)
+    if label_positions_only:
+        row |= at_labels(F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:])
+    return row
+
+
+def places_of(used: torch.Tensor) -> torch.Tensor:
+    """
+    Return where each sample is in a row of all, in the form that our attention takes for a mask.
+
+    Args:
+        used (`torch.Tensor`): bool `[B, L]`, N of them true: what the row is made of.
+
+    Returns:
+        int64 `[1, 1, B, L]`: the places of each sample, one after the other, then N.
+    """
+    columns, lengths = torch.arange(used.shape[1], device=used.device), used.sum(1, keepdim=True)
     places = columns + lengths.cumsum(0) - lengths
     # A mask with four dimensions reaches attention as it is, in every model: so this does.
-    row["attention_mask"] = places.masked_fill(columns >= lengths, row["input_ids"].shape[1])[None, None]
-    if label_positions_only:
-        following = F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:]
-        predicts = following[0].ne(IGNORE)
-        predicts[0] |= ~predicts.any()  # a loss of nothing is still a loss
-        keep = predicts.nonzero()[:, 0]
-        row["logits_to_keep"], row["labels"] = keep, following[:, keep]
-        row["shift_labels"] = row["labels"]
-    return row
+    return places.masked_fill(columns >= lengths, int(lengths.sum()))[None, None]
+
+
+def at_labels(following: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Return what lets only the positions that predict a label pass the head.
+
+    Args:
+        following (`torch.Tensor`): int64 `[1, N]`, the label that each position predicts.
+
+    Returns:
+        `logits_to_keep`, int64 `[K]`; `labels` and `shift_labels` of those, `[1, K]`.
+    """
+    predicts = following[0].ne(IGNORE)
+    predicts[0] |= ~predicts.any()  # a loss of nothing is still a loss
+    keep = predicts.nonzero()[:, 0]
+    return {"logits_to_keep": keep, "labels": following[:, keep], "shift_labels": following[:, keep]}
 
 
 def attention(
@@ -89,7 +112,7 @@ def attention(
         `[1, N, heads, d]` and no weights.
     """
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not _holds_places(attention_mask):
+    if not holds_places(attention_mask):
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     # Causal attention never looks ahead, to where the padding is: so it needs no mask, only to begin with each sample.
     kwargs |= {"attention_mask": None, "is_causal": True}
@@ -138,6 +161,7 @@ class PaddingFree(Accelerator):
 
     facts = ACCELERATOR_FACTS["unpad"]
     falls_back = False
+    attention = ATTENTION
 
     def __init__(self, trainer: Any):
         super().__init__(trainer)
@@ -151,7 +175,7 @@ class PaddingFree(Accelerator):
         layers = set(getattr(getattr(model, "config", None), "layer_types", None) or ()) - LAYERS
         if not is_causal_lm(model):
             return self._named(f"{type(model).__name__} is no causal language model")
-        if used not in ("sdpa", ATTENTION):
+        if used not in ("sdpa", self.attention):
             return self._named(f"attention is {used!r}; load it with attn_implementation='sdpa'")
         if noise is not None:
             return self._named(f"neftune_noise_alpha={noise} is scaled by the length of rows")
@@ -172,9 +196,13 @@ class PaddingFree(Accelerator):
                 wrong = self.try_out(inputs)
         if wrong is not None:
             self.refuse(wrong)
-        if model.config._attn_implementation != ATTENTION:  # Trainer may have made the model anew
-            model.set_attn_implementation(ATTENTION)
-        return flatten(inputs, self.label_positions_only)
+        if model.config._attn_implementation != self.attention:  # Trainer may have made the model anew
+            model.set_attn_implementation(self.attention)
+        return self.flat(inputs, self.label_positions_only)
+
+    def flat(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
+        """Return a batch that is as it must be without padding, see [`flatten`]."""
+        return flatten(inputs, label_positions_only)
 
     def _unlike_a_padded_batch(self, inputs: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a batch, or `None`."""
@@ -187,7 +215,7 @@ class PaddingFree(Accelerator):
         if len(set(shapes.values())) != 1 or inputs["labels"].dim() != 2:
             return self._named(f"its batches must be of one shape [B, L], they are of {shapes}")
         # At the first position of a row nothing is predicted in the padded batch either.
-        first = _first_used(_used(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
+        first = _first_used(used_positions(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
         return self._named("its batches have labels that padding on the left predicts") if first.any() else None
 
     def try_out(self, inputs: Mapping[str, Any]) -> str | None:
@@ -207,8 +235,8 @@ class PaddingFree(Accelerator):
         fewer &= "logits_to_keep" in inspect.signature(base_model(model).forward).parameters
 
         def flat(label_positions_only: bool) -> torch.Tensor:
-            base_model(model).set_attn_implementation(ATTENTION)
-            return trainer.own_loss(flatten(inputs, label_positions_only), items, smoothed=True)
+            base_model(model).set_attn_implementation(self.attention)
+            return trainer.own_loss(self.flat(inputs, label_positions_only), items, smoothed=True)
 
         trial = Trial(trainer, lambda: trainer.own_loss(inputs, items, smoothed=True))
         try:
@@ -228,15 +256,15 @@ class PaddingFree(Accelerator):
     def detach(self) -> None:
         """Give the model its attention back."""
         model = base_model(self.trainer.model)
-        if model.config._attn_implementation == ATTENTION:
+        if model.config._attn_implementation == self.attention:
             model.set_attn_implementation("sdpa")
 
 
-def _holds_places(mask: Any) -> bool:
+def holds_places(mask: Any) -> bool:
     return torch.is_tensor(mask) and mask.dtype == torch.int64 and mask.dim() == 4
 
 
-def _used(inputs: Mapping[str, Any]) -> torch.Tensor:
+def used_positions(inputs: Mapping[str, Any]) -> torch.Tensor:
     """Return which positions of a padded batch are no padding, bool `[B, L]`; what has a label is in use."""
     labels, mask = inputs["labels"], inputs.get("attention_mask")
     return torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0) | labels.ne(IGNORE)

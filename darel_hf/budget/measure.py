@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
 import time
@@ -144,7 +145,10 @@ def measure_costs(
             steps: list[float] = []
             with_it: list[list[float]] = [[] for _ in accelerators]
             for batch in batches:  # in turn: what slows down one slows down the others
-                steps.append(seconds(lambda batch=batch: batch))
+                with contextlib.ExitStack() as plain:
+                    for accelerator in accelerators:
+                        plain.enter_context(accelerator.plain())
+                    steps.append(seconds(lambda batch=batch: batch))
                 inputs = batch
                 for accelerator, found in zip(accelerators, with_it, strict=True):
                     found.append(accelerator.measure(seconds, inputs))

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..adapters import ReaderLoraConfig
 from ..config import DarelConfig
 from ..data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from ..files import atomic_path, require, write_json, write_text
@@ -44,6 +45,8 @@ from .tables import Table, read
 
 logger = logging.getLogger(__name__)
 
+PROMPT_END = " ||"  # of all prompts: the tokens from which on lora_on="completion" acts
+LORA_ON = {"all": LoraConfig, "reader": ReaderLoraConfig, "completion": LoraConfig}
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
 #: What the columns of pairs may be called, in a file.
 PAIR_COLUMNS = {
@@ -70,7 +73,9 @@ class NLGArguments:
         max_length (`int`): tokens of prompt and reference together; longer ones are cut.
 
     Parameters that control **LoRA**: `lora_r`, `lora_alpha`, `lora_dropout`, `lora_target_modules` (`all-linear`, or
-    names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights.
+    names separated by commas; default: what peft takes for the model); 0 for `lora_r` trains all weights. `lora_on`:
+    `"all"`; `"reader"` (on completions, which read frozen prompts through adapted keys and values, see
+    [`ReaderLoraConfig`]); `"completion"` (PEFT's aLoRA: completions read prompts as the base does).
 
     Parameters that control **generation** (beam search as in the papers): `generate`, `num_beams`, `length_penalty`,
     `no_repeat_ngram_size` (within the output: the input's names may be repeated), `max_new_tokens`,
@@ -94,6 +99,7 @@ class NLGArguments:
     lora_target_modules: str | None = field(
         default=None, metadata={"help": "all-linear, or names with commas between"}
     )
+    lora_on: str = field(default="all", metadata={"help": "'all', 'reader' or 'completion'"})
     generate: bool = field(default=True, metadata={"help": "write predictions for the test set"})
     num_beams: int = field(default=10, metadata={"help": "beams"})
     length_penalty: float = field(default=0.8, metadata={"help": "exponent of the length in the beam score"})
@@ -159,7 +165,7 @@ def prompt_of(mr: str) -> str:
     ```
     """
     slots = parse(mr) if "[" in mr else None
-    return mr if slots is None else " | ".join(f"{name} : {value}" for name, value in slots) + " ||"
+    return mr if slots is None else " | ".join(f"{name} : {value}" for name, value in slots) + PROMPT_END
 
 
 def tokenize_pairs(
@@ -295,8 +301,9 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
     targets: str | list[str] | None = args.lora_target_modules
     if targets is not None and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
+    require(args.lora_on in LORA_ON, "lora_on", args.lora_on, f"choose one of {tuple(LORA_ON)}")
     fan_in_fan_out = model.config.model_type == "gpt2"  # its projections store their weights transposed
-    lora = LoraConfig(
+    lora = LORA_ON[args.lora_on](
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
@@ -304,6 +311,8 @@ def load_model(args: NLGArguments) -> tuple[Any, PreTrainedTokenizerBase]:
         task_type="CAUSAL_LM",
         fan_in_fan_out=fan_in_fan_out,
     )
+    if args.lora_on == "completion":
+        lora.alora_invocation_tokens = tokenizer(PROMPT_END, add_special_tokens=False)["input_ids"]
     return get_peft_model(model, lora), tokenizer
 
 

@@ -92,7 +92,9 @@ class SharedPrompts:
             return [], mask
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
-        self.scorer.hidden(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache)
+        self.scorer.hidden(
+            input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, prompts=mask.sum(1)
+        )
         return [(layer.keys, layer.values) for layer in cache.layers], mask
 
     def _score(self, rows: np.ndarray, cache: list, mask: torch.Tensor, which: torch.Tensor) -> SampleLosses:

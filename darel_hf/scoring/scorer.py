@@ -20,6 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..adapters import find_reader, with_prompt_lengths
 from ..data import ID_KEY, WEIGHT_KEY, take_rows
 from ..files import require
 from .losses import FORMS, SampleLosses, per_sample_losses, shift_labels, token_losses
@@ -294,7 +295,7 @@ class BatchScorer:
         return per_sample_losses(logits, labels, self.reading.shift, form=self.reading.form, **more)
 
     def _through_head(self, inputs: dict[str, Any]) -> SampleLosses:
-        labels = inputs["labels"]
+        labels, inputs = inputs["labels"], with_prompt_lengths(self.model, inputs)
         rest = {k: v for k, v in with_decoder_inputs(self.model, inputs).items() if k != "labels"}
         aligned = shift_labels(labels) if self.reading.shift else labels
         return token_losses(self.hidden(**rest), aligned, project=self.head, want_correct=self.want_correct)
@@ -304,8 +305,17 @@ class BatchScorer:
         """Differences of losses, relative and absolute, that are rounding in the model's precision."""
         return {"exact": 1e-4, "float32": 2e-3, "reduced": 2e-2}[precision(self.model, self.autocast)]
 
-    def hidden(self, cache: Any = None, **inputs: Any) -> torch.Tensor:
-        """Return what enters the head, `[B, T, D]`, without calling it; `cache`: keys and values to go on from."""
+    def hidden(self, cache: Any = None, prompts: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
+        """
+        Return what enters the head, `[B, T, D]`, without calling it.
+
+        Args:
+            cache (`Cache`, *optional*): keys and values to go on from.
+            prompts (`torch.Tensor`, *optional*): int64 `[B]`, so many tokens of each row are prompt, for a reader.
+            **inputs: as the model takes them.
+        """
+        if prompts is not None and find_reader(self.model) is not None:
+            inputs["prompt_lengths"] = prompts
         if cache is not None:  # transformers 5.24 has a new name for it
             known = inspect.signature(base_model(self.model).forward).parameters
             inputs["cache" if "cache" in known else "past_key_values"] = cache

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from ..accelerators import ACCELERATORS
+from ..adapters import find_reader
 from ..config import ACCELERATOR_FACTS, DarelConfig
 from ..data import is_stream, sample_ids
 from ..files import require
@@ -52,6 +53,8 @@ def check_arguments(trainer: Any) -> None:
         remedy = "the rule's weights cannot be honoured in a loss of your own; choose a rule without weights"
         honoured = not rule.weighs or trainer.compute_loss_func is None
         require(honoured, "compute_loss_func", trainer.compute_loss_func, remedy)
+    if config.finish_epochs:
+        _check_finish(trainer)
     spread = spread_before_training(args, trainer.is_fsdp_enabled)
     if spread is not None:
         scores = config.may_select("offline") and config.rule("offline").reads_losses
@@ -73,6 +76,18 @@ def check_arguments(trainer: Any) -> None:
             "use num_train_epochs to save time",
             args.max_steps,
         )
+
+
+def _check_finish(trainer: Any) -> None:
+    """Refuse last epochs that there are not, or that would not be what is saved."""
+    args, value = trainer.args, trainer.darel.finish_epochs
+    remedy = "only a reader has something to finish; give the model a ReaderLoraConfig, or leave it out"
+    require(find_reader(trainer.model) is not None, "finish_epochs", value, remedy)
+    remedy = f"the run has {args.num_train_epochs:g} epochs; give fewer, or train a LoraConfig"
+    require(args.max_steps > 0 or value < args.num_train_epochs, "finish_epochs", value, remedy)
+    require(not is_stream(trainer.train_dataset), "finish_epochs", value, "a stream has no epochs; leave it out")
+    remedy = "the best checkpoint may be of before, when adapters left prompts alone; set it to False"
+    require(not args.load_best_model_at_end, "load_best_model_at_end", True, remedy)
 
 
 def _check_stream(config: DarelConfig, args: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..budget import Plan
 from ..data import select_rows
@@ -19,6 +19,7 @@ from ..selection import Selector
 from . import checkpoints
 from .clock import Clock
 from .dataset import TrainingSet
+from .finish import FinishEverywhere
 from .offline import OfflineStage
 from .online import OnlineStage
 from .planner import Planner
@@ -171,6 +172,11 @@ class Run:
         )
 
     # -- during the loop, and at its end --
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Return what takes part in Trainer's loop as its callbacks do."""
+        finish = FinishEverywhere(self.trainer, self.config.finish_epochs) if self.config.finish_epochs else None
+        return [callback for callback in (self.planner.pace, finish) if callback is not None]
 
     def logs(self) -> dict[str, float]:
         """Return the values to log, global over ranks."""

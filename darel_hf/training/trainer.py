@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from ..accelerators import CannotAccelerate
+from ..adapters import with_prompt_lengths
 from ..config import DarelConfig
 from ..data import ID_KEY, CarryIds
 from ..files import require, write_text
@@ -87,12 +88,12 @@ class DarelMixin:
         self._reading = None
         dataset, batch_size = self.train_dataset, self._train_batch_size
         self._hp_search_setup(trial)  # as the class below does first: the plan is one for the trial's arguments
-        self._run = Run(self, resume_from_checkpoint or None, trial)
+        self._run, callbacks = Run(self, resume_from_checkpoint or None, trial), []
         try:
             self._prepare_run()
-            pace = self._run.planner.pace
-            if pace is not None:
-                self.add_callback(pace)
+            callbacks = self._run.callbacks()
+            for callback in callbacks:
+                self.add_callback(callback)
             result = super().train(resume_from_checkpoint or None, *args, **kwargs)
             self.report = self._run.finish()
             return result
@@ -103,10 +104,10 @@ class DarelMixin:
             raise full from error
         finally:
             self._run.close()
-            pace, self._run = self._run.planner.pace, None
+            self._run = None
             self.train_dataset, self._train_batch_size = dataset, batch_size
-            if pace in self.callback_handler.callbacks:
-                self.remove_callback(pace)
+            for callback in callbacks:
+                self.remove_callback(callback)
 
     def _prepare_run(self) -> None:
         self._run.prepare()
@@ -195,6 +196,8 @@ class DarelMixin:
         loss = None
         if online is not None:
             model, inputs, loss = online.own_loss(model, inputs)
+        if self.darel.active:
+            inputs = with_prompt_lengths(self.model, inputs)
         if loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = loss  # the class below counts, scales and logs it

@@ -53,15 +53,17 @@ from darel_hf.selection import Scores
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
+FULL = ("full", "full_padding_free")  # what others are compared with: plain training, or the same without padding
 CONTROLS = ("random_", "grouped_random_")  # beginnings of arms that choose by chance; the first that runs is compared
 
 
 class Arm(NamedTuple):
-    """What an arm changes: DAREL's settings, the number of epochs, and settings of Trainer."""
+    """What an arm changes: DAREL's settings, the number of epochs, settings of Trainer and of the task."""
 
     darel: dict[str, Any] = {}
     share_of_epochs: float = 1.0
     training: dict[str, Any] = {}
+    task: dict[str, Any] = {}
 
 
 def arms() -> dict[str, Arm]:
@@ -97,6 +99,10 @@ def arms() -> dict[str, Arm]:
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
+    cached = {"prompt_cache": "ram"}
+    made["reader"] = Arm(cached, task={"lora_on": "reader"})
+    for finish in (0.5, 1.0, 2.0):
+        made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
     for name, arm in list(made.items()):
         try:
             DarelConfig(**{"reference_scores": "made later", **arm.darel, "unpad": True})
@@ -135,8 +141,8 @@ def main() -> None:
     if unknown:
         near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
         parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
-    if names[0] != "full" and not options.runs_only:
-        parser.error(f"--arms {options.arms}: times are relative to full; begin with it")
+    if names[0] not in FULL and not options.runs_only:
+        parser.error(f"--arms {options.arms}: times are relative to the first; begin with one of {FULL}")
     task, settings, folder = prepared(options)
     made_with = folder / "settings.json"
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
@@ -168,8 +174,8 @@ def main() -> None:
             else:
                 shutil.rmtree(output, ignore_errors=True)
                 training = training_arguments(output, epochs, seed, options, **arm.training)
-                result = run(arguments, DarelConfig(**darel), training)
-            if name == "full":
+                result = run(replace(arguments, **arm.task), DarelConfig(**darel), training)
+            if name == names[0]:
                 plain = result["seconds"]
             told[name] = outputs_of(output, task, list(held), options.num_beams)
             if options.runs_only or (done and has_row(options.name, settings, name, seed)):
@@ -189,11 +195,12 @@ def main() -> None:
                 "rows_backpropagated": result["rows_backpropagated"],
                 "test_loss": test_loss(output, task.model_name_or_path, held),
             }
-            for other in ("full", next((n for n in names if n.startswith(CONTROLS)), "")):
+            control = next((n for n in names if n.startswith(CONTROLS)), "")
+            for other, called in ((names[0], "full"), (control, control)):
                 if other in told and other != name:
                     compared = compare(told[name], references, baseline=told[other])
-                    row[f"bleu_minus_{other}"] = compared["bleu"] - compared["baseline"]["bleu"]
-                    row[f"bleu_minus_{other}_interval"] = compared["differences"]["bleu"]
+                    row[f"bleu_minus_{called}"] = compared["bleu"] - compared["baseline"]["bleu"]
+                    row[f"bleu_minus_{called}_interval"] = compared["differences"]["bleu"]
             store(options.name, {**settings, **arm._asdict()}, row)
         if not options.runs_only:
             summarize(options.name, settings)
@@ -344,7 +351,7 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 def summarize(name: str, settings: dict[str, Any]) -> None:
     """Make the table and the picture from all stored rows of these settings."""
     by_arm = latest_rows(name, settings)
-    plain = {row["seed"]: row for row in by_arm["full"]}
+    plain = {row["seed"]: row for row in by_arm[next(arm for arm in FULL if arm in by_arm)]}
     control = next((arm for arm in by_arm if arm.startswith(CONTROLS)), "control")
     lines = [
         f"| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus {control} "

@@ -44,13 +44,15 @@ def step_of(folder):
     [
         {"offline_keep": 0.8, "online_keep": 0.4, "online_rule": "hardest", "rescore_every": 2, "track": True},
         {"offline_keep": 0.8, "online_keep": 0.6, "online_rule": "infobatch", "offline_rule": "infobatch"},
+        {"prompt_cache": "disk", "finish_epochs": 7.5},  # from step 6 of 96 on: among the kills
     ],
-    ids=["hardest", "infobatch"],
+    ids=["hardest", "infobatch", "reader"],
 )
 def test_five_kills_end_bit_identical(tmp_path, darel):
     settings = {
         "darel": darel,
         "dropout": 0.1,
+        "reader": "prompt_cache" in darel,
         "samples": 45,
         "arguments": {
             "num_train_epochs": 8,

@@ -11,11 +11,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers import PadCollator, arguments, tiny_lora, token_data
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from darel_hf import DarelConfig, DarelTrainer
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 from darel_hf.training.checkpoints import all_in, problem
+
+READERS = {False: LoraConfig, True: ReaderLoraConfig}
 
 
 class Heartbeat(TrainerCallback):
@@ -38,7 +41,7 @@ def main():
     if settings.get("stream"):
         data = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
     trainer = DarelTrainer(
-        model=tiny_lora(dropout=settings.get("dropout", 0.0)),
+        model=tiny_lora(settings.get("dropout", 0.0), config_class=READERS[settings.get("reader", False)]),
         args=arguments(run, **settings["arguments"]),
         train_dataset=data,
         data_collator=PadCollator(),

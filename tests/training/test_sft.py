@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 trl = pytest.importorskip("trl")
 
-from darel_hf import DarelConfig, DarelSFTTrainer  # noqa: E402
+from darel_hf import DarelConfig, DarelSFTTrainer, ReaderLoraConfig  # noqa: E402
 
 
 @pytest.fixture
@@ -29,10 +29,17 @@ def sentences(form, n=24):
 
     if form == "text":
         return datasets.Dataset.from_list([{"text": words(4, 18)} for _ in range(n)])
+    if form == "conversation":
+
+        def said(role, low, high):
+            return [{"role": role, "content": words(low, high)}]
+
+        rows = [{"prompt": said("user", 3, 8), "completion": said("assistant", 3, 9)} for _ in range(n)]
+        return datasets.Dataset.from_list(rows)
     return datasets.Dataset.from_list([{"prompt": words(3, 8), "completion": f" {words(3, 9)}"} for _ in range(n)])
 
 
-def train(folder, tokenizer, form, darel=None, cls=DarelSFTTrainer, learning_rate=1e-2, **settings):
+def train(folder, tokenizer, form, darel=None, cls=DarelSFTTrainer, learning_rate=1e-2, model=None, **settings):
     torch.manual_seed(0)
     args = trl.SFTConfig(
         output_dir=str(folder),
@@ -49,7 +56,9 @@ def train(folder, tokenizer, form, darel=None, cls=DarelSFTTrainer, learning_rat
         **settings,
     )
     more = {} if darel is None else {"darel": DarelConfig(**darel)}
-    trainer = cls(model=tiny_lora(), args=args, train_dataset=sentences(form), processing_class=tokenizer, **more)
+    trainer = cls(
+        model=model or tiny_lora(), args=args, train_dataset=sentences(form), processing_class=tokenizer, **more
+    )
     trainer.train()
     return trainer
 
@@ -103,3 +112,22 @@ def test_settings_share_a_command_line_with_those_of_trl():
 def test_packing_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="packing=False"):
         train(tmp_path, tokenizer, "text", {"online_keep": 0.5, "online_rule": "hardest"}, packing=True)
+
+
+@pytest.mark.parametrize("form", ["prompt-completion", "conversation"])
+def test_reader(tmp_path, tokenizer, form):
+    """trl says where completions begin; what it trains slowly is trained from a cache of prompts."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w2 ' if m['role'] == 'user' else 'w3 ' }}{{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}w3 {% endif %}"
+    )
+    more = {"optim": "sgd", "learning_rate": 0.1}
+    readers = [tiny_lora(config_class=ReaderLoraConfig) for _ in range(3)]
+    start = weights(readers[0])
+    plain = train(tmp_path / "plain", tokenizer, form, cls=trl.SFTTrainer, model=readers[0], **more)
+    ours = train(tmp_path / "ours", tokenizer, form, {"prompt_cache": "ram"}, model=readers[1], **more)
+    wanted, found = weights(plain.model), weights(ours.model)
+    moved = sum(float((wanted[name] - start[name]).norm()) for name in wanted)
+    assert sum(float((wanted[name] - found[name]).norm()) for name in wanted) < 1e-4 * moved
+    tokens = [t.state.log_history[-2].get("num_tokens") for t in (plain, ours)]
+    assert tokens[0] == tokens[1]

@@ -1,0 +1,159 @@
+"""Where what the base makes of prompts is kept: nowhere, in memory, or in a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from .frozen_base import FrozenBase
+
+logger = logging.getLogger(__name__)
+Prompt = tuple[int, ...]
+
+
+class Recompute:
+    """Keep nothing: the distinct prompts of a batch are run in every step, without gradient."""
+
+    def get(
+        self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return what is kept of some prompts.
+
+        Args:
+            base ([`FrozenBase`]): computes what is not known.
+            prompts (`Sequence[tuple]`): token ids of each, distinct, none of them empty.
+            device (`torch.device`): where it is needed.
+
+        Returns:
+            `[N, width]`, one prompt after the other, and the positions, int64 `[N]`, that
+            [`FrozenBase.keys_and_values`] takes with it.
+        """
+        kept = base.record(prompts) if prompts else torch.empty(0, 0, device=device)
+        return kept, torch.arange(len(kept), device=device)
+
+    def close(self) -> None:
+        """Let go of what is open."""
+
+
+class InMemory(Recompute):
+    """Keep prompts in memory, from when they are first needed."""
+
+    def __init__(self) -> None:
+        self.known: dict[Prompt, torch.Tensor] = {}
+
+    def get(
+        self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what is kept of some prompts, as [`Recompute.get`] does."""
+        if not prompts:
+            return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
+        kept = torch.cat([self._one(base, prompt) for prompt in prompts]).to(device, non_blocking=True)
+        return kept, torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+
+    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
+        if prompt not in self.known:
+            # Alone, so that what is kept does not depend on the batch in which it came first: resume is bit-exact.
+            self.known[prompt] = base.record([prompt]).cpu()
+        return self.known[prompt]
+
+
+class OnDisk(InMemory):
+    """
+    Keep prompts in a file, which later runs on the same base use again; a run that is killed loses none.
+
+    Beside the file `<key>-<rank>.bin` stands `<key>-<rank>.jsonl`, a line for each prompt with its tokens, place and
+    checksum, written when the prompt is in the file. A prompt that is damaged is computed again; where the disk is
+    full, no more prompts are kept.
+
+    Args:
+        folder (`Path`): where; it is made.
+        key (`str`): names the base and the dtype; other bases have other files.
+        rank (`int`): of the process: each has a file of its own.
+    """
+
+    def __init__(self, folder: Path, key: str, rank: int = 0):
+        super().__init__()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.listed = folder / f"{key}-{rank}.bin", folder / f"{key}-{rank}.jsonl"
+        self.places: dict[Prompt, tuple[int, int, int]] = {}  # where it begins, bytes, checksum
+        self.full, self._warned, self._files = False, False, None
+        end = self._read_list()
+        for path, length in ((self.path, end[0]), (self.listed, end[1])):
+            if path.exists() and path.stat().st_size > length:  # a line, or a prompt, that a kill has cut off
+                os.truncate(path, length)
+
+    def _read_list(self) -> tuple[int, int]:
+        """Read what the file holds; return where the last whole prompt and the last whole line end."""
+        data = line_end = 0
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if self.listed.exists():
+            with open(self.listed, "rb") as lines:
+                for line in lines:
+                    try:
+                        entry = json.loads(line)
+                        begin, length, checksum = entry["place"]
+                        prompt = tuple(entry["tokens"])
+                    except (ValueError, KeyError, TypeError):
+                        break
+                    if not line.endswith(b"\n") or begin + length > size:
+                        break
+                    self.places[prompt] = begin, length, checksum
+                    data, line_end = max(data, begin + length), line_end + len(line)
+        return data, line_end
+
+    def _open(self) -> tuple[IO[bytes], IO[bytes]]:
+        if self._files is None:
+            self._files = open(self.path, "a+b"), open(self.listed, "ab")  # noqa: SIM115 - open as long as the run
+        return self._files
+
+    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
+        if prompt in self.places:
+            begin, length, checksum = self.places[prompt]
+            data = bytearray(os.pread(self._open()[0].fileno(), length, begin))
+            if len(data) == length == len(prompt) * base.row_bytes and zlib.crc32(data) == checksum:
+                return torch.frombuffer(data, dtype=base.dtype).reshape(len(prompt), -1)
+            del self.places[prompt]
+            if not self._warned:
+                logger.warning("%s is damaged; what is wrong in it is computed again", self.path)
+            self._warned = True
+        kept = base.record([prompt]).cpu()
+        if not self.full:
+            self._write(prompt, kept)
+        return kept
+
+    def _write(self, prompt: Prompt, kept: torch.Tensor) -> None:
+        data = kept.contiguous().view(torch.uint8).numpy().tobytes()
+        begin = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            file, listed = self._open()
+            file.write(data)
+            file.flush()
+            place = begin, len(data), zlib.crc32(data)
+            listed.write(json.dumps({"tokens": prompt, "place": place}).encode() + b"\n")
+            listed.flush()
+        except OSError as error:
+            self.full = True
+            self.close()
+            logger.warning(
+                "prompt_cache='disk': %s takes no more (%s); further prompts are computed when they are needed",
+                self.path,
+                error.strerror or error,
+            )
+            return
+        self.places[prompt] = place
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files or ():
+            with contextlib.suppress(OSError):  # what it could not write on a full disk, it cannot write now
+                file.close()
+        self._files = None

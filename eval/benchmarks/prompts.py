@@ -1,0 +1,232 @@
+"""
+What a step costs when prompts are not computed again: whole runs, interleaved, everything counted.
+
+    python eval/benchmarks/prompts.py [--data_dir FOLDER --model_name_or_path FOLDER] [--ways unpad,reader]
+    python eval/benchmarks/prompts.py --layers 6 --width 256 --lengths 512,32 --samples 64 --epochs 3
+
+`plain` is Trainer with LoRA everywhere, `unpad` the same without padding, `reader` a reader on stored prompts,
+`recompute` one whose prompts run in every step, `finish_1` a reader whose last epoch trains everywhere, `alora` PEFT's
+aLoRA on stored keys and values, `slow` a reader under plain Trainer, `sft_packing` and `sft_padding_free` trl's
+SFTTrainer with LoRA everywhere (on a CPU trl warns that its rows see each other there: the times are those of its
+steps). The samples are all references of a
+seeded part of the representations, or with --lengths P,C random tokens, every prompt another; with --layers and
+--width the model is a GPT-2 of that shape with random weights. Times are relative to the plain run of the same round.
+Beside them, of one batch: FLOPs, and bytes that are saved for the backward pass, relative to plain; bytes that are
+stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from common import RESULTS, Task, parser, seconds_of, store
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
+from darel_hf.adapters import completion_lora
+from darel_hf.nlg.task import tokenize_pairs
+
+READERS: dict[str, dict[str, Any]] = {
+    "reader": {"prompt_cache": "ram"},
+    "disk": {"prompt_cache": "disk"},
+    "recompute": {"prompt_cache": "recompute"},
+    "finish_1": {"prompt_cache": "ram", "finish_epochs": 1},
+    "alora": {"prompt_cache": "ram"},
+    "slow": {},
+}
+SFT = {"sft_packing": {"packing": True}, "sft_padding_free": {"padding_free": True, "max_length": None}}
+TARGETS = ["c_attn", "c_proj", "c_fc"]
+
+
+class Runs:
+    """Trainers of all ways, on the same rows."""
+
+    def __init__(self, options: Any):
+        self.options, self.folder = options, Path(tempfile.mkdtemp(prefix="darel-bench-"))
+        self.task = Task(options, by_representation=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.task.args.model_name_or_path)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if options.lengths:
+            prompt, completion = map(int, options.lengths.split(","))
+            random = torch.Generator().manual_seed(0)
+            shape = (options.samples, prompt + completion)
+            ids = torch.randint(5, len(self.tokenizer), shape, generator=random).tolist()
+            rows = [
+                {"input_ids": row, "attention_mask": [1] * len(row), "labels": [-100] * prompt + row[prompt:]}
+                for row in ids
+            ]
+            self.data = datasets.Dataset.from_list(rows)
+        else:
+            self.data = tokenize_pairs(self.task.pairs, self.tokenizer, 256).remove_columns(["mr", "ref"])
+        self.collator, self.made = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100), 0
+
+    def model(self, way: str) -> torch.nn.Module:
+        """Return a model with adapters on attention and MLP, of the kind that a way trains."""
+        settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        config = LoraConfig(**settings) if way not in READERS else ReaderLoraConfig(**settings)
+        if way == "alora":
+            config = completion_lora(LoraConfig(**settings), self.data, self.tokenizer)
+        torch.manual_seed(0)
+        if self.options.layers:
+            shape = {"n_layer": self.options.layers, "n_embd": self.options.width, "n_head": self.options.width // 64}
+            base = GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
+        else:
+            base = AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
+        return get_peft_model(base, config)
+
+    def trainer(self, way: str) -> Trainer:
+        """Return a fresh trainer of a way."""
+        self.made += 1
+        settings = {
+            "output_dir": str(self.folder / f"run-{self.made}"),
+            "num_train_epochs": self.options.epochs,
+            "per_device_train_batch_size": self.options.batch_size,
+            "logging_steps": 1000,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "bf16": self.options.bf16,
+            "seed": 0,
+        }
+        if way in SFT:
+            from trl import SFTConfig, SFTTrainer
+
+            args = SFTConfig(**{"max_length": 1024, **settings, **SFT[way]}, completion_only_loss=True)
+            columns = {"input_ids": self.data["input_ids"]}
+            columns["completion_mask"] = [[int(x != -100) for x in row] for row in self.data["labels"]]
+            data = datasets.Dataset.from_dict(columns)
+            return SFTTrainer(self.model(way), args=args, train_dataset=data, processing_class=self.tokenizer)
+        cls: Any = Trainer if way in ("plain", "slow") else DarelTrainer
+        darel = READERS.get(way, {"unpad": True})
+        return cls(
+            model=self.model(way),
+            args=TrainingArguments(**settings),
+            train_dataset=self.data,
+            data_collator=self.collator,
+            **({"darel": DarelConfig(**darel)} if cls is DarelTrainer else {}),
+        )
+
+    def one_batch(self, way: str) -> dict[str, float]:
+        """Return FLOPs of a step on one batch, and the bytes that it saves for its backward pass."""
+        trainer = self.trainer(way)
+        batch = self.collator([self.data[i] for i in range(min(self.options.batch_size, len(self.data)))])
+        batch = trainer._prepare_inputs(dict(batch))
+        trainer.model.to(trainer.args.device).train()
+        accelerators, stored = [], 0
+        if isinstance(trainer, DarelTrainer):
+            from darel_hf.accelerators import ACCELERATORS
+
+            accelerators = [ACCELERATORS[name](trainer) for name in trainer.darel.accelerators]
+            assert all(a.why_not(lambda: batch) is None for a in accelerators)
+            for accelerator in accelerators:
+                accelerator.transform(batch)  # fills
+        saved: dict[int, int] = {}
+        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with FlopCounterMode(display=False) as flops, trainer.accelerator.autocast():
+            inputs = batch
+            for accelerator in accelerators:
+                inputs = accelerator.transform(inputs)
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                loss = trainer.model(**inputs).loss
+            loss.backward()
+        if way in ("reader", "disk", "alora"):
+            stored = self.stored(accelerators[0].base.row_bytes)
+        for accelerator in accelerators:
+            accelerator.detach()
+        return {"flops": flops.get_total_flops(), "saved_bytes": sum(saved.values()), "stored_bytes": stored}
+
+    def stored(self, row_bytes: int) -> int:
+        """Return the bytes that all distinct prompts take."""
+        prompts = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in self.data}
+        return sum(map(len, prompts)) * row_bytes
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.set_defaults(samples=200, epochs=5, pairs=5, threads=1)
+    made.add_argument("--ways", default="unpad,reader,recompute")
+    made.add_argument("--lengths", help="tokens of prompts and completions, random; default: those of the texts")
+    made.add_argument("--layers", type=int, help="a GPT-2 of this depth with random weights")
+    made.add_argument("--width", type=int, default=256)
+    made.add_argument("--bf16", action="store_true")
+    runs = Runs(made.parse_args())
+    options = runs.options
+    names, full = options.ways.split(","), []
+    times: dict[str, list[float]] = {name: [] for name in names}
+    predicted: dict[str, list[float]] = {name: [] for name in names}
+    costs = {}
+    for way in ("plain", *names):  # warms up, too
+        with suppress(ImportError):
+            costs[way] = runs.one_batch(way) if way not in SFT and way != "slow" else {}
+    for _ in range(options.pairs):
+        full.append(seconds_of(runs.trainer("plain")))
+        for name in names:
+            trainer = runs.trainer(name)
+            times[name].append(seconds_of(trainer) / full[-1])
+            if getattr(trainer, "report", None) is not None:
+                predicted[name].append(trainer.report.plan.predicted_time)
+    settings = {**runs.task.settings, "lora_r": 8, "targets": ",".join(TARGETS)}
+    settings = {key: value for key, value in settings.items() if key != "ways"}
+    if options.layers:
+        settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
+    if options.lengths:
+        settings["data"] = "random tokens"
+    for name in names:
+        row = {"arm": name, "seed": 0, "full_seconds": full, "times": times[name], "predicted": predicted[name]}
+        if costs.get(name):
+            row |= {f"{key}_of_plain": costs[name][key] / costs["plain"][key] for key in ("flops", "saved_bytes")}
+            row["stored_bytes"] = costs[name]["stored_bytes"]
+        store("prompts", settings, row)
+    summarize()
+
+
+def summarize() -> None:
+    """Write a table for all settings that there are rows of; the latest row of a way counts."""
+    tables: dict[str, dict[str, Any]] = {}
+    for line in (RESULTS / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        tables.setdefault(json.dumps(row["settings"]), {})[row["arm"]] = row
+    parts = []
+    for key, rows in tables.items():
+        lines = ["| way | time, median (span) | as fast | predicted | FLOPs | saved for backward | stored |"]
+        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, row in rows.items():
+            time = statistics.median(row["times"])
+            cells = [name, f"{time:.3f} ({min(row['times']):.3f} to {max(row['times']):.3f})", f"{1 / time:.2f}"]
+            cells.append(f"{statistics.median(row['predicted']):.3f}" if row["predicted"] else "-")
+            for share in ("flops_of_plain", "saved_bytes_of_plain"):
+                cells.append(f"{row[share]:.2f}" if share in row else "-")
+            cells.append(f"{row['stored_bytes'] / 2**20:.1f} MiB" if row.get("stored_bytes") else "-")
+            lines.append(f"| {' | '.join(cells)} |")
+        said = ", ".join(f"{name} {value}" for name, value in json.loads(key).items() if value not in (None, False))
+        parts.append("\n".join(lines) + f"\n\nSettings: {said}.\n")
+    (RESULTS / "prompts.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

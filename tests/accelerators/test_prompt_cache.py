@@ -1,0 +1,483 @@
+"""The prompt cache: completions alone are computed, with the loss and gradients of the slow way; stores that hold."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import PadCollator, arguments
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from readers import (
+    FAMILIES,
+    GENTLE,
+    adapted,
+    data,
+    distance,
+    gradients,
+    items_of,
+    make_base,
+    moved,
+    oracle,
+    rows,
+    trained,
+)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
+from darel_hf.accelerators import PromptCache, prompt_attention
+from darel_hf.accelerators.frozen_base import FrozenBase
+from darel_hf.adapters import completion_lora
+from darel_hf.data import CarryIds, add_ids
+from darel_hf.scoring import BatchScorer, score_dataset
+from darel_hf.scoring.prompts import SharedPrompts
+
+LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2), (7, 6)]
+WAYS = ("ram", "disk", "recompute")
+
+
+def cache_for(model, folder, way="ram", train_dataset=None, **more):
+    trainer = DarelTrainer(
+        model=model,
+        args=arguments(folder, **more),
+        train_dataset=train_dataset,
+        darel=DarelConfig(prompt_cache=way),
+    )
+    return PromptCache(trainer)
+
+
+@pytest.fixture
+def in_rows(monkeypatch):
+    """Attend as on a GPU."""
+    monkeypatch.setattr(prompt_attention.Step, "one_by_one", None)
+    monkeypatch.setattr(prompt_attention, "on_cpu", lambda states: False)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients(family, way, side, tmp_path):
+    check_twins(family, way, side, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_rows(family, tmp_path, in_rows):
+    check_twins(family, "ram", "right", tmp_path)
+
+
+def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True):
+    inputs = rows(lengths, side=side, same_prompts=same_prompts)
+    if side == "left":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, folder, way)
+    assert cache.why_not(lambda: inputs) is None
+    for _ in range(2):  # computed, then read
+        model.zero_grad()
+        row = cache.transform(inputs)
+        assert row["input_ids"].shape[1] < int(inputs["labels"].ne(-100).sum()) + len(lengths)
+        found = model(**row).loss * inputs["labels"].ne(-100).sum()
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+        found.backward()
+        assert distance(gradients(model), gradients(stock)) < 1e-5
+    cache.detach()
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+    assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name.endswith("attn"))
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5), st.booleans())
+def test_any_rows(tmp_path_factory, lengths, same_prompts):
+    check_twins("qwen3", "ram", "right", tmp_path_factory.mktemp("rows"), lengths, same_prompts)
+
+
+def test_nested_prompts_one_group_and_none(tmp_path):
+    """Prompts that begin alike, that are equal, that differ in their last token, and an empty one."""
+    inputs = rows([(6, 4), (6, 4), (6, 5), (9, 3), (1, 4)], same_prompts=True)
+    inputs["input_ids"][2, 4] += 1  # the last token that is prompt: the one after it predicts the first label
+    model = adapted("llama", ReaderLoraConfig).train()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    stock = adapted("llama")
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+    found.backward()
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    lengths = sorted(map(len, cache.store.known))
+    assert lengths == [5, 5, 8]  # equal ones once, the empty one not at all
+
+
+def test_completions_do_not_see_each_other(tmp_path):
+    inputs = rows([(7, 5), (7, 6), (4, 5)], same_prompts=True)
+    model = adapted("llama", ReaderLoraConfig).eval()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+
+    def logits():
+        with torch.no_grad():
+            return model(**cache.transform(inputs)).logits[0]
+
+    before = logits()
+    inputs["input_ids"][1, 8:] = 5  # what follows the first token of the second completion
+    after = logits()
+    assert torch.equal(before[:6], after[:6])
+    assert torch.equal(before[11:], after[11:])
+    assert not torch.equal(before[6:11], after[6:11])
+
+
+def test_bfloat16_against_float64(tmp_path):
+    """Keys and values made of what is stored are as near to the truth as the slow way in the same precision."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    exact = adapted("qwen3", ReaderLoraConfig).double().eval()
+    with torch.no_grad():
+        wanted = exact(**inputs).loss
+    model = adapted("qwen3", ReaderLoraConfig).bfloat16().eval()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    with torch.no_grad():
+        slow, found = model(**inputs).loss, model(**cache.transform(inputs)).loss
+    assert abs(found - wanted) < 2 * max(abs(slow - wanted), 1e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"gradient_checkpointing": True},
+        {"label_smoothing_factor": 0.1},
+    ],
+)
+def test_trains_as_the_slow_way_does(way, more, tmp_path):
+    if "label_smoothing_factor" in more:  # Trainer keeps labels from the model then: ours says where prompts end
+        wanted = trained(
+            DarelTrainer, tmp_path / "slow", adapted("llama", ReaderLoraConfig), {"finish_epochs": 1e-9}, **more
+        )
+    else:
+        wanted = trained(Trainer, tmp_path / "slow", adapted("llama", ReaderLoraConfig), **more)
+    start = {n: p for n, p in adapted("llama", ReaderLoraConfig).named_parameters() if p.requires_grad}
+    found = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": way}, **more)
+    assert distance(found, wanted, start) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("way", WAYS)
+def test_resume_is_bit_exact(way, family, tmp_path):
+    """With dropout in the base and in adapters: nothing but steps draws random numbers."""
+
+    def model():
+        return adapted(family, ReaderLoraConfig, dropout=0.1, lora_dropout=0.1)
+
+    more = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 3}
+    whole = trained(DarelTrainer, tmp_path, model(), {"prompt_cache": way}, **more)
+    again = trained(
+        DarelTrainer,
+        tmp_path,
+        model(),
+        {"prompt_cache": way},
+        resume=str(tmp_path / "checkpoint-10"),
+        **more,
+    )
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_evaluates_and_generates_on_the_way_as_after_it(tmp_path):
+    """Batches that are not ours go through the same attention while training lasts."""
+    model, found = adapted("llama", ReaderLoraConfig), []
+    prompt = torch.tensor([[5, 6, 7, 8]])
+
+    def look(current):
+        current.eval()
+        with torch.no_grad():
+            loss = current(**rows(LENGTHS)).loss.item()
+        said = current.generate(input_ids=prompt, max_new_tokens=6, do_sample=False)
+        current.train()
+        return loss, said.tolist()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            found.append(look(model))
+
+    trainer = DarelTrainer(
+        model=model,
+        args=arguments(tmp_path, **GENTLE, max_steps=2),
+        train_dataset=data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(prompt_cache="ram"),
+        callbacks=[Look()],
+    )
+    trainer.train()
+    assert found[-1] == look(model)
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_oracle(family, monkeypatch):
+    """The offline pass computes shared prompts once, and reads them through adapted keys and values."""
+    shared, batches = [], SharedPrompts.batches
+    monkeypatch.setattr(SharedPrompts, "batches", lambda self, *size: shared.append(1) or batches(self, *size))
+    table, stock = data(), adapted(family)
+    rows_of = add_ids(table.select_columns(["input_ids", "attention_mask", "labels"]), np.arange(len(table)))
+    scorer = BatchScorer(adapted(family, ReaderLoraConfig))
+    found = score_dataset(scorer, rows_of, CarryIds(PadCollator()), dict, progress_bar=False).losses
+    wanted = []
+    for row in table:
+        batch = PadCollator()([row])
+        wanted.append(float(oracle(stock, batch)[0].detach()) / int(batch["labels"].ne(-100).sum()))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert shared and scorer.head is not None
+
+
+# ---- Stores ----
+
+
+def computed(monkeypatch):
+    """Count the prompts that are computed."""
+    counted, record = [], FrozenBase.record
+
+    def counting(self, prompts):
+        counted.extend(prompts)
+        return record(self, prompts)
+
+    monkeypatch.setattr(FrozenBase, "record", counting)
+    return counted
+
+
+def test_each_prompt_is_computed_once(tmp_path, monkeypatch):
+    counted = computed(monkeypatch)
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, num_train_epochs=4)
+    distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
+    known = [prompt for prompt in counted if prompt in distinct]
+    assert len(known) <= 2 * len(distinct) and set(known) == distinct  # once, and once more while it is tried out
+
+
+def test_a_later_run_uses_the_file_again(tmp_path, monkeypatch, caplog):
+    first = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    files = sorted((tmp_path / "prompts").iterdir())
+    assert [file.suffix for file in files] == [".bin", ".jsonl"]
+    counted = computed(monkeypatch)
+    second = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
+    assert not set(counted) & distinct
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    # Cut off by a kill: in the middle of a prompt, of its line, or the line alone.
+    data_file, listed = files
+    whole, lines = data_file.read_bytes(), listed.read_bytes()
+    for cut_data, cut_lines in ((7, 0), (0, 5), (0, len(lines.splitlines(True)[-1]))):
+        data_file.write_bytes(whole[: len(whole) - cut_data])
+        listed.write_bytes(lines[: len(lines) - cut_lines])
+        again = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        entries = [json.loads(line) for line in listed.read_bytes().splitlines()]
+        assert {tuple(entry["tokens"]) for entry in entries} == distinct
+
+    # Damaged: one bit.
+    broken = bytearray(whole)
+    broken[11] ^= 1
+    data_file.write_bytes(broken)
+    listed.write_bytes(lines)
+    again = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert [r.message for r in caplog.records if "damaged" in r.message] == [
+        f"{data_file} is damaged; what is wrong in it is computed again"
+    ]
+
+
+def test_another_base_has_another_file(tmp_path):
+    for seed in range(2):
+        config = ReaderLoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        trained(
+            DarelTrainer, tmp_path, get_peft_model(make_base("llama", seed=seed), config), {"prompt_cache": "disk"}
+        )
+    assert len(list((tmp_path / "prompts").glob("*.bin"))) == 2
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, caplog, after):
+    from darel_hf.accelerators import prompt_store
+
+    wanted = trained(DarelTrainer, tmp_path / "ram", adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"})
+    opened = prompt_store.OnDisk._open
+
+    class Full:
+        def __init__(self, file):
+            self.file, self.left = file, after
+
+        def write(self, content):
+            if self.left == 0:
+                self.file.write(content[:3])
+                raise OSError(28, "No space left on device")
+            self.left -= 1
+            return self.file.write(content)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def open_full(self):
+        if self._files is None:
+            file, listed = opened(self)
+            self._files = (Full(file), listed)
+        return self._files
+
+    monkeypatch.setattr(prompt_store.OnDisk, "_open", open_full)
+    found = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    told = [record.message for record in caplog.records if "takes no more" in record.message]
+    assert told and all("No space left on device" in line for line in told)
+    monkeypatch.undo()
+    again = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_auto_says_what_it_takes(tmp_path, capsys):
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
+    assert len(told) == 1 and told[0].startswith("prompt_cache='auto' is 'ram': 24 prompts of about ")
+    assert not (tmp_path / "prompts").exists()
+
+
+@pytest.mark.parametrize(("loading", "way"), [(0.0, "disk"), (1e9, "recompute")])
+def test_auto_measures_a_disk(tmp_path, capsys, monkeypatch, loading, way):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(PromptCache, "_time", lambda self, prompt, folder: (1.0, loading))
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
+    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: ") and "ms to store and load" in told[0]
+    assert (tmp_path / "prompts").exists() == (way == "disk")
+
+
+# ---- What cannot be had ----
+
+
+def refusal(model, folder, **more):
+    with pytest.raises(ValueError, match="prompt_cache='ram'") as caught:
+        trained(DarelTrainer, folder, model, {"prompt_cache": "ram"}, **more)
+    return str(caught.value)
+
+
+def test_refusals(tmp_path):
+    assert "use ReaderLoraConfig" in refusal(adapted("llama"), tmp_path)
+    assert "neftune" in refusal(adapted("llama", ReaderLoraConfig), tmp_path, neftune_noise_alpha=5)
+    model = adapted("llama", ReaderLoraConfig)
+    model.get_base_model().set_attn_implementation("eager")
+    assert "attn_implementation='sdpa'" in refusal(model, tmp_path)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    from readers import SMALL
+
+    base = LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope, max_position_embeddings=64))
+    model = get_peft_model(base, ReaderLoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert "rotary embeddings change with the length" in refusal(moved(model), tmp_path)
+    with pytest.raises(ValueError, match="unpad=True: completions are computed without padding anyway"):
+        DarelConfig(prompt_cache="ram", unpad=True)
+    with pytest.raises(ValueError, match="prompt_cache='tape': choose one of"):
+        DarelConfig(prompt_cache="tape")
+
+
+def test_padding_on_the_left_without_positions(tmp_path):
+    """A prompt that stands elsewhere has other position embeddings: not the same prompt."""
+    model = adapted("gpt2", ReaderLoraConfig)
+    reason = cache_for(model, tmp_path).why_not(lambda: rows(LENGTHS, side="left"))
+    assert "position_ids: those of a row do not begin at 0" in reason
+
+
+def test_rows_that_are_all_prompt_or_have_none(tmp_path, caplog):
+    """A row without labels teaches nothing and disturbs nobody; one without a prompt is a row like others."""
+    inputs = rows([(5, 4), (4, 3), (1, 4)])
+    inputs["labels"][1] = -100
+    model = adapted("llama", ReaderLoraConfig).train()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    wanted = adapted("llama", ReaderLoraConfig).train()
+    wanted(**inputs).loss.backward()
+    model(**cache.transform(inputs)).loss.backward()
+    assert distance(gradients(model), gradients(wanted)) < 1e-5
+
+
+def test_dora_and_frozen_adapters(tmp_path):
+    """DoRA needs the base's weight, not its output alone: its keys and values are computed from what was read."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    wanted, model = (adapted("llama", ReaderLoraConfig, use_dora=True).train() for _ in range(2))
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    wanted(**inputs).loss.backward()
+    model(**cache.transform(inputs)).loss.backward()
+    assert cache.base.layers[0].linears == []
+    assert distance(gradients(model), gradients(wanted)) < 1e-5
+
+
+def test_stock_lora_is_told_by_logging(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert "ReaderLoraConfig" in cache_for(adapted("llama", LoraConfig), tmp_path).why_not(None)
+
+
+# ---- aLoRA ----
+
+END = [61, 62]
+
+
+def invoked_rows(lengths):
+    """Rows whose prompts end with the same two tokens, which occur nowhere else."""
+    made = rows(lengths)
+    made["input_ids"][made["input_ids"] >= END[0]] = 7
+    for ids, labels in zip(made["input_ids"], made["labels"], strict=True):
+        first = int(labels.ne(-100).nonzero()[0])
+        ids[first - 2 : first] = torch.tensor(END)
+    return made
+
+
+def alora(family, made):
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    return moved(get_peft_model(make_base(family), completion_lora(config, items_of(made)))).train()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alora_as_peft_trains_it(family, way, tmp_path):
+    inputs = invoked_rows([(7, 5), (10, 3), (2, 6), (3, 4), (12, 2)])
+    model = alora(family, inputs)
+    assert model.active_peft_config.alora_invocation_tokens == END
+    loss = model(**inputs).loss  # PEFT's own masked forward, on the padded batch
+    loss.backward()
+    wanted = gradients(model)
+    cache = cache_for(model, tmp_path, way)
+    assert cache.why_not(lambda: inputs) is None
+    model.zero_grad()
+    row = cache.transform(inputs)
+    assert row["input_ids"].shape[1] < int(inputs["attention_mask"].sum()) - 15
+    found = model(**row).loss
+    found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert distance(gradients(model), wanted) < 1e-5
+
+
+def test_alora_rows_without_their_tokens(tmp_path):
+    inputs = invoked_rows([(7, 5), (6, 4)])
+    model = alora("llama", inputs)
+    inputs["input_ids"][1, 4:6] = 9
+    reason = cache_for(model, tmp_path).why_not(lambda: inputs)
+    assert "row 1 of a batch does not have them" in reason
+
+
+def test_completion_lora_finds_what_prompts_end_with():
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+    def found(*prompts, completion=(40, 41)):
+        items = [
+            {"input_ids": [*prompt, *completion], "labels": [-100] * len(prompt) + list(completion)}
+            for prompt in prompts
+        ]
+        return completion_lora(config, items).alora_invocation_tokens
+
+    assert found([1, 2, 3, 4], [9, 3, 4], [5, 5, 3, 4]) == [3, 4]
+    assert config.alora_invocation_tokens is None
+    with pytest.raises(ValueError, match=r"dataset: the prompt of row 1 ends with \[3, 5\], others with \[2, 3, 4\]"):
+        found([1, 2, 3, 4], [3, 5])
+    with pytest.raises(ValueError, match=r"the completion of row 0 has \[4\] again"):
+        found([1, 4], [2, 4], completion=(8, 4, 9))

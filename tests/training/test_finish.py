@@ -1,0 +1,93 @@
+"""Finishing: a reader's last epochs train everywhere, and what is saved is stock LoRA."""
+
+import json
+
+import pytest
+import torch
+from helpers import PadCollator, arguments
+from peft import LoraConfig, PeftModel
+from readers import GENTLE, adapted, data, distance, make_base, trained
+from transformers import Trainer
+
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
+
+
+def saved_type(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["peft_type"]
+
+
+@pytest.mark.parametrize("prompt_cache", [None, "ram"])
+def test_as_a_reader_and_then_as_lora(prompt_cache, tmp_path):
+    """One epoch as plain Trainer trains a reader, then one as it trains LoRA from there."""
+    more = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}  # the same rows in each epoch
+    reader = adapted("qwen3", ReaderLoraConfig)
+    half = trained(Trainer, tmp_path / "first", reader, num_train_epochs=1, **more)
+    stock = adapted("qwen3", LoraConfig)
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            if name in half:
+                parameter.copy_(half[name])
+    wanted = trained(Trainer, tmp_path / "second", stock, num_train_epochs=1, **more)
+    model = adapted("qwen3", ReaderLoraConfig)
+    darel = {"finish_epochs": 1, "prompt_cache": prompt_cache}
+    more |= {"save_strategy": "epoch", "num_train_epochs": 2}
+    found = trained(DarelTrainer, tmp_path, model, darel, **more)
+    assert distance(found, wanted, half) < 1e-4
+    assert [saved_type(tmp_path / f"checkpoint-{step}") for step in (6, 12)] == ["READER", "LORA"]
+    # In stock PEFT it is what it is here.
+    loaded = PeftModel.from_pretrained(make_base("qwen3"), tmp_path / "checkpoint-12").eval()
+    assert type(loaded.peft_config["default"]) is LoraConfig
+    batch = PadCollator()([data()[i] for i in range(5)])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("prompt_cache", [None, "ram", "disk"])
+@pytest.mark.parametrize("step", [5, 10])
+def test_resume_on_either_side(step, prompt_cache, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 5, "num_train_epochs": 2.5}
+    darel = {"finish_epochs": 1, "prompt_cache": prompt_cache}  # from step 10 of 15 on
+    whole = trained(DarelTrainer, tmp_path, adapted("gpt2", ReaderLoraConfig), darel, **more)
+    again = trained(
+        DarelTrainer,
+        tmp_path,
+        adapted("gpt2", ReaderLoraConfig),
+        darel,
+        resume=str(tmp_path / f"checkpoint-{step}"),
+        **more,
+    )
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert [saved_type(tmp_path / f"checkpoint-{s}") for s in (5, 15)] == ["READER", "LORA"]
+
+
+def test_the_plan_counts_both_parts(tmp_path):
+    """A step that is half of it LoRA without padding costs more than one of a reader alone."""
+    trainer = DarelTrainer(
+        model=adapted("llama", ReaderLoraConfig),
+        args=arguments(tmp_path, **GENTLE),
+        train_dataset=data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(prompt_cache="ram", finish_epochs=1),
+    )
+    trainer.train()
+    assert "without computing prompts again (exact)" in str(trainer.report)
+    assert set(trainer.report.plan.costs.factors) == {"prompt_cache"}
+
+
+def test_refusals(tmp_path):
+    def refused(message, model=None, settings=None, **darel):
+        with pytest.raises(ValueError, match=message):
+            DarelTrainer(
+                model=model or adapted("llama", ReaderLoraConfig),
+                args=arguments(tmp_path, **(settings or {})),
+                train_dataset=data(),
+                data_collator=PadCollator(),
+                darel=DarelConfig(**{"finish_epochs": 1, **darel}),
+            )
+
+    refused(r"finish_epochs=2: the run has 2 epochs; give fewer", finish_epochs=2)
+    refused(r"finish_epochs=1: only a reader has something to finish", model=adapted("llama"))
+    refused(r"finish_epochs=-1: give a number of epochs", finish_epochs=-1)
+    refused(r"finish_epochs=1: a run that may end early", budget_time=0.5)
+    best = {"load_best_model_at_end": True, "eval_strategy": "no", "save_strategy": "no"}
+    refused(r"load_best_model_at_end=True: the best checkpoint may be of before", settings=best)
