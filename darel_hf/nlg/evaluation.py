@@ -93,8 +93,9 @@ def run(request: Request, out: Any, errors: Any) -> Evaluation:
     if request.systems:
         named = [("systems", spec) for spec in request.systems]
     else:
-        named = [("baseline", request.baseline)] if request.baseline is not None else []
-        named.append(("predictions", request.predictions))
+        pair_of = {"baseline": request.baseline, "predictions": request.predictions}
+        compared = request.baseline is not None
+        named = [(what, f"{what}={file}" if compared else file) for what, file in pair_of.items() if file is not None]
     inputs = read_inputs(
         named,
         request.references,
