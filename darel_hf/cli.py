@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .files import atomic_path, require
+from .files import refuse_overwrite, require
 
 app = typer.Typer(
     help="DAREL: train on the samples that still teach the model something.",
@@ -33,34 +33,11 @@ def clear_errors() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise `ValueError` if a file would be overwritten without being asked to."""
-    require(not path.is_dir(), "output", str(path), "is a folder; name a file")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    require(existing.is_dir(), "output", str(path), f"{existing} is a file, no folder; name another place")
-    require(force or not path.exists(), "output", str(path), "exists; name another file, or say --force")
-
-
 def read_table(path: Path) -> Any:
-    """Read a CSV, JSONL or parquet file as a `datasets.Dataset`. Raises `ValueError` for anything else."""
-    import datasets
+    """Read a file of samples as a [`darel_hf.nlg.tables.Table`]. Raises `ValueError` for anything else."""
+    from .nlg.tables import read
 
-    kinds = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    require(path.is_file(), "data", str(path), "no such file")
-    require(path.suffix in kinds, "data", str(path), f"unknown kind of file; give one of {', '.join(kinds)}")
-    datasets.utils.logging.disable_progress_bar()
-    table = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-    require(len(table) > 0, "data", str(path), "there are no rows in it")
-    return table
-
-
-def write_table(table: Any, path: Path) -> None:
-    """Write a `datasets.Dataset` as CSV, JSONL or parquet, by the suffix, atomically."""
-    writers = {".csv": "to_csv", ".jsonl": "to_json", ".parquet": "to_parquet"}
-    require(path.suffix in writers, "output", str(path), f"unknown kind of file; give one of {', '.join(writers)}")
-    keywords = {"force_ascii": False} if path.suffix == ".jsonl" else {}
-    with atomic_path(path) as temporary:
-        getattr(table, writers[path.suffix])(str(temporary), **keywords)
+    return read(path, "data", (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"))
 
 
 @app.command()
@@ -79,7 +56,7 @@ def demo(
 
 @app.command()
 def score(
-    data: Annotated[Path, typer.Argument(help="CSV, JSONL or parquet file, one sample a row.")],
+    data: Annotated[Path, typer.Argument(help="CSV, TSV, JSON (lines) or parquet, one sample a row; `-`: stdin.")],
     output: Annotated[Path, typer.Option(help="Parquet file for the scores.")] = Path("scores.parquet"),
     model: Annotated[str, typer.Option(help="Causal language model: hub name or folder.")] = "gpt2",
     prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt, which is not scored.")] = None,
@@ -97,12 +74,20 @@ def score(
     """
     with clear_errors():
         refuse_overwrite(output, force)
-        from .nlg.task import score_texts
+        from .nlg.task import score_table
         from .scoring import save_scores
 
-        scores = score_texts(read_table(data), model, prompt_column, target_column, id_column, max_length)
-        save_scores(scores, output)
+        scores, hashes = score_table(read_table(data), model, prompt_column, target_column, id_column, max_length)
+        save_scores(scores, output, hashes)
         losses = scores.losses
+        blank = scores.ids[scores.n_tokens == 0]
+        if len(blank):
+            errors.print(
+                f"{len(blank):,} samples have no token of {target_column!r} within {max_length} tokens (ids "
+                f"{blank[:10].tolist()}): there is nothing in them to learn, and every rule drops them first; raise "
+                "--max-length",
+                markup=False,
+            )
         spread = f"{losses.mean():.3f} on average, {losses.min():.3f} to {losses.max():.3f}"
         out.print(f"{len(losses):,} samples scored: loss {spread}; written to {output}")
 
@@ -128,13 +113,14 @@ def select(
     """
     with clear_errors():
         refuse_overwrite(output, force)
-        import datasets
-
         from .config import DarelConfig
-        from .data import group_numbers, read_column, sample_ids
-        from .scoring import load_scores, match_scores
+        from .data import group_numbers
+        from .nlg.tables import Table, check_output
+        from .nlg.task import ids_of
+        from .scoring import check_rows, load_scores, match_scores
         from .selection import Selector
 
+        check_output(output)
         remedy = "groups are read from the data; give --data"
         require(group_column is None or data is not None, "group_column", group_column, remedy)
         config = DarelConfig(
@@ -146,24 +132,25 @@ def select(
         loaded, groups, reference = load_scores(scores), None, None
         table = None if data is None else read_table(data)
         if table is not None:
-            ids = sample_ids(table, id_column)
+            ids = ids_of(table, id_column)
             remedy = f"there are {len(ids)} rows in {data}, but {len(loaded.ids)} scores; score these data"
             require(len(ids) == len(loaded.ids), "scores", str(scores), remedy)
             loaded = match_scores(loaded, ids, loaded.origin.get("data", ""), str(scores))
+            check_rows(scores, ids, lambda name: table.column(name, name) if name in table.columns else None)
             if group_column is not None:
-                groups = group_numbers(read_column(table, group_column, "group_column"))
+                groups = group_numbers(table.column(group_column, "group_column"))
         if reference_scores is not None:
             name, data_of = "reference_scores", loaded.origin.get("data", "")
             reference = load_scores(reference_scores, name)
             reference = match_scores(reference, loaded.ids, data_of, str(reference_scores), name).losses
         selection = Selector(config, loaded.ids, seed, reference).select_offline(loaded, groups)
+        kept = loaded.ids[selection.positions]
         if table is None:
-            table = datasets.Dataset.from_dict({"sample_id": loaded.ids})
-        result = table.select(selection.positions)
-        if selection.weights is not None:
-            result = result.add_column("weight", selection.weights)
-        write_table(result, output)
-        out.print(f"{len(result):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}")
+            rows = [{"sample_id": int(sample)} for sample in loaded.ids]
+            table = Table(str(scores), "scores", "ids", ["sample_id"], rows, range(len(rows)))
+        added = None if selection.weights is None else {"weight": selection.weights.tolist()}
+        table.write(selection.positions.tolist(), output, added)
+        out.print(f"{len(kept):,} of {len(loaded.ids):,} kept by {rule!r}; written to {output}")
 
 
 @app.command()
@@ -226,47 +213,67 @@ def plan(
 
 @app.command("eval")
 def evaluate(
-    predictions: Annotated[Path, typer.Option(help="One text a line; .jsonl with `prediction`; or .csv/.tsv.")],
-    references: Annotated[Path, typer.Option(help=".csv/.tsv (mr,ref), .jsonl, or text, empty lines between.")],
-    baseline: Annotated[Path | None, typer.Option(help="Another system's predictions, for paired tests.")] = None,
-    protocol: Annotated[str, typer.Option(help="'e2e' (the challenge's scripts) or 'paper' (nltk).")] = "e2e",
+    files: Annotated[list[str] | None, typer.Argument(help="More systems, as after --systems.")] = None,
+    references: Annotated[str, typer.Option(help="CSV, TSV, JSON (lines), text, WebNLG, DART; `-`: stdin.")] = ...,
+    predictions: Annotated[str | None, typer.Option(help="CSV, TSV, JSON (lines), or one text a line.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Another system's predictions, for paired tests.")] = None,
+    systems: Annotated[
+        list[str] | None, typer.Option(help="Several systems: a.txt b.txt 'c-*.txt' (quoted: runs of one system).")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="'e2e' (the challenge's), 'lora' (its -p), 'paper' (nltk).")] = "e2e",
+    only: Annotated[str | None, typer.Option(help="These scores alone, with commas between: bleu,ter")] = None,
     bootstrap: Annotated[int, typer.Option(help="Resamples for intervals and tests; 0 for none.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 12345,
+    format: Annotated[str, typer.Option(help="text, markdown, latex, json or csv.")] = "text",
     output: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    per_instance: Annotated[Path | None, typer.Option(help="JSON lines: every score of every instance.")] = None,
+    html: Annotated[Path | None, typer.Option(help="A page: where two systems differ most.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column or key of the predictions.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Column or key of the references.")] = None,
+    mr_column: Annotated[str | None, typer.Option(help="Column or key of the meaning representations.")] = None,
+    extra: Annotated[list[str] | None, typer.Option(help="Modules of Hugging Face evaluate: bertscore.")] = None,
+    slot_rules: Annotated[
+        Path | None, typer.Option(help="YAML rules for the slot error rate; default: E2E's.")
+    ] = None,
     wordnet: Annotated[str | None, typer.Option(help="Folder with WordNet; 'none': exact and stems only.")] = None,
     meteor_jar: Annotated[
         Path | None, typer.Option("--meteor-jar", "--meteor_jar", help="meteor-1.5.jar, run by Java.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Overwrite the output.")] = False,
+    force: Annotated[bool, typer.Option(help="Overwrite the outputs.")] = False,
 ) -> None:
     """
-    Score generated text with BLEU, TER, METEOR, NIST and ROUGE-L, with 95 % confidence intervals.
+    Score generated text: BLEU, TER, METEOR, NIST, ROUGE-L, CIDEr, chrF, slot errors, with 95 % confidence intervals.
 
-    An example: darel eval --predictions predictions.txt --references testset_w_refs.csv --output scores.json
+    Examples: darel eval --predictions predictions.txt --references testset_w_refs.csv --output scores.json
+
+    darel eval --systems baseline.txt 'ours-*.txt' --references testset_w_refs.csv --format latex
     """
     with clear_errors():
-        if output is not None:
-            refuse_overwrite(output, force)
-        from .files import write_json
-        from .nlg.metrics import NLGMetrics, score_table
-        from .nlg.texts import match, read_predictions, read_references
+        from .nlg.evaluation import Request, run
 
-        expected = read_references(references)
-        texts, groups = match(read_predictions(predictions), expected)
-        others = None
-        if baseline is not None:
-            others, same = match(read_predictions(baseline), expected, "baseline")
-            remedy = f"its instances come in another order than those of {predictions}; give both an id, or one order"
-            require(same == groups, "baseline", str(baseline), remedy)
-        scores = NLGMetrics(protocol, bootstrap=bootstrap, wordnet=wordnet, meteor_jar=meteor_jar)(
-            texts, groups, others
+        request = Request(
+            systems=[*(systems or []), *(files or [])],
+            predictions=predictions,
+            baseline=baseline,
+            references=references,
+            protocol=protocol,
+            only=only,
+            bootstrap=bootstrap,
+            seed=seed,
+            form=format,
+            output=output,
+            per_instance=per_instance,
+            html=html,
+            text_column=text_column,
+            reference_column=reference_column,
+            mr_column=mr_column,
+            extra=extra or [],
+            slot_rules=slot_rules,
+            wordnet=wordnet,
+            meteor_jar=meteor_jar,
+            force=force,
         )
-        Console(width=max(out.width, 100)).print(score_table(scores))
-        for name, signature in scores["signatures"].items():
-            out.print(f"{name}: {signature}", highlight=False, soft_wrap=True, markup=False)
-        for note in scores["notes"]:
-            errors.print(note, highlight=False, soft_wrap=True, markup=False)
-        if output is not None:
-            write_json(output, scores)
+        run(request, out, errors)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,32 @@ def refuse_used_folder(path: str | os.PathLike, what: str, remedy: str) -> None:
     require(not held, "output_dir", str(path), f"holds {what} ({', '.join(held[:5])}); {remedy}")
 
 
+def refuse_overwrite(path: Path, force: bool, name: str = "output") -> None:
+    """Raise `ValueError` if a file would be overwritten without being asked to; devices and pipes never are."""
+    require(not path.is_dir(), name, str(path), "is a folder; name a file")
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    require(existing.is_dir(), name, str(path), f"{existing} is a file, no folder; name another place")
+    free = force or not path.exists() or not path.is_file()
+    require(free, name, str(path), "exists; name another file, or say --force")
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`, else removed."""
+    """
+    Yield a temporary path beside `path`; on success it is synced to disk and renamed to `path`, else removed.
+
+    A link is followed: the file that it names is replaced, the link stays. A device or a pipe is written into.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / ("written" + path.suffix)
+            temporary.touch()
+            yield temporary
+            with open(path, "wb") as target:
+                target.write(temporary.read_bytes())
+        return
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{path.suffix}")
     temporary.touch(exist_ok=False)

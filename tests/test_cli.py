@@ -129,6 +129,104 @@ def test_scores_of_other_data(folder, tmp_path):
     assert done.exit_code == 1 and "scores; score these data" in done.output
 
 
+# ---- Cells as they stand, and scores of the rows they were made of ----
+
+
+def score(folder, data, *more):
+    out = data.with_suffix(".scores")
+    done = darel("score", data, "--model", folder / "model", "--output", out, "--force", *more)
+    assert "Traceback" not in done.output
+    return done, out
+
+
+def test_score_and_select_change_no_cell(folder, tmp_path):
+    data = tmp_path / "d.csv"
+    data.write_bytes(b'text,code\nNone,007\nnull,1\n"fine, and good",2\n')
+    done, scores = score(folder, data)
+    assert done.exit_code == 0 and "3 samples scored" in done.output, done.output
+    kept = ("select", "--scores", scores, "--data", data, "--keep", 1.0, "--output")
+    assert darel(*kept, tmp_path / "k.csv").exit_code == 0
+    assert (tmp_path / "k.csv").read_bytes() == data.read_bytes()
+    assert darel(*kept, tmp_path / "k.jsonl").exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "k.jsonl").read_text().splitlines()]
+    assert [row["code"] for row in rows] == ["007", "1", "2"] and rows[0]["text"] == "None"
+
+
+def test_scores_belong_to_their_rows(folder, tmp_path):
+    rows = [f"text {i},{i}" for i in range(6)]
+    (tmp_path / "d.csv").write_text("\n".join(["text,key", *rows]) + "\n")
+    _, scores = score(folder, tmp_path / "d.csv")
+    select = ("select", "--scores", scores, "--keep", 0.5, "--output", tmp_path / "k.csv", "--force", "--data")
+    assert darel(*select, tmp_path / "d.csv").exit_code == 0
+    (tmp_path / "shuffled.csv").write_text("\n".join(["text,key", *rows[::-1]]) + "\n")
+    (tmp_path / "other.csv").write_text("\n".join(["text,key", *rows[:5], "another,5"]) + "\n")
+    for name, message in (("shuffled", "6 of 6 rows have other texts"), ("other", "1 of 6 rows have other texts")):
+        done = darel(*select, tmp_path / f"{name}.csv")
+        assert done.exit_code == 1 and message in done.output and "score these data" in done.output
+    # With ids the order does not matter.
+    _, scores = score(folder, tmp_path / "d.csv", "--id-column", "key")
+    done = darel(*select[:2], scores, *select[3:], tmp_path / "shuffled.csv", "--id-column", "key")
+    assert done.exit_code == 0, done.output
+
+
+def test_scores_belong_to_their_rows_in_training(folder, tmp_path):
+    from helpers import PadCollator, arguments, tiny_gpt2
+    from transformers import AutoTokenizer
+
+    from darel_hf import DarelConfig, DarelTrainer
+    from darel_hf.nlg.task import tokenize_pairs
+
+    texts = ["The inn", "is", "The name is inn", "name inn is The", "inn inn", "The is", "is name", "name name inn"]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    _, scores = score(folder, tmp_path / "d.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+
+    def train(order, columns=("mr", "ref"), name="run"):
+        pairs = [{"mr": "", "ref": texts[i]} for i in order]
+        data = tokenize_pairs(pairs, tokenizer, 60).remove_columns(list(columns))
+        if "ref" not in columns:
+            data = data.rename_column("ref", "text")
+        trainer = DarelTrainer(
+            model=tiny_gpt2(), args=arguments(tmp_path / name), train_dataset=data, data_collator=PadCollator(),
+            darel=DarelConfig(offline_keep=0.5, scores=str(scores)),
+        )  # fmt: skip
+        trainer.train()
+
+    train(range(8))
+    train(range(8), ("mr",), "run2")
+    for i, columns in enumerate((("mr", "ref"), ("mr",))):  # by their labels, and by their texts
+        with pytest.raises(ValueError, match=r"scores='.*: made from other data: \d of 8 rows"):
+            train([1, 0, 2, 3, 4, 5, 7, 6], columns, f"other{i}")
+
+
+def test_a_prompt_that_fills_all(folder, tmp_path):
+    rows = [{"p": "The inn " * 30, "text": "is"}, {"p": "The", "text": "inn is"}, {"p": "is", "text": "The name inn"}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done, scores = score(folder, tmp_path / "d.jsonl", "--prompt-column", "p", "--max-length", 10)
+    assert done.exit_code == 0 and "1 samples have no token of 'text' within 10 tokens (ids [0])" in done.output
+    for rule in ("easiest", "hardest", "middle"):
+        out = tmp_path / f"{rule}.jsonl"
+        done = darel("select", "--scores", scores, "--keep", 0.6, "--rule", rule, "--output", out)
+        assert done.exit_code == 0 and [json.loads(line)["sample_id"] for line in out.open()] == [1, 2]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("d.csv", "text\ncaf\xe9\n".encode("latin-1"), "line 2 is not UTF-8"),
+    ("d.csv", "text\na\n".encode("utf-16"), "UTF-16"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is no JSON object"),
+    ("d.csv", b"", "the file is empty"),
+    ("d.csv", b"text\n", "there are no rows"),
+    ("d.jsonl", b'{"text": "a"}\n{"text": null}\n', "line 2 has no text in 'text', but nothing"),
+    ("d.jsonl", b'{"text": 3}\n{"text": "a"}\n', "line 1 has no text in 'text', but 3"),
+    ("d.csv", b"a,b\n1,2\n", "target_column='text'"),
+])  # fmt: skip
+def test_score_names_the_line(folder, tmp_path, name, text, message):
+    (tmp_path / name).write_bytes(text)
+    done, out = score(folder, tmp_path / name)
+    assert done.exit_code == 1 and message in done.output and done.output.count("\n") == 1, done.output
+    assert not out.exists()
+
+
 def test_plan():
     done = darel("plan", "--budget-time", 0.5)
     assert done.exit_code == 0 and "predicted 0.50" in done.output

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 import evaluate
 
+from ..files import require
 from .metrics import NAMES, NLGMetrics
 
 _CITATION = "Novikova, Dusek and Rieser 2017, The E2E dataset: new challenges for end-to-end generation"
@@ -14,7 +16,7 @@ _CITATION = "Novikova, Dusek and Rieser 2017, The E2E dataset: new challenges fo
 
 def metric_module(name: str) -> type[evaluate.Metric]:
     """
-    Return the `evaluate.Metric` of one score: `bleu`, `ter`, `meteor`, `nist` or `rouge_l`.
+    Return the `evaluate.Metric` of one score: `bleu`, `ter`, `meteor`, `nist`, `rouge_l`, `cider`, `chrf` or `chrf++`.
 
     Its `compute(predictions=, references=, **settings)` takes one text, and one or a list of reference texts, an
     instance; the settings are those of [`NLGMetrics`]. It returns the score, its `signature`, and with `bootstrap` the
@@ -33,6 +35,21 @@ def metric_module(name: str) -> type[evaluate.Metric]:
                     datasets.Features({"predictions": text, "references": text}),
                 ],
             )
+
+        def add_batch(self, *, predictions: Any = None, references: Any = None, **more: Any) -> None:
+            """Take texts; `evaluate` itself would take a text among lists letter by letter."""
+            for what, given in (("predictions", predictions), ("references", references)):
+                listed = hasattr(given, "__len__") and not isinstance(given, (str, bytes, Mapping))
+                require(
+                    given is None or listed,
+                    what,
+                    given,
+                    "give a list of texts, or of lists of texts, an instance each",
+                )
+            kinds = {isinstance(group, str) for group in references or ()}
+            remedy = "some are texts, others lists of texts; give a list an instance"
+            require(len(kinds) < 2, "references", references, remedy)
+            super().add_batch(predictions=predictions, references=references, **more)
 
         def _compute(self, predictions: list[str], references: list[Any], **settings: Any) -> dict[str, Any]:
             metrics = NLGMetrics(**settings, only=(name,))

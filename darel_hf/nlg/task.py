@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -35,16 +36,23 @@ from ..config import DarelConfig
 from ..data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
 from ..files import atomic_path, require, write_json, write_text
 from ..jobs import claim_folder, require_hub, train_once
-from ..scoring import BatchScorer, model_fingerprint, score_dataset
+from ..scoring import BatchScorer, label_hashes, model_fingerprint, row_hashes, score_dataset
 from ..selection import Scores
 from ..training import DarelTrainer, checkpoints
 from .metrics import NAMES, NLGMetrics
+from .representations import parse
+from .tables import Table, read
 
 logger = logging.getLogger(__name__)
 
 PROMPT_END = " ||"  # of all prompts: the tokens from which on lora_on="completion" acts
 LORA_ON = {"all": LoraConfig, "reader": ReaderLoraConfig, "completion": LoraConfig}
 FILES = {"train": "trainset.csv", "dev": "devset.csv", "test": "testset_w_refs.csv"}
+#: What the columns of pairs may be called, in a file.
+PAIR_COLUMNS = {
+    "mr": ("mr", "meaning_representation", "source", "src", "input"),
+    "ref": ("ref", "human_reference", "reference", "target", "trg", "tgt"),
+}
 HUB_COLUMNS = {"meaning_representation": "mr", "human_reference": "ref", "mr": "mr", "ref": "ref"}
 
 
@@ -108,23 +116,25 @@ class NLGArguments:
 
 def read_pairs(path: str | os.PathLike) -> list[dict[str, str]]:
     """
-    Read meaning representations and references from a CSV file with the columns `mr` and `ref`.
+    Read meaning representations and references from a CSV file with the columns `mr` and `ref` (or the hub's names).
 
     Raises:
-        ValueError: if the file is missing or is not UTF-8, a column is missing, or there are no rows.
+        ValueError: if the file is missing or is not UTF-8, a column is missing, there are no rows, or one of them is
+            broken or has an empty cell; names the line.
     """
-    require(Path(path).is_file(), "data_dir", str(path), "no such file; the folder needs " + ", ".join(FILES.values()))
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            for name in ("mr", "ref"):
-                require(name in columns, "data_dir", str(path), f"no column {name!r}, only {columns}")
-            rows = [{"mr": row["mr"], "ref": row["ref"]} for row in reader]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data_dir={str(path)!r}: not UTF-8 text ({error}); convert it") from None
-    require(bool(rows), "data_dir", str(path), "there are no rows in it")
-    return rows
+    require(Path(path).exists(), "data_dir", str(path), "no such file; the folder needs " + ", ".join(FILES.values()))
+    table = read(path, "data_dir")
+    names = {re.sub(r"[ .-]+", "_", column.strip().lower()): column for column in reversed(table.columns)}
+    cells = {}
+    for name, known in PAIR_COLUMNS.items():
+        column = next((names[one] for one in known if one in names), None)
+        require(column is not None, "data_dir", str(path), f"no column {name!r}, only {table.columns}")
+        cells[name] = table.texts(column, "data_dir")
+    for row, (mr, ref) in enumerate(zip(cells["mr"], cells["ref"], strict=True)):
+        for name, cell in (("mr", mr), ("ref", ref)):
+            if not cell.strip():
+                table.refuse(f"{table.place(row)} has an empty {name!r}")
+    return [{"mr": mr, "ref": ref} for mr, ref in zip(cells["mr"], cells["ref"], strict=True)]
 
 
 def load_pairs(args: NLGArguments, splits: Sequence[str] = tuple(FILES)) -> dict[str, list[dict[str, str]]]:
@@ -145,7 +155,7 @@ def prompt_of(mr: str) -> str:
     """
     Write a meaning representation as a prompt: `name[Blue Spice], area[riverside]` -> `name : Blue Spice | ...`.
 
-    Any other text stays as it is.
+    Any other text, also one with brackets in it, stays as it is.
 
     Example:
 
@@ -154,10 +164,8 @@ def prompt_of(mr: str) -> str:
     'name : Blue Spice | area : riverside ||'
     ```
     """
-    if "[" not in mr:
-        return mr
-    parts = [part.strip().rstrip("]").split("[", 1) for part in mr.split("],")]
-    return " | ".join(" : ".join(piece.strip() for piece in part) for part in parts) + PROMPT_END
+    slots = parse(mr) if "[" in mr else None
+    return mr if slots is None else " | ".join(f"{name} : {value}" for name, value in slots) + PROMPT_END
 
 
 def tokenize_pairs(
@@ -202,6 +210,18 @@ def score_texts(
     Raises:
         ValueError: for missing columns, ids that are not unique, or losses that are NaN.
     """
+    return _scored(table, model_name_or_path, prompt_column, target_column, id_column, max_length)[0]
+
+
+def _scored(
+    table: datasets.Dataset,
+    model_name_or_path: str,
+    prompt_column: str | None,
+    target_column: str,
+    id_column: str | None,
+    max_length: int,
+) -> tuple[Scores, list[list[int]]]:
+    """Return the scores, ids ascending, and the labels of each row of the table."""
     ids = sample_ids(table, id_column)
     targets = read_column(table, target_column, "target_column")
     prompts = [""] * len(ids) if prompt_column is None else read_column(table, prompt_column, "prompt_column")
@@ -210,13 +230,51 @@ def score_texts(
     pairs = [{"mr": prompt, "ref": target} for prompt, target in zip(prompts, targets, strict=True)]
     data = tokenize_pairs(pairs, tokenizer, max_length).remove_columns(["mr", "ref"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return score_dataset(
+    scores = score_dataset(
         BatchScorer(model.to(device)),
         add_ids(data, ids),
         CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)),
         lambda batch: {key: value.to(device) for key, value in batch.items()},
         origin={"model": model_fingerprint(model)},
     )
+    return scores, data["labels"][:]
+
+
+def ids_of(table: Table, id_column: str | None) -> np.ndarray:
+    """Return the id of every row, see [`darel_hf.data.sample_ids`]: int64 `[n]`, row numbers by default."""
+    if id_column is None:
+        return np.arange(len(table), dtype=np.int64)
+    return sample_ids(datasets.Dataset.from_dict({id_column: table.numbers(id_column, "id_column")}), id_column)
+
+
+def score_table(
+    table: Table,
+    model_name_or_path: str,
+    prompt_column: str | None,
+    target_column: str,
+    id_column: str | None,
+    max_length: int,
+) -> tuple[Scores, dict[str, np.ndarray]]:
+    """
+    Score the texts of a file, see [`score_texts`].
+
+    Returns:
+        `tuple`: the scores, and by column the hashes that say what was scored, see
+        [`darel_hf.scoring.check_rows`].
+
+    Raises:
+        ValueError: for cells that are no text, naming the line; see [`score_texts`].
+    """
+    names = [name for name in (prompt_column, target_column) if name is not None]
+    purposes = dict(zip(names[::-1], ("target_column", "prompt_column"), strict=False))
+    columns = {name: table.texts(name, purposes[name]) for name in names}
+    ids = ids_of(table, id_column)
+    order = np.argsort(ids, kind="stable")
+    data = datasets.Dataset.from_dict({**columns, "sample id": ids})
+    scores, labels = _scored(data, model_name_or_path, prompt_column, target_column, "sample id", max_length)
+    scores.origin.update({"prompt_column": prompt_column or "", "target_column": target_column})
+    hashes = {"text_hash": row_hashes(*columns.values())[order], "label_hash": label_hashes(labels)[order]}
+    return scores, hashes
 
 
 def group_references(pairs: list[dict[str, str]]) -> dict[str, list[str]]:
@@ -358,6 +416,23 @@ def generate(
     return predictions
 
 
+def check_generation(args: NLGArguments, mrs: Sequence[str], model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for settings and inputs that generation would stop at, after all training."""
+    for name in ("num_beams", "max_new_tokens", "generation_batch_size"):
+        require(getattr(args, name) >= 1, name, getattr(args, name), "give a whole number, 1 or more")
+    least = args.no_repeat_ngram_size >= 0
+    require(least, "no_repeat_ngram_size", args.no_repeat_ngram_size, "give a size, or 0 for no limit")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        lengths = [len(ids) for ids in tokenizer([prompt_of(mr) for mr in mrs], add_special_tokens=False)["input_ids"]]
+        longest = int(np.argmax(lengths))
+        remedy = (
+            f"the representation {mrs[longest][:60]!r} has {lengths[longest]} tokens, and the model {positions} "
+            "positions for it and the output; shorten it, or lower max_new_tokens"
+        )
+        require(lengths[longest] + args.max_new_tokens <= positions, "max_new_tokens", args.max_new_tokens, remedy)
+
+
 def _read_partial(path: Path, origin: str) -> dict[int, str]:
     """Read finished predictions; a line that was cut off is dropped, a file of another origin is put aside."""
     if not path.exists():
@@ -404,6 +479,8 @@ def run(args: NLGArguments, darel: DarelConfig, training: TrainingArguments) -> 
     pairs["train"] = training_pairs(pairs["train"], args, training.seed)
     set_seed(training.seed)  # adapters begin at random
     model, tokenizer = load_model(args)
+    if args.generate:
+        check_generation(args, list(held_out(pairs["test"], args)), model, tokenizer)
     data = {split: tokenize_pairs(part, tokenizer, args.max_length) for split, part in pairs.items()}
     multiple = 8 if training.bf16 or training.fp16 else None
     trainer = DarelTrainer(
@@ -480,7 +557,8 @@ def _predict(
     started = time.perf_counter()
     predictions = generate(model, tokenizer, list(groups), args, folder / "predictions.txt")
     seconds = time.perf_counter() - started
-    scores = metrics(predictions, list(groups.values()))
+    mrs = list(groups) if all(parse(mr) for mr in groups) else None
+    scores = metrics(predictions, list(groups.values()), mrs=mrs)
     write_json(folder / "scores.json", scores)
     counts = {"test_representations": len(groups), "generation_seconds": seconds}
     return {name: scores[name] for name in NAMES} | counts

@@ -7,7 +7,15 @@ Stands on `data/` and `selection/`.
 from .dataset import default_max_tokens, read_window, rows_without_tokens, score_dataset
 from .losses import IGNORE, SampleLosses, per_sample_losses, weighted_loss
 from .prompts import SharedPrompts, share_prompts
-from .saved import load_scores, match_scores, model_fingerprint, save_scores
+from .saved import (
+    check_rows,
+    label_hashes,
+    load_scores,
+    match_scores,
+    model_fingerprint,
+    row_hashes,
+    save_scores,
+)
 from .scorer import (
     BatchScorer,
     PerSampleLoss,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +21,20 @@ from ..files import atomic_path, require
 from ..selection import Scores, check_finite
 from .scorer import base_model
 
+logger = logging.getLogger(__name__)
+HASHES = ("text_hash", "label_hash")  # columns that say what was scored
 
-def save_scores(scores: Scores, path: str | os.PathLike) -> None:
-    """Write scores as parquet (`sample_id`, `loss`, `n_tokens`, `correct`, perhaps `embedding`), atomically."""
+
+def save_scores(scores: Scores, path: str | os.PathLike, hashes: Mapping[str, np.ndarray] | None = None) -> None:
+    """
+    Write scores as parquet (`sample_id`, `loss`, `n_tokens`, `correct`, perhaps `embedding`), atomically.
+
+    Args:
+        scores ([`Scores`]): what is written.
+        path: the file.
+        hashes (`dict`, *optional*): int64 `[n]` by column (`text_hash`, `label_hash`): what was scored, see
+            [`check_rows`].
+    """
     columns = {
         "sample_id": scores.ids,
         "loss": scores.losses,
@@ -30,6 +44,7 @@ def save_scores(scores: Scores, path: str | os.PathLike) -> None:
     if scores.embeddings is not None:
         width = scores.embeddings.shape[1]
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(scores.embeddings.reshape(-1), width)
+    columns |= hashes or {}
     table = pa.table(columns).replace_schema_metadata({"darel": json.dumps(scores.origin)})
     with atomic_path(path) as temporary:
         pq.write_table(table, temporary, write_page_checksum=True)
@@ -92,6 +107,65 @@ def match_scores(scores: Scores, ids: np.ndarray, data: str, path: str, field: s
     rows = order[np.searchsorted(scores.ids[order], ids)]
     embeddings = None if scores.embeddings is None else scores.embeddings[rows]
     return Scores(ids, scores.losses[rows], scores.n_tokens[rows], scores.correct[rows], scores.origin, embeddings)
+
+
+def row_hashes(*columns: Sequence[Any]) -> np.ndarray:
+    """Hash the cells of each row: int64 `[n]`."""
+    hashes = (
+        hashlib.blake2b(repr(row).encode("utf-8", "surrogatepass"), digest_size=8)
+        for row in zip(*columns, strict=True)
+    )
+    return np.array([int.from_bytes(one.digest(), "little", signed=True) for one in hashes], np.int64)
+
+
+def check_rows(
+    path: str | os.PathLike, ids: np.ndarray, column: Callable[[str], Sequence[Any] | None], field: str = "scores"
+) -> None:
+    """
+    See that scores made by `darel score` are those of these rows: by their texts, else by their labels.
+
+    Args:
+        path: the file of scores.
+        ids (`np.ndarray`): int64 `[n]`, of the rows.
+        column (`Callable`): returns the cells of a column by its name, or None where there is none.
+        field (`str`): the setting that names the file, for errors.
+
+    Raises:
+        ValueError: if rows carry other texts than those that were scored, naming the first.
+    """
+    schema = pq.read_schema(path)
+    if "text_hash" not in schema.names:
+        return
+    table = pq.read_table(path, columns=[name for name in HASHES if name in schema.names] + ["sample_id"])
+    origin = json.loads((schema.metadata or {}).get(b"darel", b"{}"))
+    scored = [name for name in (origin.get("prompt_column"), origin.get("target_column")) if name]
+    order = {int(sample): row for row, sample in enumerate(table["sample_id"].to_pylist())}
+    rows = np.array([order[int(sample)] for sample in ids], np.int64)
+    cells = [column(name) for name in scored]
+    if all(cell is not None for cell in cells):
+        differ = np.flatnonzero(row_hashes(*cells) != table["text_hash"].to_numpy()[rows])
+        where = f"{len(differ)} of {len(ids)} rows have other texts in {scored}"
+    else:
+        labels = column("labels")
+        hashes = None if labels is None or "label_hash" not in table.column_names else label_hashes(labels)
+        known = np.array([]) if hashes is None else table["label_hash"].to_numpy()[rows]
+        if hashes is None or np.isin(hashes, known).mean() < 0.5:  # another tokenizer or another form of the samples
+            logger.warning(
+                "%s: the training set has no columns %s, so it cannot be checked that its rows are those scored",
+                path,
+                scored,
+            )
+            return
+        differ = np.flatnonzero(hashes != known)
+        where = f"{len(differ)} of {len(ids)} rows have other labels"
+    first = int(ids[differ[0]]) if len(differ) else None
+    remedy = f"made from other data: {where} than was scored, the first is sample {first}; score these data"
+    require(len(differ) == 0, field, str(path), remedy)
+
+
+def label_hashes(labels: Sequence[Sequence[int]]) -> np.ndarray:
+    """Hash the tokens of each row that count as labels: int64 `[n]`."""
+    return row_hashes([[int(token) for token in row if token != -100] for row in labels])
 
 
 def model_fingerprint(model: nn.Module, without_adapters: bool = False) -> str:

@@ -122,6 +122,11 @@ class TrainingSet:
         require(config.offline_keep == 1 or places >= present, "group_column", column, remedy)
         return groups
 
+    def column(self, name: str) -> list | None:
+        """Return the cells of a column, or None where the training set is no table that has it."""
+        known = isinstance(self.dataset, datasets.Dataset) and name in self.dataset.column_names
+        return read_column(self.dataset, name, name) if known else None
+
     def take_fingerprint(self) -> None:
         """Hash ids and content, on the main process; the caller has set the seeds of data that are augmented."""
         if not self.streams:

@@ -14,6 +14,7 @@ from torch import nn
 from ..data import code_fingerprint
 from ..files import require
 from ..scoring import (
+    check_rows,
     load_scores,
     match_scores,
     model_fingerprint,
@@ -77,7 +78,9 @@ class OfflineStage:
         scores = load_scores(path, field)
         remedy = f"{len(scores.ids)} scores for {len(ids)} samples that are known by row number; score these data"
         require(self.config.id_column is not None or len(scores.ids) == len(ids), field, path, remedy)
-        return match_scores(scores, ids, self.data.fingerprint, path, field)
+        scores = match_scores(scores, ids, self.data.fingerprint, path, field)
+        check_rows(path, ids, self.data.column, field)
+        return scores
 
     def make_scorer(self, needed: bool) -> None:
         """Call the user's function for a scoring model, if there may be an offline pass."""

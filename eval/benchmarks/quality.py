@@ -182,13 +182,14 @@ def main() -> None:
                 continue
             if options.num_beams > 1:
                 scores = measure(told[name], references)
-                result |= {key: scores[key] for key in NAMES}
+                result |= {key: scores.get(key) for key in NAMES}
             row = {
                 "arm": name,
                 "seed": seed,
                 "time": result["seconds"] / plain,
                 "plain_seconds": plain,
-                **{key: result[key] for key in (*NAMES, "seconds")},
+                "seconds": result["seconds"],
+                **{key: result.get(key) for key in NAMES},
                 **{key: result[key] for key in ("scoring_seconds", "predicted_time", "steps", "train_loss")},
                 "words": float(np.mean([len(text.split()) for text in told[name]])),
                 "rows_backpropagated": result["rows_backpropagated"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForSequenceClassification,
@@ -27,6 +27,7 @@ from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.config import require
 from darel_hf.files import write_json
 from darel_hf.jobs import accuracy, claim_folder, parse_settings, require_hub, train_once
+from darel_hf.nlg.tables import read
 
 
 @dataclass
@@ -53,11 +54,12 @@ def main() -> None:
         require_hub(task.model_name_or_path, "model", "model_name_or_path")
     folder = claim_folder(training, task.resume)
 
-    data = load_dataset("csv", data_files=files)
-    wanted = {*task.text_columns, task.label_column}
+    data = DatasetDict()
     for split, path in files.items():
-        missing = sorted(wanted - set(data[split].column_names))
-        require(not missing, "text_columns, label_column", missing, f"{path} has only {data[split].column_names}")
+        table = read(path, f"{split}_file")
+        columns = {name: table.texts(name, "text_columns") for name in task.text_columns}
+        columns[task.label_column] = list(map(str, table.column(task.label_column, "label_column")))
+        data[split] = Dataset.from_dict(columns)
     names = sorted(set(map(str, data["train"][task.label_column])))
     number = {name: i for i, name in enumerate(names)}
     unknown = sorted(set(map(str, data["validation"][task.label_column])) - set(names))

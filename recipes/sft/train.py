@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets import load_dataset
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import set_seed
 from trl import SFTConfig
@@ -23,6 +23,7 @@ from darel_hf import DarelConfig, DarelSFTTrainer
 from darel_hf.config import require
 from darel_hf.files import write_json
 from darel_hf.jobs import claim_folder, parse_settings, train_once
+from darel_hf.nlg.tables import read
 
 
 @dataclass
@@ -44,7 +45,7 @@ def main() -> None:
     trainer = DarelSFTTrainer(
         model=task.model_name_or_path,
         args=training,
-        train_dataset=load_dataset("json", data_files=task.train_file, split="train"),
+        train_dataset=Dataset.from_list(read(task.train_file, "train_file").rows),
         peft_config=LoraConfig(r=task.lora_r, task_type="CAUSAL_LM") if task.lora_r > 0 else None,
         darel=darel,
     )

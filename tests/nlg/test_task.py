@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from darel_hf import DarelConfig
 from darel_hf.jobs import parse_settings
 from darel_hf.nlg.corpus import make_corpus
+from darel_hf.nlg.metrics import NAMES
 from darel_hf.nlg.task import (
     NLGArguments,
     NoRepeatInOutput,
@@ -101,6 +102,44 @@ def test_the_recipes_settings_are_the_papers(name):
 def test_prompts():
     assert prompt_of("name[The Oak], price[less than 60]") == "name : The Oak | price : less than 60 ||"
     assert prompt_of("Translate this:") == "Translate this:"
+
+
+@pytest.mark.parametrize("text", ["[INST] Hi [/INST]", "Sort the list [3, 1, 2].", "name[a], and then", "a[0], b"])
+def test_other_prompts_stay_as_they_are(text):
+    assert prompt_of(text) == text
+
+
+@pytest.mark.parametrize("text", [
+    "\ufeffmr,ref\na[1],one\n", "MR,REF\na[1],one\n", "meaning_representation,human_reference\na[1],one\n",
+    "mr;ref\na[1];one\n", "mr,ref,fixed\na[1],one,0\n",
+])  # fmt: skip
+def test_pairs_of_any_spelling(tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    assert read_pairs(tmp_path / "a.csv") == [{"mr": "a[1]", "ref": "one"}]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ('mr,ref\na,"one"\nb,"second\nc,third\n', "the row that begins in line 3 is broken"),
+    ("mr,ref\na,cheap, and nice\n", "line 2 has 3 columns"),
+    ("mr,ref\na,one\nb\n", "line 3 has 1 columns"),
+    ("mr,ref\na," + "x" * 140_000 + "\n", "begins in line 2 is broken"),
+    ("mr,ref\na,one\nb, \n", "line 3 has an empty 'ref'"),
+])  # fmt: skip
+def test_pairs_that_are_broken(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_pairs(tmp_path / "a.csv")
+    assert str(raised.value).startswith(f"data_dir={str(tmp_path / 'a.csv')!r}")
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 100_000}])
+def test_generation_is_checked_before_training(base, tmp_path, monkeypatch, settings):
+    args = task(base)
+    for name, value in settings.items():
+        setattr(args, name, value)
+    monkeypatch.setattr("darel_hf.nlg.task.train_once", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        run(args, DarelConfig(), training(tmp_path / "out"))
 
 
 def test_labels_are_on_reference_and_end_only(base):
@@ -224,7 +263,7 @@ def test_run(base, tmp_path):
     scores = json.loads((out / "scores.json").read_text())
     assert scores["n"] == results["test_representations"] and set(scores["signatures"]) >= {"bleu", "ter", "nist"}
     report = json.loads((out / "darel" / "report.json").read_text())
-    assert report["scores"] == {name: scores[name] for name in ("bleu", "ter", "meteor", "nist", "rouge_l")}
+    assert report["scores"] == {name: scores[name] for name in NAMES}
     with pytest.raises(ValueError, match="holds another run"):
         run(task(base), DarelConfig(), training(out))
 

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from darel_hf.nlg.texts import match, read_predictions, read_references
 
@@ -147,3 +149,49 @@ def test_bad_files(tmp_path, predictions, references, kinds, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"predictions=.*no such file"):
         read_predictions(tmp_path / "none.txt")
+
+
+def test_the_files_of_loras_repository(tmp_path):
+    mr = "name : The Oak | Type : inn||"
+    text = f"{mr}The Oak is an inn . \n{mr}An inn . \nname : Elm||Elm . \n"
+    assert read(tmp_path, "a\nb\n", text) == (["a", "b"], [["The Oak is an inn .", "An inn ."], ["Elm ."]])
+    pairs = [("name : The Oak", "The Oak ."), ("name : Elm", "Elm .")]
+    lines = "".join(f'{{"context": "{mr}", "completion": "{text}"}}\n' for mr, text in pairs)
+    assert read(tmp_path, "a\nb\n", lines, ("txt", "jsonl")) == (["a", "b"], [["The Oak ."], ["Elm ."]])
+
+
+PIECES = st.sampled_from(
+    [
+        *'{}[]",\t\n\0\ufeffa1',
+        "mr",
+        "ref",
+        "id",
+        "prediction",
+        "references",
+        "\r\n",
+        "\n\n",
+        "the inn",
+        "name[a]",
+        "||",
+        "null",
+        ": ",
+        "<benchmark>",
+        "<entry>",
+        "</entry>",
+        "entries",
+        "annotations",
+    ]
+)
+FILES = st.tuples(st.sampled_from(["csv", "tsv", "json", "jsonl", "txt", "xml", "out"]), st.lists(PIECES, max_size=20))
+
+
+@given(FILES, FILES)
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_two_files_fit_together_or_are_refused(tmp_path, predictions, references):
+    paths = [write(tmp_path, f"{n}.{kind}", "".join(text)) for n, (kind, text) in enumerate((predictions, references))]
+    try:
+        texts, groups = match(read_predictions(paths[0]), read_references(paths[1]))
+    except ValueError as error:
+        assert "\n" not in str(error) and str(error).startswith(("predictions", "references", "id=", "mr="))
+        return
+    assert len(texts) == len(groups) > 0 and all(group and all(text.strip() for text in group) for group in groups)

@@ -1,8 +1,7 @@
-"""What our metrics share: the frame of sacrebleu's, and the words of the COCO scripts."""
+"""What our metrics share: the frame of sacrebleu's."""
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -41,25 +40,3 @@ class SegmentMean(SummedMetric):
 
     def _compute_score_from_stats(self, stats: Sequence[float]) -> Score:
         return Score(self.name, float(stats[0] / stats[1]) if stats[1] else 0.0)
-
-
-_CLITIC = re.compile(r"(?<=\w)(n't|'(?:s|re|ll|ve|d|m))\b")
-_TOKEN = re.compile(r"n't\b|'(?:s|re|ll|ve|d|m)\b|[^\W_]+(?:(?:[-']|(?<=\d)[.,:/](?=\d))[^\W_]+)*|\S")
-_PUNCTUATION = frozenset("'`\".?!,:-;")
-
-
-def ptb_words(text: str) -> list[str]:
-    """
-    Split English text as the COCO scripts do before ROUGE-L and METEOR: lower case, Penn Treebank, no punctuation.
-
-    It stands in for the Java program PTBTokenizer; on the 51,426 references of E2E, 99.87 % come out alike.
-
-    Example:
-
-    ```python
-    >>> ptb_words("It isn't cheap: £20-25!")
-    ['it', 'is', "n't", 'cheap', '£', '20-25']
-    ```
-    """
-    text = _CLITIC.sub(r" \1", text.lower().replace("cannot", "can not"))
-    return [word for word in _TOKEN.findall(text) if word not in _PUNCTUATION]

@@ -17,7 +17,8 @@ from sacrebleu.metrics.base import Score, Signature
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from ...files import require
-from .base import SegmentMean, SummedMetric, ptb_words
+from .base import SegmentMean, SummedMetric
+from .ptb import ptb_words
 
 DEBIAN_WORDNET = "/usr/share/wordnet"
 NO_WORDNET = (

@@ -1,10 +1,10 @@
-"""NIST over several references, as mteval-v13a.pl and nltk have it."""
+"""NIST over several references, as mteval-v13a.pl, the E2E scripts with -p, and nltk have it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sacrebleu.metrics.base import Score, Signature
@@ -14,7 +14,7 @@ from ..._version import __version__
 from ...files import require
 from .base import SummedMetric
 
-# ---- NIST ----
+READINGS = ("mteval", "pymteval", "nltk")
 
 
 class NIST(SummedMetric):
@@ -32,9 +32,11 @@ class NIST(SummedMetric):
     divided by the mean number of references per segment.
 
     Args:
-        reading (`str`): `"mteval"`, or `"nltk"`: `nltk.translate.nist_score.corpus_nist` takes the counts of the one
-            reference with the highest precision, per segment and n-gram order. Where that divides by zero (no
-            hypothesis with n words), the order counts 0 here.
+        reading (`str`): `"mteval"`; `"pymteval"`, what the E2E scripts compute with `-p`: L_r is the sum of the
+            segments' mean lengths, a text shorter than n words counts a negative number of n-grams, an empty one is
+            one empty word; or `"nltk"`: `nltk.translate.nist_score.corpus_nist` takes the counts of the one reference
+            with the highest precision, per segment and n-gram order. Where the latter two divide by zero (no n-grams
+            in all), the order counts 0 here.
         lowercase (`bool`): compare in lower case.
     """
 
@@ -44,7 +46,7 @@ class NIST(SummedMetric):
     class _Signature(Signature):
         def __init__(self, args: dict):
             super().__init__(args)
-            by = {"mteval": "mteval-v13a", "nltk": "nltk"}[args["reading"]]
+            by = {"mteval": "mteval-v13a", "pymteval": "e2e-metrics-p", "nltk": "nltk"}[args["reading"]]
             case = "lc" if args["lowercase"] else "mixed"
             self.info.update(reading=by, order=NIST.ORDER, case=case, tok="13a", version=f"darel_hf-{__version__}")
 
@@ -52,7 +54,7 @@ class NIST(SummedMetric):
 
     def __init__(self, reading: str = "mteval", lowercase: bool = True):
         super().__init__()
-        require(reading in ("mteval", "nltk"), "reading", reading, "give 'mteval' or 'nltk'")
+        require(reading in READINGS, "reading", reading, f"give one of {', '.join(READINGS)}")
         self.reading = reading
         self.lowercase = lowercase
         self.tokenizer = Tokenizer13a()
@@ -61,47 +63,56 @@ class NIST(SummedMetric):
         return self.tokenizer(sent.lower() if self.lowercase else sent)
 
     def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        words = [ref.split() for ref in refs]
-        return {"words": words, "ngrams": [[_ngrams(ref, n) for n in range(1, self.ORDER + 1)] for ref in words]}
+        return {"words": [self._split(ref) for ref in refs]}
+
+    def _split(self, text: str) -> list[str]:
+        return text.split() or ([""] if self.reading == "pymteval" else [])
 
     def _cache_references(self, references: Sequence[Sequence[str]]) -> list[Any]:
         cache = super()._cache_references(references)
         total: Counter[tuple[str, ...]] = Counter()
         for info in cache:
-            for orders in info["ngrams"]:
-                for counts in orders:
-                    total.update(counts)
+            for ref in info["words"]:
+                for n in range(1, self.ORDER + 1):
+                    total.update(ngrams(ref, n))
         total[()] = sum(len(ref) for info in cache for ref in info["words"])
         # log(x, 2), as nltk has it and not log2: its choice among equally good references hangs on the last bit.
         self.information = {gram: math.log(total[gram[:-1]] / count, 2) for gram, count in total.items() if gram}
         return cache
 
     def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
-        words = hypothesis.split()
-        of = self._mteval_statistics if self.reading == "mteval" else self._nltk_statistics
-        return of(words, [_ngrams(words, n) for n in range(1, self.ORDER + 1)], **ref_kwargs)
+        words = self._split(hypothesis)
+        orders = range(1, self.ORDER + 1)
+        of = self._nltk_statistics if self.reading == "nltk" else self._mteval_statistics
+        counted = [[Counter(ngrams(ref, n)) for n in orders] for ref in ref_kwargs["words"]]
+        return of(words, [Counter(ngrams(words, n)) for n in orders], ref_kwargs["words"], counted)
 
     def _gain(self, hypothesis: Counter, reference: Counter) -> float:
         return sum(self.information[gram] * count for gram, count in (hypothesis & reference).items())
 
-    def _mteval_statistics(self, hypothesis: list[str], counts: list[Counter], words: Any, ngrams: Any) -> list[float]:
+    def _mteval_statistics(
+        self, hypothesis: list[str], counts: list[Counter], words: Any, counted: Any
+    ) -> list[float]:
         """Return information per order, n-grams per order, words of the hypothesis, of all references, references."""
         gains, totals = [], []
+        fewest = 0 if self.reading == "mteval" else -self.ORDER
         for n, own in enumerate(counts):
             merged: Counter = Counter()
-            for orders in ngrams:
+            for orders in counted:
                 merged |= orders[n]
             gains.append(self._gain(own, merged))
-            totals.append(max(0, len(hypothesis) - n))
+            totals.append(max(fewest, len(hypothesis) - n))
+        if self.reading == "pymteval":
+            return [*gains, *totals, len(hypothesis), sum(map(len, words)) / len(words), 1, 1]
         return [*gains, *totals, len(hypothesis), sum(map(len, words)), sum(1 for ref in words if ref), 1]
 
-    def _nltk_statistics(self, hypothesis: list[str], counts: list[Counter], words: Any, ngrams: Any) -> list[float]:
+    def _nltk_statistics(self, hypothesis: list[str], counts: list[Counter], words: Any, counted: Any) -> list[float]:
         """Return the same fields; lengths are those of the best reference, summed over orders as nltk does."""
         gains, totals, length = [], [], 0
         for n, own in enumerate(counts):
             total = sum(own.values())
             best = []
-            for ref, orders in zip(words, ngrams, strict=True):
+            for ref, orders in zip(words, counted, strict=True):
                 gain = self._gain(own, orders[n])
                 best.append((gain / total if total else 0, gain, total, len(ref)))
             _, gain, _, ref_length = max(best)
@@ -113,11 +124,13 @@ class NIST(SummedMetric):
     def _compute_score_from_stats(self, stats: Sequence[float]) -> Score:
         gains, totals = stats[: self.ORDER], stats[self.ORDER : 2 * self.ORDER]
         length, ref_length, references, segments = stats[2 * self.ORDER :]
-        precision = sum(gain / total for gain, total in zip(gains, totals, strict=True) if total > 0)
+        known = (total > 0 or (total < 0 and self.reading == "pymteval") for total in totals)
+        precision = sum(gain / total for gain, total, fine in zip(gains, totals, known, strict=True) if fine)
         ratio = length * references / (ref_length * segments) if ref_length > 0 else 0.0
         penalty = math.exp(-self.BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio >= 1)
         return Score("NIST", float(precision * penalty))
 
 
-def _ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
+    """Yield the n-grams of a text, in order."""
+    return zip(*(words[i:] for i in range(n)), strict=False)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from sacrebleu.metrics.base import Signature
 
 from ..._version import __version__
-from .base import SegmentMean, ptb_words
+from .base import SegmentMean
+from .ptb import ptb_words
 
 
 class RougeL(SegmentMean):
@@ -30,7 +31,7 @@ class RougeL(SegmentMean):
     _SIGNATURE_TYPE = _Signature
 
     def segment(self, hypothesis: str, references: list[str]) -> float:
-        words = ptb_words(hypothesis)
+        words = _ptb_cached(hypothesis)
         precision = recall = 0.0
         for reference in references:
             ref = _ptb_cached(reference)
@@ -42,7 +43,10 @@ class RougeL(SegmentMean):
         return (1 + self.BETA**2) * precision * recall / (recall + self.BETA**2 * precision)
 
 
-_ptb_cached = functools.lru_cache(maxsize=1 << 16)(ptb_words)
+@functools.lru_cache(maxsize=1 << 14)
+def _ptb_cached(text: str) -> list[str]:
+    """Return the words; a text without any has one, the empty word, as where the scripts split at blanks."""
+    return ptb_words(text) or [""]
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:

@@ -1,43 +1,63 @@
-"""BLEU, TER, METEOR, NIST and ROUGE-L of generated text, as the E2E challenge has them, signatures included."""
+"""All scores of one or many systems: statistics extracted once, on all cores, then scored, resampled and compared."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import joblib
 import numpy as np
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
+from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+from tqdm.auto import tqdm
 
 from ...files import require
+from . import significance
+from .bleu import ScriptBLEU
+from .cider import CIDEr
 from .meteor import METEOR, NO_WORDNET, JavaMETEOR, find_wordnet, open_wordnet
-from .nist import NIST
+from .nist import NIST, ngrams
 from .rouge import RougeL
+from .slots import SlotErrorRate
 from .ter import FastTER
 
-PROTOCOLS = ("e2e", "paper")
-NAMES = {"bleu": "BLEU", "ter": "TER", "meteor": "METEOR", "nist": "NIST", "rouge_l": "ROUGE-L"}
+PROTOCOLS = ("e2e", "paper", "lora")
+NAMES = {
+    "bleu": "BLEU",
+    "ter": "TER",
+    "meteor": "METEOR",
+    "nist": "NIST",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "chrf": "chrF",
+    "chrf++": "chrF++",
+    "ser": "SER",
+}
+LOWER_IS_BETTER = ("ter", "ser")
 _PARALLEL_FROM = 400  # pairs of prediction and reference below which starting workers costs more than it saves
-
-
-# ---- All together ----
+_PART = 256  # instances a worker takes at a time, at most
+# Scores whose weights come from all references at a time, or whose program runs once: computed here, not by workers.
+_HERE = (NIST, CIDEr, JavaMETEOR, SlotErrorRate)
 
 
 class NLGMetrics:
     """
-    Score generated texts with BLEU, TER, METEOR, NIST and ROUGE-L over any number of references.
+    Score generated texts with BLEU, TER, METEOR, NIST, ROUGE-L, CIDEr, chrF, chrF++ and, where there are meaning
+    representations, the slot error rate (SER), over any number of references.
 
-    BLEU and TER are on sacrebleu's scale of 0 to 100, METEOR and ROUGE-L in [0, 1], NIST in bits, as in the scripts
-    of the E2E challenge. Statistics are extracted once per segment (TER, which costs most, on all cores) and resampled
-    for intervals.
+    BLEU, TER, chrF and SER are on a scale of 0 to 100, METEOR and ROUGE-L in [0, 1], CIDEr in [0, 10], NIST in bits,
+    as in the scripts of the E2E challenge. Statistics are extracted once per segment and resampled for intervals.
 
     Args:
         protocol (`str`): `"e2e"`: what the challenge's scripts compute (METEOR is nltk's, unless `meteor_jar` is
-            given); `"paper"`: METEOR and NIST by nltk, NIST with the case kept, our reading of DAREL's published
-            table.
+            given); `"lora"`: the same with BLEU and NIST as the scripts compute them with `-p`, which LoRA's paper and
+            its followers report; `"paper"`: METEOR and NIST by nltk, NIST with the case kept, our reading of DAREL's
+            published table.
         bootstrap (`int`): resamples for 95 % intervals (percentiles) and paired tests; 0 for none.
         seed (`int`): of the resampling.
         wordnet (path, *optional*): see [`find_wordnet`]; `"none"` for exact and stem matching only. Where no WordNet
@@ -45,6 +65,8 @@ class NLGMetrics:
         meteor_jar (path, *optional*): run Meteor 1.5 by Java.
         processes (`int`, *optional*): worker processes; default: the cores this process may use.
         only (`Collection[str]`): the metrics to compute; the others are None in the result.
+        slot_rules (path, *optional*): rules for the slot error rate; default: those for E2E.
+        progress (`bool`): show a bar where it takes longer than two seconds.
 
     Raises:
         ValueError: for a setting that cannot be.
@@ -68,27 +90,37 @@ class NLGMetrics:
         meteor_jar: str | os.PathLike | None = None,
         processes: int | None = None,
         only: Collection[str] = tuple(NAMES),
+        slot_rules: str | os.PathLike | None = None,
+        progress: bool = False,
     ):
         require(protocol in PROTOCOLS, "protocol", protocol, f"give one of {', '.join(PROTOCOLS)}")
-        require(
-            isinstance(bootstrap, int) and bootstrap >= 0, "bootstrap", bootstrap, "give a whole number, 0 or more"
-        )
+        whole = isinstance(bootstrap, int) and bootstrap >= 0
+        require(whole, "bootstrap", bootstrap, "give a whole number, 0 or more")
+        require(isinstance(seed, int) and seed >= 0, "seed", seed, "give a whole number, 0 or more")
         require(processes is None or processes >= 1, "processes", processes, "give a number of processes, 1 or more")
-        remedy = "the paper protocol's METEOR is nltk's; leave it out, or take the protocol e2e"
-        require(protocol == "e2e" or meteor_jar is None, "meteor_jar", str(meteor_jar), remedy)
+        remedy = "the paper protocol's METEOR is nltk's; leave it out, or take another protocol"
+        require(protocol != "paper" or meteor_jar is None, "meteor_jar", str(meteor_jar), remedy)
+        only = [only] if isinstance(only, str) else list(only)
         unknown = [name for name in only if name not in NAMES]
         require(not unknown, "only", unknown, f"give some of {', '.join(NAMES)}")
+        require(bool(only), "only", only, f"give some of {', '.join(NAMES)}")
         self.protocol = protocol
         self.bootstrap = bootstrap
         self.seed = seed
         self.processes = processes
+        self.progress = progress
         self.notes: list[str] = []
+        self.only = only
         make: dict[str, Callable[[], Metric | None]] = {
-            "bleu": lambda: BLEU(lowercase=True, tokenize="13a"),
+            "bleu": lambda: ScriptBLEU() if protocol == "lora" else BLEU(lowercase=True, tokenize="13a"),
             "ter": FastTER,
             "meteor": lambda: self._meteor(wordnet, meteor_jar),
-            "nist": lambda: NIST() if protocol == "e2e" else NIST(reading="nltk", lowercase=False),
+            "nist": lambda: NIST(**_NIST[protocol]),
             "rouge_l": RougeL,
+            "cider": CIDEr,
+            "chrf": CHRF,
+            "chrf++": lambda: CHRF(word_order=2),
+            "ser": lambda: SlotErrorRate(slot_rules),
         }
         made = {name: make[name]() for name in NAMES if name in only}
         self.metrics: dict[str, Metric] = {name: metric for name, metric in made.items() if metric is not None}
@@ -114,87 +146,125 @@ class NLGMetrics:
         predictions: Sequence[str],
         references: Sequence[Sequence[str]],
         baseline: Sequence[str] | None = None,
+        mrs: Sequence[str] | None = None,
     ) -> dict[str, Any]:
         """
         Score predictions, and compare them with those of a baseline.
 
         Args:
             predictions (`Sequence[str]`): one text an instance.
-            references (`Sequence[Sequence[str]]`): one or more texts an instance.
+            references (`Sequence[Sequence[str]]`): one or more texts an instance; blank ones count as none.
             baseline (`Sequence[str]`, *optional*): another system's texts.
+            mrs (`Sequence[str]`, *optional*): meaning representations, for the slot error rate.
 
         Returns:
-            `dict`: `protocol`, `n`, the scores `bleu`, `ter`, `meteor`, `nist`, `rouge_l`, their `signatures`; with
-            `bootstrap` the 95 % `intervals`; with a baseline its scores under `baseline`, two-sided `p_values`, see
-            [`paired_p_value`], and 95 % intervals of the `differences` to it; and `notes`.
+            `dict`: `protocol`, `n`, the scores `bleu`, `ter`, `meteor`, `nist`, `rouge_l`, `cider`, `chrf`, `chrf++`,
+            `ser`, their `signatures`; with `bootstrap` the 95 % `intervals`; with a baseline its scores under
+            `baseline`, two-sided `p_values`, see [`paired_p_value`], `p_randomization`, and 95 % intervals of the
+            `differences` to it; `texts` (lengths, distinct n-grams), and `notes`.
 
         Raises:
             ValueError: for unequal numbers, an empty list, or an instance without references.
         """
+        systems = {"predictions": predictions}
         check_texts(predictions, references)
-        systems = {"": list(predictions)}
         if baseline is not None:
             require(self.bootstrap > 0, "bootstrap", self.bootstrap, "comparing with a baseline needs resamples")
-            check_texts(baseline, references, "baseline")
-            systems["baseline"] = list(baseline)
-        references = [
-            [references_of] if isinstance(references_of, str) else list(references_of) for references_of in references
-        ]
-        statistics = self._extract(systems, references)
-        numbers = {len(group) for group in references}
-        num_refs = numbers.pop() if len(numbers) == 1 else -1
-        result: dict[str, Any] = {"protocol": self.protocol, "n": len(predictions)}
-        result |= dict.fromkeys(NAMES)
-        result |= {"signatures": {}, "intervals": {}, "notes": [*self.notes]}
-        if baseline is not None:
-            result |= {"baseline": dict.fromkeys(NAMES), "p_values": {}, "differences": {}}
-        draws = _draws(len(predictions), self.bootstrap, self.seed) if self.bootstrap else None
-        for name in NAMES:
-            if name not in self.metrics:
-                continue
-            metric = self.metrics[name]
-            metric.num_refs = num_refs
-            result[name] = metric._aggregate_and_compute(statistics[name, ""]).score
-            signature = metric.get_signature()
-            if draws is not None:
-                signature.update("bs", self.bootstrap)
-                signature.update("seed", self.seed)
-                sampled = _resample(metric, statistics[name, ""], draws)
-                result["intervals"][name] = np.percentile(sampled, (2.5, 97.5)).tolist()
-            result["signatures"][name] = str(signature)
-            if baseline is not None:
-                other = metric._aggregate_and_compute(statistics[name, "baseline"]).score
-                result["baseline"][name] = other
-                differences = sampled - _resample(metric, statistics[name, "baseline"], draws)
-                p = paired_p_value(differences, result[name] - other) if len(predictions) > 1 else 1.0
-                result["p_values"][name] = p
-                result["differences"][name] = np.percentile(differences, (2.5, 97.5)).tolist()
-        return result
+            systems = {"baseline": baseline, **systems}
+        return self.evaluate(systems, references, mrs).of_one()
 
-    def _extract(self, systems: dict[str, list[str]], references: list[list[str]]) -> dict[tuple[str, str], list]:
-        """Return the statistics of each segment by metric and system; TER's, which cost most, come from workers."""
-        few = sum(map(len, references)) * len(systems) < _PARALLEL_FROM
-        workers = self.processes or (1 if few else joblib.cpu_count())
-        bounds = np.linspace(0, len(references), min(len(references), 8 * workers) + 1).astype(int)
-        parts = [(s, slice(a, b)) for s in systems for a, b in itertools.pairwise(bounds) if "ter" in self.metrics]
-        edits = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")(
-            joblib.delayed(_statistics)(self.metrics["ter"], systems[s][part], references[part]) for s, part in parts
+    def evaluate(
+        self,
+        systems: Mapping[str, Sequence[str] | Sequence[Sequence[str]]],
+        references: Sequence[Sequence[str]],
+        mrs: Sequence[str] | None = None,
+    ) -> Evaluation:
+        """
+        Score any number of systems, and compare them with the first.
+
+        Args:
+            systems (`dict`): by name, one text an instance; or several such lists: runs of one system.
+            references (`Sequence[Sequence[str]]`): one or more texts an instance; blank ones count as none.
+            mrs (`Sequence[str]`, *optional*): meaning representations, for the slot error rate.
+
+        Returns:
+            [`Evaluation`].
+
+        Raises:
+            ValueError: for unequal numbers, an empty list, or an instance without references.
+        """
+        require(isinstance(systems, Mapping) and len(systems) > 0, "systems", systems, "give texts by name, in a dict")
+        runs: dict[str, list[list[str]]] = {}
+        for name, texts in systems.items():
+            several = not isinstance(texts, str) and len(texts) > 0 and not isinstance(texts[0], str)
+            several = several and isinstance(texts[0], Sequence)
+            for one in texts if several else [texts]:
+                check_texts(one, references, name)
+                runs.setdefault(name, []).append(list(one))
+        references = [
+            [group] if isinstance(group, str) else [text for text in group if text.strip()] for group in references
+        ]
+        metrics, notes = dict(self.metrics), list(self.notes)
+        if "ser" in metrics:
+            if mrs is not None:
+                require(len(mrs) == len(references), "mrs", f"{len(mrs)} texts", "give one an instance")
+            if mrs is None or not all(metrics["ser"].reads(mr) for mr in mrs):
+                remedy = "the slot error rate needs a meaning representation (slot[value], ...) for each instance"
+                require(len(self.only) > 1, "only", self.only, remedy)
+                if mrs is not None or len(self.only) < len(NAMES):
+                    notes.append(f"SER is left out: {remedy}")
+                del metrics["ser"]
+        numbers = {len(group) for group in references}
+        for name, metric in metrics.items():
+            metric.num_refs = 1 if name == "ser" else numbers.copy().pop() if len(numbers) == 1 else -1
+        statistics = self._extract(metrics, runs, references, mrs)
+        return Evaluation(self, metrics, runs, references, list(mrs) if mrs is not None else None, statistics, notes)
+
+    def _extract(
+        self,
+        metrics: dict[str, Metric],
+        runs: dict[str, list[list[str]]],
+        references: list[list[str]],
+        mrs: Sequence[str] | None,
+    ) -> dict[str, dict[str, list[np.ndarray]]]:
+        """Return the statistics of all segments by metric, system and run: float64 `[n, d]`."""
+        n = len(references)
+        flat = [texts for name in runs for texts in runs[name]]
+        workers = self.processes or (
+            1 if sum(map(len, references)) * len(flat) < _PARALLEL_FROM else joblib.cpu_count()
         )
-        results = {
-            (name, s): _statistics(metric, texts, references)
-            for name, metric in self.metrics.items()
-            for s, texts in systems.items()
-            if name != "ter"
-        }
-        for (s, _), part in zip(parts, edits, strict=True):
-            results.setdefault(("ter", s), []).extend(part)
-        return results
+        by_workers = {name: metric for name, metric in metrics.items() if not isinstance(metric, _HERE)}
+        count = max(8 * workers, -(-n // _PART))
+        bounds = np.linspace(0, n, min(n, count) + 1).astype(int)
+        parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+        bar = functools.partial(tqdm, delay=2, leave=False, disable=not self.progress, unit="part")
+        found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in flat] for name in metrics}
+        answers = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")(
+            joblib.delayed(_statistics)(by_workers, [texts[part] for texts in flat], references[part])
+            for part in parts
+        )
+        for name, metric in bar(list(metrics.items()), desc="scores of all references"):
+            if name not in by_workers:
+                of = [[mr] for mr in mrs] if name == "ser" else references
+                for k, one in enumerate(_statistics({name: metric}, flat, of)[name]):
+                    found[name][k].append(one)
+        for answer in bar(answers, total=len(parts), desc="scoring"):
+            for name, several in answer.items():
+                for k, one in enumerate(several):
+                    found[name][k].append(one)
+        result: dict[str, dict[str, list[np.ndarray]]] = {}
+        for name, several in found.items():
+            joined = iter([np.concatenate(one) for one in several])
+            result[name] = {system: [next(joined) for _ in runs[system]] for system in runs}
+        return result
 
     def compute_metrics(
         self, tokenizer: Any, references: Sequence[Sequence[str]] | None = None
-    ) -> Callable[[Any], dict[str, float]]:
+    ) -> Callable[..., dict[str, float]]:
         """
         Return a `compute_metrics` for `Seq2SeqTrainer` with `predict_with_generate=True`.
+
+        With `batch_eval_metrics=True` texts are kept from batch to batch and scored at the end.
 
         Args:
             tokenizer: decodes predictions and labels.
@@ -205,91 +275,296 @@ class NLGMetrics:
             `Callable`: takes an `EvalPrediction`, returns the scores by name.
         """
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        kept: tuple[list[str], list[list[str]]] = ([], [])
 
-        def decode(ids: Any) -> list[str]:
-            ids = ids[0] if isinstance(ids, tuple) else ids
-            texts = tokenizer.batch_decode(np.where(np.asarray(ids) < 0, pad, ids), skip_special_tokens=True)
+        def decode(ids: Any, what: str) -> list[str]:
+            ids = np.asarray(ids[0] if isinstance(ids, tuple) else ids.cpu() if hasattr(ids, "cpu") else ids)
+            remedy = "these are no tokens but scores of tokens; set predict_with_generate=True"
+            tokens = ids.ndim == 2 and np.issubdtype(ids.dtype, np.integer)
+            require(tokens, what, f"{ids.dtype} {list(ids.shape)}", remedy)
+            texts = tokenizer.batch_decode(np.where(ids < 0, pad, ids), skip_special_tokens=True)
             return [" ".join(text.split()) for text in texts]
 
-        def compute(evaluated: Any) -> dict[str, float]:
-            targets = references if references is not None else [[text] for text in decode(evaluated.label_ids)]
-            scores = self(decode(evaluated.predictions), targets)
+        def compute(evaluated: Any, compute_result: bool = True) -> dict[str, float]:
+            kept[0].extend(decode(evaluated.predictions, "predictions"))
+            if references is None:
+                remedy = "there are no labels to compare with; give references=, or keep the labels (label_names)"
+                require(evaluated.label_ids is not None, "label_ids", None, remedy)
+                kept[1].extend([text] for text in decode(evaluated.label_ids, "label_ids"))
+            if not compute_result:
+                return {}
+            predictions, targets = list(kept[0]), list(kept[1]) if references is None else references
+            kept[0].clear()
+            kept[1].clear()
+            scores = self(predictions, targets)
             return {name: scores[name] for name in NAMES if scores[name] is not None}
 
         return compute
 
 
-def score_table(scores: dict[str, Any]) -> Any:
-    """Return a `rich.table.Table` of what [`NLGMetrics`] returned."""
-    from rich.table import Table
+_NIST = {
+    "e2e": {},
+    "lora": {"reading": "pymteval"},
+    "paper": {"reading": "nltk", "lowercase": False},
+}
 
-    compared = "baseline" in scores
-    table = Table(title=f"{scores['n']} instances, protocol {scores['protocol']}")
-    table.add_column("metric")
-    for column in ["score", *(["95 % interval"] if scores["intervals"] else [])]:
-        table.add_column(column, justify="right")
-    for column in ["baseline", "difference", "p"] if compared else []:
-        table.add_column(column, justify="right")
-    for name, title in NAMES.items():
-        if scores[name] is None:
-            continue
-        digits = 2 if name in ("bleu", "ter") else 4
-        row = [title, f"{scores[name]:.{digits}f}"]
-        if scores["intervals"]:
-            row.append("{:.{d}f} to {:.{d}f}".format(*scores["intervals"][name], d=digits))
+
+@dataclass
+class Evaluation:
+    """
+    What [`NLGMetrics.evaluate`] returns: the statistics of every segment, and what follows from them.
+
+    Attributes:
+        made_by ([`NLGMetrics`]): the settings.
+        metrics (`dict[str, Metric]`): those that were computed.
+        systems (`dict[str, list[list[str]]]`): the texts of each run of each system.
+        references (`list[list[str]]`), mrs (`list[str]`, *optional*): what they were compared with.
+        statistics: by metric, system and run, float64 `[n, d]`.
+        notes (`list[str]`): what was left out, and why.
+    """
+
+    made_by: NLGMetrics
+    metrics: dict[str, Metric]
+    systems: dict[str, list[list[str]]]
+    references: list[list[str]]
+    mrs: list[str] | None
+    statistics: dict[str, dict[str, list[np.ndarray]]]
+    notes: list[str]
+
+    @functools.cached_property
+    def result(self) -> dict[str, Any]:
+        """
+        Everything that a table needs, ready for JSON: `protocol`, `n`, `first`, `bootstrap`, `seed`, `signatures`,
+        `notes`, and under `systems` by name: `runs`, `scores` (means over runs), `each` (of every run), `spread`
+        (standard deviation over runs), `intervals`, `differences` (to the first system: `value`, `interval`,
+        `p_bootstrap`, `p_randomization`, both corrected for how many systems there are), `ranks`, `texts`.
+        """
+        made, names = self.made_by, list(self.systems)
+        n = len(self.references)
+        systems: dict[str, dict[str, Any]] = {}
+        for name in names:
+            each = {metric: self._each(metric, name) for metric in self.metrics}
+            runs = len(self.systems[name])
+            systems[name] = {"runs": runs, "scores": {m: float(np.mean(v)) for m, v in each.items()}}
+            if runs > 1:
+                systems[name] |= {"each": each, "spread": {m: float(np.std(v, ddof=1)) for m, v in each.items()}}
+            systems[name] |= {"intervals": {}, "texts": self._describe(name)}
+        result = {"protocol": made.protocol, "n": n, "first": names[0], "bootstrap": made.bootstrap, "seed": made.seed}
+        signatures, notes = {}, list(self.notes)
+        if made.bootstrap:
+            self._intervals(systems, self._resampled(), notes)
+        for metric, computed in self.metrics.items():
+            signature = computed.get_signature()
+            if made.bootstrap:
+                signature.update("bs", made.bootstrap)
+                signature.update("seed", made.seed)
+            signatures[metric] = str(signature)
+        return {**result, "signatures": signatures, "notes": notes, "systems": systems}
+
+    def _each(self, metric: str, system: str) -> list[float]:
+        """Return the score of every run, summed in the order of the segments, as sacrebleu sums."""
+        computed = self.metrics[metric]
+        sums = ([sum(column) for column in run.T.tolist()] for run in self.statistics[metric][system])
+        return [computed._compute_score_from_stats(one).score for one in sums]
+
+    def _resampled(self) -> dict[str, np.ndarray]:
+        """Return by metric the scores of each system on each draw: float64 `[systems, resamples]`."""
+        columns = [
+            (metric, k, run)
+            for metric in self.metrics
+            for k, system in enumerate(self.systems)
+            for run in self.statistics[metric][system]
+        ]
+        everything = np.concatenate([run for _, _, run in columns], axis=1)
+        ends = np.cumsum([run.shape[1] for _, _, run in columns])
+        scores = {metric: np.zeros((len(self.systems), self.made_by.bootstrap)) for metric in self.metrics}
+        runs = [len(several) for several in self.systems.values()]
+        drawn = significance.bootstrap(everything, self.made_by.bootstrap, self.made_by.seed)
+        for part, sums in self._bar(drawn, "resampling"):
+            for (metric, k, run), end in zip(columns, ends, strict=True):
+                one = significance.scores_of(self.metrics[metric], sums[:, end - run.shape[1] : end])
+                scores[metric][k, part] += one / runs[k]
+        return scores
+
+    def _intervals(self, systems: dict[str, dict], resampled: dict[str, np.ndarray], notes: list[str]) -> None:
+        names = list(self.systems)
+        first = names[0]
+        for metric, scores in resampled.items():
+            for k, name in enumerate(names):
+                systems[name]["intervals"][metric] = np.percentile(scores[k], (2.5, 97.5)).tolist()
+            if len(names) == 1:
+                continue
+            found, one = {}, len(self.references) == 1  # nothing can be said of one instance
+            for k, name in enumerate(names[1:], 1):
+                value = systems[name]["scores"][metric] - systems[first]["scores"][metric]
+                differences = scores[k] - scores[0]
+                found[name] = {
+                    "value": value,
+                    "interval": np.percentile(differences, (2.5, 97.5)).tolist(),
+                    "p_bootstrap": 1.0 if one else significance.paired_p_value(differences, value),
+                    "p_randomization": 1.0 if one else self._randomization(metric, first, name, value),
+                }
+            for test in ("p_bootstrap", "p_randomization"):
+                known = [name for name in found if found[name][test] is not None]
+                corrected = significance.holm([found[name][test] for name in known])
+                for name, p in zip(known, corrected, strict=True):
+                    found[name][test] = p
+            for name, difference in found.items():
+                systems[name].setdefault("differences", {})[metric] = difference
+            means = [systems[name]["scores"][metric] for name in names]
+            places = significance.ranks(means, scores, metric in LOWER_IS_BETTER) if not one else [1] * len(names)
+            for name, rank in zip(names, places, strict=True):
+                systems[name].setdefault("ranks", {})[metric] = rank
+        pairs = len(names) * (len(names) - 1) / 2
+        if pairs / (self.made_by.bootstrap + 1) >= significance.LEVEL:
+            needed = int(np.ceil(pairs / significance.LEVEL / 1000) * 1000)
+            notes.append(
+                f"{self.made_by.bootstrap} resamples are too few to tell {len(names)} systems apart; take {needed}"
+            )
+        if len({len(runs) for runs in self.systems.values()}) > 1:
+            notes.append(
+                "approximate randomization swaps run for run: left out where a system has another number of runs"
+            )
+
+    def _randomization(self, metric: str, first: str, name: str, observed: float) -> float | None:
+        runs, others = self.statistics[metric][name], self.statistics[metric][first]
+        if len(runs) != len(others):
+            return None
+        computed, made = self.metrics[metric], self.made_by
+        differences = np.zeros(made.bootstrap)
+        one, other = np.concatenate(runs, axis=1), np.concatenate(others, axis=1)
+        ends = np.cumsum([run.shape[1] for run in runs])
+        for part, sums, other_sums in significance.swapped(one, other, made.bootstrap, made.seed):
+            for end, run in zip(ends, runs, strict=True):
+                columns = slice(end - run.shape[1], end)
+                gap = significance.scores_of(computed, sums[:, columns])
+                gap = gap - significance.scores_of(computed, other_sums[:, columns])
+                differences[part] += gap / len(runs)
+        return significance.randomization_p_value(differences, observed)
+
+    def _bar(self, parts: Iterator, what: str) -> Any:
+        return tqdm(parts, desc=what, delay=2, leave=False, disable=not self.made_by.progress, unit="block")
+
+    def _describe(self, system: str) -> dict[str, float]:
+        """Return lengths and how much a system repeats itself, in BLEU's words, means over runs."""
+        found = [describe(texts, self.references) for texts in self.systems[system]]
+        return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
+
+    def of_one(self) -> dict[str, Any]:
+        """Return the result in the form of [`NLGMetrics.__call__`]: the last system, the first as its baseline."""
+        result = self.result
+        own, compared = list(result["systems"].values())[-1], len(self.systems) > 1
+        flat: dict[str, Any] = {"protocol": result["protocol"], "n": result["n"], **dict.fromkeys(NAMES)}
+        flat |= own["scores"]
+        flat |= {"signatures": result["signatures"], "intervals": own["intervals"], "notes": result["notes"]}
         if compared:
-            other = scores["baseline"][name]
-            row += [f"{other:.{digits}f}", f"{scores[name] - other:+.{digits}f}", f"{scores['p_values'][name]:.3f}"]
-        table.add_row(*row)
-    return table
+            differences = own["differences"]
+            flat["baseline"] = result["systems"][result["first"]]["scores"]
+            flat["p_values"] = {metric: found["p_bootstrap"] for metric, found in differences.items()}
+            flat["p_randomization"] = {metric: found["p_randomization"] for metric, found in differences.items()}
+            flat["differences"] = {metric: found["interval"] for metric, found in differences.items()}
+        return flat | {"texts": own["texts"]}
+
+    def instances(self) -> Iterator[dict[str, Any]]:
+        """
+        Yield every instance: `instance` (its number), `mr`, `references`, and under `systems` by name a list with, for
+        each run, the `prediction`, its `scores` and its slot `errors`.
+        """
+        for i, group in enumerate(self.references):
+            row: dict[str, Any] = {"instance": i + 1}
+            if self.mrs is not None:
+                row["mr"] = self.mrs[i]
+            row |= {"references": group, "systems": {}}
+            for name, runs in self.systems.items():
+                row["systems"][name] = [self._instance(i, name, k, texts[i]) for k, texts in enumerate(runs)]
+            yield row
+
+    def _instance(self, i: int, system: str, run: int, text: str) -> dict[str, Any]:
+        scores = {
+            name: instance_score(metric, self.statistics[name][system][run][i].tolist())
+            for name, metric in self.metrics.items()
+        }
+        found: dict[str, Any] = {"prediction": text, "scores": scores}
+        if "ser" in self.metrics:
+            found["errors"] = [str(error) for error in self.metrics["ser"].errors(text, self.mrs[i])[0]]
+        return found
+
+
+def instance_score(metric: Metric, statistics: list[float]) -> float:
+    """Return the score of one segment; BLEU's counts only the n-gram orders that a text is long enough to have."""
+    if isinstance(metric, BLEU):
+        return BLEU.compute_bleu(
+            correct=statistics[2 : 2 + metric.max_ngram_order],
+            total=statistics[2 + metric.max_ngram_order :],
+            sys_len=int(statistics[0]),
+            ref_len=int(statistics[1]),
+            smooth_method=metric.smooth_method,
+            smooth_value=metric.smooth_value,
+            effective_order=True,
+            max_ngram_order=metric.max_ngram_order,
+        ).score
+    return metric._compute_score_from_stats(statistics).score
+
+
+def describe(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """
+    Return how long texts are and how much they repeat each other, in words as BLEU has them, lower case.
+
+    Returns:
+        `dict`: `words` a text and `reference_words`; `distinct_1` and `distinct_2`, the distinct n-grams of all texts
+        over their number (Li et al. 2016); `distinct_texts`, likewise of whole texts; `empty` texts.
+    """
+    tokenize = Tokenizer13a()
+    words = [tokenize(text.lower()).split() for text in texts]
+    reference_words = [[len(tokenize(text.lower()).split()) for text in group] for group in references]
+    found = {
+        "words": sum(map(len, words)) / len(words),
+        "reference_words": sum(sum(group) / len(group) for group in reference_words) / len(reference_words),
+    }
+    for n in (1, 2):
+        total = sum(max(0, len(text) - n + 1) for text in words)
+        different = len({gram for text in words for gram in ngrams(text, n)})
+        found[f"distinct_{n}"] = different / total if total else 0.0
+    found["distinct_texts"] = len({tuple(text) for text in words}) / len(words)
+    found["empty"] = float(sum(not text.strip() for text in texts))
+    return found
 
 
 def check_texts(predictions: Sequence[str], references: Sequence[Any], what: str = "predictions") -> None:
     """Raise `ValueError` for texts that cannot be compared, naming the first instance that is wrong."""
-    require(not isinstance(predictions, str), what, predictions, "give a list of texts, one an instance")
+    wanted = {
+        what: "give a list of texts, one an instance",
+        "references": "give a list with a list of texts an instance",
+    }
+    for name, given in ((what, predictions), ("references", references)):
+        fine = hasattr(given, "__len__") and not isinstance(given, (str, bytes, Mapping, set, frozenset))
+        require(fine, name, given, wanted[name])
     n, m = len(predictions), len(references)
     part = f"number {min(n, m) + 1} of the {'references' if n < m else what} has no counterpart"
     require(n == m, what, f"{n} texts", f"there are references for {m} instances, and {n} {what}; {part}")
     require(n > 0, what, list(predictions), "there is nothing to score")
     for i, (text, group) in enumerate(zip(predictions, references, strict=True), 1):
         require(isinstance(text, str), what, text, f"number {i} is no text")
+        listed = isinstance(group, str) or (
+            hasattr(group, "__iter__") and not isinstance(group, (bytes, Mapping, set, frozenset))
+        )
+        require(listed, "references", group, f"instance {i} needs a list of texts")
         texts = [group] if isinstance(group, str) else list(group)
         fine = all(isinstance(reference, str) for reference in texts) and any(ref.strip() for ref in texts)
         require(fine, "references", group, f"instance {i} has no reference, or one that is no text")
 
 
-def _statistics(metric: Metric, predictions: list[str], references: list[list[str]]) -> list:
-    """Extract one metric's statistics, segment by segment; runs in a worker."""
+def _statistics(
+    metrics: dict[str, Metric], systems: list[list[str]], references: list[list[str]]
+) -> dict[str, list[np.ndarray]]:
+    """Extract statistics, metric by metric and system by system, segment by segment; runs in a worker."""
     most = max(len(group) for group in references)
     columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    return metric._extract_corpus_statistics(predictions, columns)
-
-
-# ---- Resampling ----
-
-
-def _draws(n: int, resamples: int, seed: int) -> np.ndarray:
-    """Return how often each of `n` segments is drawn in each resample, float64 (resamples, n)."""
-    drawn = np.random.default_rng(seed).choice(n, size=(resamples, n), replace=True)
-    return np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(np.float64)
-
-
-def _resample(metric: Metric, statistics: Iterable[Sequence[float]], draws: np.ndarray) -> np.ndarray:
-    """Return the corpus score of each resample, float64 (resamples,)."""
-    sums = draws @ np.asarray(statistics, dtype=np.float64)
-    return np.array([metric._compute_score_from_stats(row.tolist()).score for row in sums])
-
-
-def paired_p_value(differences: np.ndarray, observed: float) -> float:
-    """
-    Return the two-sided p-value of a paired bootstrap: how often chance alone moves the difference as far as observed.
-
-    Chance is the resampled differences, centred on their mean (Koehn 2004); corrected by one, so that it is never 0.
-    sacrebleu takes absolute values before it centres, which makes its values about half as large.
-
-    Args:
-        differences (`np.ndarray`): float `[resamples]`, of the two systems on the same draws.
-        observed (`float`): their difference on all segments.
-    """
-    beyond = int((np.abs(differences - differences.mean()) >= abs(observed)).sum())
-    return (beyond + 1) / (len(differences) + 1)
+    result = {}
+    for name, metric in metrics.items():
+        metric._ref_cache = metric._cache_references(columns)  # once for all systems
+        result[name] = [
+            np.asarray(metric._extract_corpus_statistics(texts, None), dtype=np.float64) for texts in systems
+        ]
+        metric._ref_cache = None
+    return result

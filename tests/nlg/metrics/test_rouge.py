@@ -40,7 +40,10 @@ def test_rouge_by_hand():
     ("text", "words"),
     [
         ("The Café's open, isn't it?", ["the", "café", "'s", "open", "is", "n't", "it"]),
-        ("£20-25 (cheap); 3.5/5 family-friendly!", ["£", "20-25", "(", "cheap", ")", "3.5/5", "family-friendly"]),
+        (
+            "£20-25 (cheap); 3.5/5 family-friendly!",
+            ["£", "20-25", "(", "cheap", ")", "3.5", "/", "5", "family-friendly"],
+        ),
         ("You cannot 'go'. They'll see", ["you", "can", "not", "go", "they", "'ll", "see"]),
         ("  ", []),
     ],

@@ -14,6 +14,7 @@ from sacrebleu.significance import PairedTest
 from texts import columns
 
 from darel_hf.nlg.metrics import (
+    NAMES,
     NLGMetrics,
     paired_p_value,
 )
@@ -138,15 +139,16 @@ def test_bad_settings(keywords, message):
 
 @pytest.mark.skipif(not E2E.exists(), reason="needs the E2E test set")
 @pytest.mark.parametrize(
-    ("system", "bleu", "nist", "rouge"),
+    ("system", "bleu", "nist", "rouge", "cider"),
     [
-        # From mteval-v13a-sig.pl (Perl) and rouge.py with the Java tokenizer, of github.com/tuetschek/e2e-metrics.
-        ("copies the first reference", 1.0000, 14.2365, 1.0),
-        ("permutes the first references", 0.1653, 3.5637, 0.3270134999581779),
-        ("first reference against the others", 0.6046, 8.9029, 0.6381129068662674),
+        # From mteval-v13a-sig.pl (Perl), rouge.py and cider_scorer.py with the Java tokenizer, all of
+        # github.com/tuetschek/e2e-metrics.
+        ("copies the first reference", 1.0000, 14.2365, 1.0, 3.402138),
+        ("permutes the first references", 0.1653, 3.5637, 0.3270134999581779, 0.157425),
+        ("first reference against the others", 0.6046, 8.9029, 0.6381129068662674, 1.857224),
     ],
 )
-def test_anchors_on_e2e(system, bleu, nist, rouge):
+def test_anchors_on_e2e(system, bleu, nist, rouge, cider):
     groups = {}
     with open(E2E, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -159,10 +161,11 @@ def test_anchors_on_e2e(system, bleu, nist, rouge):
     if system.endswith("others"):
         predictions = [group[0] for group in references if len(group) > 1]
         references = [group[1:] for group in references if len(group) > 1]
-    scores = NLGMetrics(wordnet="none", only=("bleu", "nist", "rouge_l"))(predictions, references)
+    scores = NLGMetrics(wordnet="none", only=("bleu", "nist", "rouge_l", "cider"))(predictions, references)
     assert scores["bleu"] / 100 == pytest.approx(bleu, abs=6e-5)  # the scripts print four digits
     assert scores["nist"] == pytest.approx(nist, abs=6e-5)
-    assert scores["rouge_l"] == pytest.approx(rouge, abs=1e-4)
+    assert scores["rouge_l"] == pytest.approx(rouge, abs=1e-12)
+    assert scores["cider"] == pytest.approx(cider, abs=6e-7)
     assert sacrebleu.__version__ in scores["signatures"]["bleu"]
 
 
@@ -181,7 +184,7 @@ def test_compute_metrics_of_a_trainer():
     metrics = NLGMetrics(wordnet="none")
     scores = metrics.compute_metrics(Words())(Evaluated)
     expected = metrics(["the inn is cheap", "the inn is"], [["the inn is cheap"], ["the inn cheap"]])
-    assert scores == {name: expected[name] for name in ("bleu", "ter", "meteor", "nist", "rouge_l")}
+    assert scores == {name: expected[name] for name in NAMES if name != "ser"}
     several = metrics.compute_metrics(Words(), [["the inn is cheap"], ["the inn is", "an inn"]])(Evaluated)
     assert several["ter"] == 0.0
 
@@ -194,7 +197,7 @@ def evaluate(tmp_path_factory):
     return module
 
 
-@pytest.mark.parametrize("name", ["bleu", "ter", "meteor", "nist", "rouge_l"])
+@pytest.mark.parametrize("name", ["bleu", "ter", "meteor", "nist", "rouge_l", "cider"])
 def test_evaluate_modules(name, tmp_path, evaluate):
     folder = Path(__file__).parents[3] / "eval" / "metrics" / name
     metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
@@ -204,3 +207,11 @@ def test_evaluate_modules(name, tmp_path, evaluate):
     expected = NLGMetrics(wordnet="none")(["the inn is cheap"], [["the inn is quiet", "it"]])
     assert many == {name: expected[name], "signature": expected["signatures"][name]}
     assert "nrefs:1|" in one["signature"]
+
+
+@pytest.mark.parametrize("references", [["ab", ["cd"]], [["ab"], "cd"], "ab", {"a": "ab", "c": "cd"}])
+def test_evaluate_modules_refuse_mixed_forms(references, tmp_path, evaluate):
+    folder = Path(__file__).parents[3] / "eval" / "metrics" / "bleu"
+    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"references=.*give a list"):
+        metric.compute(predictions=["ab", "cd"], references=references)
