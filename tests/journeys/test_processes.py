@@ -235,7 +235,8 @@ def test_off_on_two_processes_is_plain_trainer(tmp_path):
     """`darel=` off under the launcher ends like the same script with the class taken out."""
     text = SCRIPT.read_text()
     plain = tmp_path / "plain_script.py"
-    text = text.replace("from darel_hf import DarelConfig, DarelTrainer", "from transformers import Trainer")
+    both = "from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig"
+    text = text.replace(both, "from transformers import Trainer\n\nfrom darel_hf import ReaderLoraConfig")
     text = text.replace("DarelTrainer(", "Trainer(").replace('        darel=DarelConfig(**settings["darel"]),\n', "")
     text = text.replace("Path(__file__).parents[1]", repr(str(SCRIPT.parents[1])))
     text = text.replace("trainer.report", "getattr(trainer, 'report', None)")
