@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer
 
 from ..accelerators import CannotAccelerate
-from ..adapters import with_prompt_lengths
+from ..adapters import find_reader, with_prompt_lengths
 from ..config import DarelConfig
 from ..data import ID_KEY, CarryIds
 from ..files import require, write_text
@@ -198,7 +198,10 @@ class DarelMixin:
         loss = None
         if online is not None:
             model, inputs, loss = online.own_loss(model, inputs)
-        inputs = with_prompt_lengths(self.model, inputs)
+        if self._looked_at is not self.model:  # to look costs more than all else of ours in a step
+            self._looked_at, self._reads = self.model, find_reader(self.model) is not None
+        if self._reads:
+            inputs = with_prompt_lengths(self.model, inputs)
         if loss is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = loss  # the class below counts, scales and logs it
@@ -233,6 +236,8 @@ class DarelMixin:
         return self._reading
 
     _reading: Reading | None = None
+    _looked_at: nn.Module | None = None  # the model of which is known
+    _reads: bool = False  # whether it is a reader
 
     def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
         """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""
