@@ -65,11 +65,9 @@ class PromptCache(unpad.PaddingFree):
         model, args = self.trainer.model, self.trainer.args
         if not self.reading:
             return "adapters act on prompts, too, so what a prompt gives changes with every step; use ReaderLoraConfig"
-        trained = [
-            n for n, p in base_model(model).base_model.named_parameters() if p.requires_grad and "lora_" not in n
-        ]
-        if trained:
-            return self._named(f"{trained[0]} is trained, on which what a prompt gives may depend")
+        for name, parameter in base_model(model).base_model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                return self._named(f"{name} is trained, on which what a prompt gives may depend")
         rope = getattr(base_model(model).config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
         if kinds & set(BY_LENGTH):
@@ -94,9 +92,8 @@ class PromptCache(unpad.PaddingFree):
         epochs = self.trainer.args.num_train_epochs
         share = self.trainer.darel.finish_epochs / epochs
         first, later = (super(PromptCache, self).measure(seconds, inputs) for _ in range(2))
-        reading = later + max(first - later, 0.0) / max(
-            epochs, 1
-        )  # prompts are new in the first epoch only, if at all
+        # Prompts are new in the first epoch only, if at all.
+        reading = later + max(first - later, 0.0) / max(epochs, 1)
         if not share:
             return reading
         with self.plain():
@@ -130,7 +127,8 @@ class PromptCache(unpad.PaddingFree):
             masked = labels.masked_fill(~rest, IGNORE)
             row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
         with self.trainer.accelerator.autocast():
-            self._prepare(prompts, rest, _rows(ids, used))
+            self._find_base(ids, used, prompts)
+            self._prepare(prompts, rest)
         # Nothing in the row is prompt, and all of it is adapted.
         if self.invocation is not None:
             return {**row, "alora_offsets": [row["input_ids"].shape[1]]}
@@ -148,13 +146,16 @@ class PromptCache(unpad.PaddingFree):
             )
         return acts
 
-    def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor, rows: list[list[int]]) -> None:
-        """Make the step of a batch: what is kept of its distinct prompts, and where each row finds its own."""
+    def _find_base(self, ids: torch.Tensor, used: torch.Tensor, prompts: list[tuple[int, ...]]) -> None:
+        """Explore the base with a first batch, and make where its prompts are kept."""
         model = base_model(self.trainer.model)
         if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
             self.close()
-            self.base = FrozenBase(model, max(rows, key=len), adapted=self.invocation is None)
+            self.base = FrozenBase(model, max(_rows(ids, used), key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store(prompts)
+
+    def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor) -> None:
+        """Make the step of a batch: what is kept of its distinct prompts, and where each row finds its own."""
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
         ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import zlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
@@ -44,11 +45,17 @@ class Recompute:
         """Let go of what is open."""
 
 
-class InMemory(Recompute):
-    """Keep prompts in memory, from when they are first needed."""
+class Kept(Recompute):
+    """
+    Keep prompts from when they are first needed, one by one.
 
-    def __init__(self) -> None:
-        self.known: dict[Prompt, torch.Tensor] = {}
+    Each is computed alone, so that what is kept does not depend on the batch in which it came first: a run that is
+    resumed ends bit for bit as one that was not stopped.
+    """
+
+    @abstractmethod
+    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
+        """Return what is kept of a prompt, `[len(prompt), width]`, on the CPU."""
 
     def get(
         self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
@@ -60,14 +67,20 @@ class InMemory(Recompute):
         base.reach(max(prompts, key=len))
         return kept, torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
 
+
+class InMemory(Kept):
+    """Keep prompts in memory."""
+
+    def __init__(self) -> None:
+        self.known: dict[Prompt, torch.Tensor] = {}
+
     def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
         if prompt not in self.known:
-            # Alone, so that what is kept does not depend on the batch in which it came first: resume is bit-exact.
             self.known[prompt] = base.record([prompt]).cpu()
         return self.known[prompt]
 
 
-class OnDisk(InMemory):
+class OnDisk(Kept):
     """
     Keep prompts in a file, which later runs on the same base use again; a run that is killed loses none.
 
@@ -82,7 +95,6 @@ class OnDisk(InMemory):
     """
 
     def __init__(self, folder: Path, key: str, rank: int = 0):
-        super().__init__()
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.listed = folder / f"{key}-{rank}.bin", folder / f"{key}-{rank}.jsonl"
         self.places: dict[Prompt, tuple[int, int, int]] = {}  # where it begins, bytes, checksum

@@ -12,8 +12,7 @@ from peft.tuners.lora.variants import calculate_alora_offsets
 from torch import nn
 
 from ..files import require
-
-IGNORE = -100
+from .reader import IGNORE
 
 
 def completion_lora(config: LoraConfig, dataset: Any, tokenizer: Any = None) -> LoraConfig:
