@@ -194,7 +194,7 @@ def score_texts(
     target_column: str,
     id_column: str | None,
     max_length: int,
-) -> Scores:
+) -> tuple[Scores, list[list[int]]]:
     """
     Score the texts of a table with a causal language model: the mean loss of each target given its prompt.
 
@@ -207,21 +207,12 @@ def score_texts(
         id_column (`str`, *optional*): integer ids; default: row numbers.
         max_length (`int`): tokens of both together.
 
+    Returns:
+        `tuple`: the scores, ids ascending, and the labels of each row of the table.
+
     Raises:
         ValueError: for missing columns, ids that are not unique, or losses that are NaN.
     """
-    return _scored(table, model_name_or_path, prompt_column, target_column, id_column, max_length)[0]
-
-
-def _scored(
-    table: datasets.Dataset,
-    model_name_or_path: str,
-    prompt_column: str | None,
-    target_column: str,
-    id_column: str | None,
-    max_length: int,
-) -> tuple[Scores, list[list[int]]]:
-    """Return the scores, ids ascending, and the labels of each row of the table."""
     ids = sample_ids(table, id_column)
     targets = read_column(table, target_column, "target_column")
     prompts = [""] * len(ids) if prompt_column is None else read_column(table, prompt_column, "prompt_column")
@@ -271,7 +262,7 @@ def score_table(
     ids = ids_of(table, id_column)
     order = np.argsort(ids, kind="stable")
     data = datasets.Dataset.from_dict({**columns, "sample id": ids})
-    scores, labels = _scored(data, model_name_or_path, prompt_column, target_column, "sample id", max_length)
+    scores, labels = score_texts(data, model_name_or_path, prompt_column, target_column, "sample id", max_length)
     scores.origin.update({"prompt_column": prompt_column or "", "target_column": target_column})
     hashes = {"text_hash": row_hashes(*columns.values())[order], "label_hash": label_hashes(labels)[order]}
     return scores, hashes
