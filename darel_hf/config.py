@@ -90,6 +90,20 @@ ACCELERATOR_FACTS = {
             with_weights="its weights need losses of rows, which unpad=True has not; leave out unpad",
         ),
         AcceleratorFacts(
+            "share_prompts",
+            setting="share_prompts",
+            exactness="exact",
+            phrase="with what samples begin with in common computed once",
+            not_with={
+                "unpad": "what is shared is computed without padding anyway; leave it out",
+                "prompt_cache": "it computes prompts once already; leave out one of both",
+                "batch_by_length": "without padding there is nothing for it to save; leave it out",
+                "track": "losses of rows cannot be read off a batch without padding; leave it out",
+                "online_backward": "it slices the rows of a padded batch; give 'subset'",
+            },
+            with_weights="its weights need losses of rows, which share_prompts has not; leave out share_prompts",
+        ),
+        AcceleratorFacts(
             "prompt_cache",
             setting="prompt_cache",
             exactness="exact",
@@ -191,6 +205,11 @@ class DarelConfig:
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
             `attn_implementation="sdpa"`, shown on a few samples before training. See
             [`darel_hf.accelerators.PaddingFree`].
+        share_prompts (`int`, defaults to 0):
+            From 1 on: whatever samples of a batch begin with in common is computed once, forward and backward, and
+            without padding as with `unpad`: the same losses and gradients (but for rounding and dropout). 1: batches
+            stay as they are; more: batches are made of up to so many samples of a prompt, in random order, which is
+            cheaper but no longer draws samples independently. See [`darel_hf.accelerators.SharePrompts`].
         prompt_cache (`str`, *optional*):
             Compute completions only: what the frozen base makes of a prompt is computed once, for adapters that leave
             prompts alone ([`darel_hf.ReaderLoraConfig`]). The same losses and gradients (but for rounding and
@@ -238,6 +257,9 @@ class DarelConfig:
     finish_epochs: float = field(default=0.0, metadata={"help": "last epochs in which a reader acts everywhere"})
     prompt_cache: str | None = field(
         default=None, metadata={"help": "'ram', 'disk', 'recompute' or 'auto': compute completions only (a reader's)"}
+    )
+    share_prompts: int = field(
+        default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})

@@ -15,5 +15,6 @@ from .base import (
     register_accelerator,
 )
 from .prompt_cache import PromptCache
+from .share_prompts import SharePrompts, share
 from .sliced import CannotSlice, SlicedStep
 from .unpad import PaddingFree, flatten

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from .base import register_accelerator
 from .frozen_base import FrozenBase
 from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
+from .row_attention import rows_of_places
 
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
@@ -121,14 +123,14 @@ class PromptCache(unpad.PaddingFree):
         if label_positions_only:
             # What is last predicts nothing, and is read by nobody.
             rest = torch.where((rest & ~last).any(1, keepdim=True), rest & ~last, rest)
-            row = {key: value[rest][None] for key, value in parts.items()} | {"attention_mask": unpad.places_of(rest)}
+            row = {key: value[rest][None] for key, value in parts.items()}
             row |= unpad.at_labels(nn.functional.pad(labels, (0, 1), value=IGNORE)[:, 1:][rest][None])
         else:
             masked = labels.masked_fill(~rest, IGNORE)
             row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
         with self.trainer.accelerator.autocast():
             self._find_base(ids, used, prompts)
-            self._prepare(prompts, rest)
+            row["attention_mask"] = self._prepare(prompts, rest)
         # Nothing in the row is prompt, and all of it is adapted.
         if self.invocation is not None:
             return {**row, "alora_offsets": [row["input_ids"].shape[1]]}
@@ -154,20 +156,26 @@ class PromptCache(unpad.PaddingFree):
             self.base = FrozenBase(model, max(_rows(ids, used), key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store(prompts)
 
-    def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor) -> None:
-        """Make the step of a batch: what is kept of its distinct prompts, and where each row finds its own."""
+    def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor) -> torch.Tensor:
+        """
+        Make the step of a batch, of what is kept of its distinct prompts.
+
+        Returns:
+            int64 `[1, 1, B, L]`, for [`attend`]: where each row finds its prompt, and then itself.
+        """
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         kept, positions = self.store.get(self.base, distinct, rest.device)
-        ends = torch.tensor([0, *map(len, distinct)]).cumsum(0).tolist()
-        places = {prompt: (ends[i], ends[i + 1]) for i, prompt in enumerate(distinct)} | {(): (0, 0)}
         widths = [sum(layer.widths) for layer in self.base.layers]
         parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
-        self.base.step = Step(
-            {layer.module: part for layer, part in parts},
-            positions,
-            [places[prompt] for prompt in prompts],
-            rest.sum(1).tolist(),
-        )
+        self.base.step = Step({layer.module: part for layer, part in parts}, positions)
+        starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct)]).tolist(), strict=False)) | {(): 0}
+        lengths = rest.sum(1).tolist()
+        ends = (sum(map(len, distinct)) + np.cumsum(lengths)).tolist()
+        rows = [
+            [*range(starts[prompt], starts[prompt] + len(prompt)), *range(end - length, end)]
+            for prompt, length, end in zip(prompts, lengths, ends, strict=True)
+        ]
+        return rows_of_places(rows, ends[-1]).to(rest.device)
 
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
         """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""

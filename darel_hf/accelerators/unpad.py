@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, Trial, base_model, is_causal_lm
 from .base import Accelerator, first_line, register_accelerator
+from .row_attention import attend, holds_places, places_of
 
 #: The name of our attention in transformers' registry.
 ATTENTION = "darel_padding_free"
@@ -50,28 +52,12 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     """
     labels, used = inputs["labels"], used_positions(inputs)
     row = {key: inputs[key][used][None] for key in TOKEN_KEYS if key in inputs and key != "attention_mask"}
-    row["labels"] = labels.masked_fill(_first_used(used), IGNORE)[used][None]
+    row["labels"] = labels.masked_fill(first_used(used), IGNORE)[used][None]
     row.setdefault("position_ids", torch.arange(labels.shape[1], device=labels.device).expand_as(labels)[used][None])
     row["attention_mask"] = places_of(used)
     if label_positions_only:
         row |= at_labels(F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:])
     return row
-
-
-def places_of(used: torch.Tensor) -> torch.Tensor:
-    """
-    Return where each sample is in a row of all, in the form that our attention takes for a mask.
-
-    Args:
-        used (`torch.Tensor`): bool `[B, L]`, N of them true: what the row is made of.
-
-    Returns:
-        int64 `[1, 1, B, L]`: the places of each sample, one after the other, then N.
-    """
-    columns, lengths = torch.arange(used.shape[1], device=used.device), used.sum(1, keepdim=True)
-    places = columns + lengths.cumsum(0) - lengths
-    # A mask with four dimensions reaches attention as it is, in every model: so this does.
-    return places.masked_fill(columns >= lengths, int(lengths.sum()))[None, None]
 
 
 def at_labels(following: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -114,40 +100,22 @@ def attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not holds_places(attention_mask):
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    # Causal attention never looks ahead, to where the padding is: so it needs no mask, only to begin with each sample.
-    kwargs |= {"attention_mask": None, "is_causal": True}
-    places = attention_mask[0, 0]
-    if sliding_window is not None and places.shape[1] > sliding_window:
-        distance = torch.arange(places.shape[1], device=query.device)
-        distance = distance[:, None] - distance
-        kwargs |= {"attention_mask": ((distance >= 0) & (distance < sliding_window))[None, None], "is_causal": False}
-    way = _sample_by_sample if query.device.type == "cpu" else _in_rows
-    return way(sdpa, module, (query, key, value), places, kwargs), None
+    call = partial(within, module, kwargs)
+    return attend(call, query, (key, value), attention_mask, sliding_window), None
 
 
-def _sample_by_sample(sdpa: Any, module: Any, qkv: tuple, places: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """Attend to one sample after the other: nothing is copied, nothing padded; for CPUs, where calls are cheap."""
-    lengths = places.lt(qkv[0].shape[2]).sum(1).tolist()
-    mask, kwargs = kwargs["attention_mask"], {k: v for k, v in kwargs.items() if k != "attention_mask"}
-    outputs = []
-    for sample in zip(*(states.split(lengths, dim=2) for states in qkv), strict=True):
-        length = sample[0].shape[2]
-        own = None if mask is None else mask[:, :, :length, :length]
-        outputs.append(sdpa(module, *sample, own, **kwargs)[0])
-    return torch.cat(outputs, dim=1)
-
-
-def _in_rows(sdpa: Any, module: Any, qkv: tuple, places: torch.Tensor, kwargs: dict) -> torch.Tensor:
-    """Attend to all samples at once, a row each as in the padded batch; for devices on which calls are dear."""
-    n = qkv[0].shape[2]
-    gathered = places.clamp(max=n - 1).flatten()
-
-    def rows(states: torch.Tensor) -> torch.Tensor:
-        taken = states[0].transpose(0, 1).index_select(0, gathered)
-        return taken.unflatten(0, places.shape).transpose(1, 2)
-
-    output = sdpa(module, *map(rows, qkv), **kwargs)[0].flatten(0, 1)
-    return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, places.flatten(), output)[None, :n]
+def within(
+    module: torch.nn.Module,
+    kwargs: dict[str, Any],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Attend as transformers' `"sdpa"` does, with other arguments of a call as transformers gave them."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return sdpa(module, query, key, value, mask, **{**kwargs, "is_causal": is_causal})[0]
 
 
 @register_accelerator
@@ -215,7 +183,7 @@ class PaddingFree(Accelerator):
         if len(set(shapes.values())) != 1 or inputs["labels"].dim() != 2:
             return self._named(f"its batches must be of one shape [B, L], they are of {shapes}")
         # At the first position of a row nothing is predicted in the padded batch either.
-        first = _first_used(used_positions(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
+        first = first_used(used_positions(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
         return self._named("its batches have labels that padding on the left predicts") if first.any() else None
 
     def try_out(self, inputs: Mapping[str, Any]) -> str | None:
@@ -226,7 +194,7 @@ class PaddingFree(Accelerator):
             return wrong
         if not inputs["labels"][:, 1:].ne(IGNORE).any():
             return self._named("the samples that were tried have no label left (prompts cut at the maximal length?)")
-        model, inputs = trainer.model, trainer._prepare_inputs(inputs)
+        model, inputs = trainer.model, self.samples_to_try(trainer._prepare_inputs(inputs))
         items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
         # A loss that is not the model's own (of a class besides Trainer and DarelMixin, say) wants all logits.
         fewer = self.label_positions_only is not False
@@ -253,15 +221,15 @@ class PaddingFree(Accelerator):
         self.tried = max(self.tried, inputs["labels"].shape[1])
         return None
 
+    def samples_to_try(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what a batch is tried out with: whatever would show that the model cannot take it."""
+        return inputs
+
     def detach(self) -> None:
         """Give the model its attention back."""
         model = base_model(self.trainer.model)
         if model.config._attn_implementation == self.attention:
             model.set_attn_implementation("sdpa")
-
-
-def holds_places(mask: Any) -> bool:
-    return torch.is_tensor(mask) and mask.dtype == torch.int64 and mask.dim() == 4
 
 
 def used_positions(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -270,7 +238,7 @@ def used_positions(inputs: Mapping[str, Any]) -> torch.Tensor:
     return torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.ne(0) | labels.ne(IGNORE)
 
 
-def _first_used(used: torch.Tensor) -> torch.Tensor:
+def first_used(used: torch.Tensor) -> torch.Tensor:
     """Return where each sample begins, bool `[B, L]`; true at unused positions right after its first one, too."""
     return used.cumsum(1).eq(1)
 

@@ -28,7 +28,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import PromptCache, prompt_attention
+from darel_hf.accelerators import PromptCache, row_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -52,8 +52,8 @@ def cache_for(model, folder, way="ram", train_dataset=None, **more):
 @pytest.fixture
 def in_rows(monkeypatch):
     """Attend as on a GPU."""
-    monkeypatch.setattr(prompt_attention.Step, "one_by_one", None)
-    monkeypatch.setattr(prompt_attention, "on_cpu", lambda states: False)
+    monkeypatch.setattr(row_attention.Rows, "one_by_one", None)
+    monkeypatch.setattr(row_attention, "on_cpu", lambda states: False)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

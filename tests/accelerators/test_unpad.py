@@ -25,7 +25,8 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from darel_hf import DarelConfig, DarelTrainer
-from darel_hf.accelerators.unpad import _in_rows, _sample_by_sample, flatten
+from darel_hf.accelerators import row_attention
+from darel_hf.accelerators.unpad import flatten
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 #: An optimizer that makes no more of rounding than the gradients have of it.
@@ -90,19 +91,20 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_lora, llama, windowed])
-@pytest.mark.parametrize("way", [_sample_by_sample, _in_rows])
+@pytest.mark.parametrize("way", ["one_by_one", "at_once"])
 @pytest.mark.parametrize("collator", [PadCollator, PadsLeft])
 def test_gradients(make, way, collator, monkeypatch):
     model = make()
     batch = collator()([token_data()[i] for i in range(5)])
     wanted = gradients(model, batch)
-    used = []
+    used, real = [], getattr(row_attention.Rows, way)
 
     def spy(*given):
-        used.append(given[3].shape)
-        return way(*given)
+        used.append(way)
+        return real(*given)
 
-    monkeypatch.setattr("darel_hf.accelerators.unpad._sample_by_sample", spy)
+    monkeypatch.setattr(row_attention, "on_cpu", lambda states: way == "one_by_one")
+    monkeypatch.setattr(row_attention.Rows, way, spy)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation("darel_padding_free")
     for label_positions_only in (False, True):
