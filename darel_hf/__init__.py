@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import darel_hf` costs milliseconds, not the seconds of torch and transformers.
 _HOME = {
+    "accelerators": ("shared_prefixes",),
     "adapters": ("ReaderLoraConfig", "to_lora"),
     "budget": ("Plan",),
     "config": ("DarelConfig",),
@@ -43,6 +44,7 @@ __all__ = [
     "Selector",
     "__version__",
     "register_rule",
+    "shared_prefixes",
     "to_lora",
 ]
 

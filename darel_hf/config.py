@@ -285,6 +285,10 @@ class DarelConfig:
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
+        whole = isinstance(self.share_prompts, int) and not isinstance(self.share_prompts, bool)
+        remedy = "give 1 to share what is in common by chance, more for batches with so many samples of a prompt, or 0"
+        require(whole, "share_prompts", self.share_prompts, remedy, TypeError)
+        require(self.share_prompts >= 0, "share_prompts", self.share_prompts, remedy)
         for name, choices in CHOICES.items():
             require(getattr(self, name) in choices, name, getattr(self, name), f"choose one of {choices}")
         for stage in ("offline", "online"):

@@ -56,6 +56,17 @@ def tiny_lora(dropout: float = 0.0, seed: int = 0, config_class: type[LoraConfig
     return get_peft_model(tiny_gpt2(dropout, seed), config)
 
 
+def with_prompts(data: datasets.Dataset, kinds: int = 3) -> datasets.Dataset:
+    """Put one of so many prompts of 7 tokens before each sample, all of which is to be learnt then."""
+    prompts = np.random.default_rng(1).integers(2, VOCABULARY, (kinds, 7)).tolist()
+
+    def put(row: dict, i: int) -> dict:
+        before = {"input_ids": prompts[i % kinds], "attention_mask": [1] * 7, "labels": [-100] * 7}
+        return {key: value + row["input_ids" if key == "labels" else key] for key, value in before.items()}
+
+    return data.map(put, with_indices=True)
+
+
 def token_data(n: int = 37, seed: int = 0, prompt: bool = True) -> datasets.Dataset:
     """`n` sequences of 4 to 20 tokens, the first two without label if `prompt`; a `group` column beside them."""
     generator = np.random.default_rng(seed)

@@ -16,5 +16,6 @@ from .base import (
 )
 from .prompt_cache import PromptCache
 from .share_prompts import SharePrompts, share
+from .shared_prefixes import shared_prefixes
 from .sliced import CannotSlice, SlicedStep
 from .unpad import PaddingFree, flatten

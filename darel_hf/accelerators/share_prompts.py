@@ -12,7 +12,7 @@ from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE
 from .base import register_accelerator
 from .row_attention import rows_of_places
-from .unpad import PaddingFree, first_used, used_positions
+from .unpad import TOKEN_KEYS, PaddingFree, first_used, used_positions
 
 #: Positions in common that are worth it: fewer save less than attending to them apart costs.
 LEAST = 4
@@ -78,36 +78,58 @@ def share(inputs: Mapping[str, Any], label_positions_only: bool = False) -> dict
     ```
     """
     used, device = used_positions(inputs), inputs["labels"].device
-    labels = inputs["labels"].masked_fill(first_used(used), IGNORE)
-    positions = inputs.get("position_ids", torch.arange(used.shape[1], device=device).expand_as(labels))
-    taken = {"input_ids": inputs["input_ids"], "position_ids": positions}
-    taken |= {key: inputs[key] for key in ("token_type_ids",) if key in inputs}
-    counts = used.sum(1).tolist()
-
-    def by_row(values: torch.Tensor) -> list[np.ndarray]:
-        return [part.numpy() for part in values[used].cpu().split(counts)]
-
-    own_labels = by_row(labels)
-    most = counts
+    labels = by_row(inputs["labels"].masked_fill(first_used(used), IGNORE), used)
+    most = None
     if not label_positions_only:
-        most = [max(int((row != IGNORE).argmax()) - 1, 0) if (row != IGNORE).any() else len(row) for row in own_labels]
-    order, places = beginnings(by_row(torch.stack([*taken.values()], dim=-1)), most)
-    size = 1 + max((int(row.max()) for row in places if len(row)), default=-1)
-    # Where each place of the row comes from: any sample that has it.
-    source = np.empty(size, np.int64)
-    source[np.concatenate(places)] = np.arange(sum(counts))
-    source = torch.from_numpy(source).to(device)
-    row = {key: values[used][source][None] for key, values in {**taken, "labels": labels}.items()}
+        most = [max(int((row != IGNORE).argmax()) - 1, 0) if (row != IGNORE).any() else len(row) for row in labels]
+    row, places = put_once({key: value for key, value in inputs.items() if key in TOKEN_KEYS}, used, most)
     if label_positions_only:
-        following = [np.append(row[1:], IGNORE) for row in own_labels]
+        following = [np.append(row[1:], IGNORE) for row in labels]
         keep = np.concatenate([where[after != IGNORE] for where, after in zip(places, following, strict=True)])
         wanted = np.concatenate([after[after != IGNORE] for after in following])
         if not len(keep):  # a loss of nothing is still a loss
             keep, wanted = np.zeros(1, np.int64), np.full(1, IGNORE)
-        wanted = torch.from_numpy(wanted).to(device)[None]
-        row |= {"logits_to_keep": torch.from_numpy(keep).to(device), "labels": wanted, "shift_labels": wanted}
+        row |= {"logits_to_keep": torch.from_numpy(keep).to(device)}
+        labels = torch.from_numpy(wanted).to(device)[None]
+        return {**row, "labels": labels, "shift_labels": labels}
+    wanted = np.empty(row["input_ids"].shape[1], np.int64)
+    wanted[np.concatenate(places)] = np.concatenate(labels)  # what is in common has no label
+    return {**row, "labels": torch.from_numpy(wanted).to(device)[None]}
+
+
+def put_once(
+    inputs: Mapping[str, torch.Tensor], used: torch.Tensor, most: list[int] | None = None
+) -> tuple[dict[str, torch.Tensor], list[np.ndarray]]:
+    """
+    Put the samples of a padded batch into a single row, what several of them begin with once.
+
+    Args:
+        inputs (`Mapping`): `input_ids` and, where there are any, `position_ids` and `token_type_ids`, int64 `[B, L]`;
+            others are left out.
+        used (`torch.Tensor`): bool `[B, L]`, what is no padding.
+        most (`list[int]`, *optional*): see [`beginnings`].
+
+    Returns:
+        the row, `[1, N]` each, with the `attention_mask` of [`darel_hf.accelerators.row_attention.attend`]; and the
+        places in it of the used positions of each sample, int64 `[n]`.
+    """
+    device = used.device
+    columns = torch.arange(used.shape[1], device=device).expand_as(used)
+    taken = {"input_ids": inputs["input_ids"], "position_ids": inputs.get("position_ids", columns)}
+    taken |= {key: inputs[key] for key in ("token_type_ids",) if key in inputs}
+    rows = by_row(torch.stack([values.expand_as(used) for values in taken.values()], dim=-1), used)
+    order, places = beginnings(rows, [len(row) for row in rows] if most is None else most)
+    size = 1 + max((int(row.max()) for row in places if len(row)), default=-1)
+    every, source = np.concatenate(rows), np.empty(size, np.int64)
+    source[np.concatenate(places)] = np.arange(len(every))  # any sample that has it
+    row = {key: torch.from_numpy(every[source, i]).to(device)[None] for i, key in enumerate(taken)}
     row["attention_mask"] = rows_of_places([places[i] for i in order], size).to(device)
-    return row
+    return row, places
+
+
+def by_row(values: torch.Tensor, used: torch.Tensor) -> list[np.ndarray]:
+    """Return what each sample has at its used positions, `[n, ...]`."""
+    return [part.numpy() for part in values[used].cpu().split(used.sum(1).tolist())]
 
 
 def with_branches(inputs: Mapping[str, Any]) -> dict[str, Any]:

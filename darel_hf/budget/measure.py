@@ -40,12 +40,18 @@ def _batch_of(trainer: Any, collator: Callable, items: list[Mapping]) -> dict[st
     return {key: value for key, value in trainer._prepare_inputs(collator(items)).items() if key != ID_KEY}
 
 
-def _batches(trainer: Any, dataset: Any, collator: Callable, rows: int, count: int) -> list[Mapping]:
-    """Collate `count` batches of `rows` samples spread over the data set."""
+def _batches(
+    trainer: Any, dataset: Any, collator: Callable, rows: int, count: int, visited: Sequence[int] | None = None
+) -> list[Mapping]:
+    """Collate `count` batches of `rows` samples spread over the data set, or such as the run `visited` has."""
     generator = np.random.default_rng(0)
     batches = []
     for _ in range(count):
-        positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
+        if visited is None or len(visited) < rows:
+            positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
+        else:
+            start = rows * int(generator.integers(len(visited) // rows))
+            positions = visited[start : start + rows]
         batches.append(_batch_of(trainer, collator, [dataset[int(i)] for i in positions]))
     return batches
 
@@ -100,6 +106,7 @@ def measure_costs(
     offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
     accelerators: Sequence[Accelerator] = (),
+    visited: Sequence[int] | None = None,
 ) -> Costs | None:
     """
     Time a training step and, as far as they are wanted, a scoring forward of as many rows and the offline pass.
@@ -116,6 +123,8 @@ def measure_costs(
         offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
         accelerators (`Sequence[Accelerator]`): what will make steps cheaper; they are timed one on top of the other.
+        visited (`Sequence[int]`, *optional*): the samples of an epoch in the order of the run, where that is not drawn
+            at random: batches of accelerators are cut out of it.
 
     Returns:
         [`Costs`], over a few batches; `None` where a training step cannot be tried (FSDP, DeepSpeed, out of memory).
@@ -134,6 +143,7 @@ def measure_costs(
         started = time.perf_counter()
         batches = _batches(trainer, dataset, collator, rows, count + 1)
         loading = (time.perf_counter() - started) / len(batches)
+        ours = batches if visited is None else _batches(trainer, dataset, collator, rows, count + 1, visited)
         scored = _batches(trainer, dataset, collator, candidates, count // 2 + 1) if candidates else []
         with untouched(trainer.model):
 
@@ -146,12 +156,11 @@ def measure_costs(
             trains = True
             steps: list[float] = []
             with_it: list[list[float]] = [[] for _ in accelerators]
-            for batch in batches:  # in turn: what slows down one slows down the others
+            for batch, inputs in zip(batches, ours, strict=True):  # in turn: what slows down one slows down the others
                 with contextlib.ExitStack() as plain:
                     for accelerator in accelerators:
                         plain.enter_context(accelerator.plain())
                     steps.append(seconds(lambda batch=batch: batch))
-                inputs = batch
                 for accelerator, found in zip(accelerators, with_it, strict=True):
                     found.append(accelerator.measure(seconds, inputs))
                     inputs = accelerator.transform(inputs)

@@ -88,6 +88,7 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
+        of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 0 or 1.
     """
 
     offline_keep: float
@@ -102,11 +103,13 @@ class Plan:
     slowdown: float = 1.0
     overhead: float = 0.0
     method: str = "settings"
+    of_a_prompt: int = 0
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
         """Return the plan of the fractions that settings give; `others`: its other attributes."""
-        return cls(config.offline_keep, config.online_keep, config.rescore_every, **others)
+        settings = config.offline_keep, config.online_keep, config.rescore_every
+        return cls(*settings, of_a_prompt=config.share_prompts, **others)
 
     @property
     def candidate_rows(self) -> int:
@@ -191,6 +194,8 @@ class Plan:
         batches = []
         if self.costs.padding != 1:
             batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
+        if self.of_a_prompt > 1:
+            batches.append(f"  batches   up to {self.of_a_prompt} samples of a prompt: no longer drawn independently")
         for name, factor in self.costs.factors.items():
             facts = ACCELERATOR_FACTS.get(name)
             said = name if facts is None else f"{facts.phrase} ({facts.exactness})"

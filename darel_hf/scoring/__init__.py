@@ -25,6 +25,7 @@ from .scorer import (
     is_causal_lm,
     is_sharded,
     logits_of,
+    precision,
     preserve_rng_state,
     rows_of,
     scorer_for,

@@ -15,6 +15,7 @@ from ..data import (
     CarryIds,
     Noting,
     ShuffledByLength,
+    ShuffledByPrompt,
     add_ids,
     add_stream_ids,
     cell,
@@ -24,6 +25,7 @@ from ..data import (
     has_labels,
     is_stream,
     keys_without_rows,
+    prompt_of,
     read_column,
     require_rows,
     sample_ids,
@@ -77,6 +79,8 @@ class TrainingSet:
             remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
             require("input_ids" in dataset[0], "batch_by_length", True, remedy)
             facts["length"] = feature_length
+        if config.share_prompts > 1:
+            facts["prompt"] = prompt_of
         for fact in facts.values():
             fact(dataset[0])  # raises for a key that is not there, before any compute
         return facts
@@ -138,6 +142,19 @@ class TrainingSet:
             self.lengths = np.array(self._facts["length"], np.int64)
         else:
             self.lengths = self.trainer.on_main(sample_lengths, self.dataset, self._length_column)
+
+    @cached_property
+    def prompts(self) -> np.ndarray | None:
+        """Number of each sample's prompt, int64 `[n]`, where batches are to be of samples of the same ones."""
+        if self.config.share_prompts <= 1 or self.streams:
+            return None
+        noted = "prompt" in self.noting.facts
+        values = self._facts["prompt"] if noted else [prompt_of(item) for item in self.dataset]
+        return group_numbers(values)
+
+    def by_prompt(self, prompts: np.ndarray, batch_size: int) -> ShuffledByPrompt:
+        """Return what visits samples of these prompts, int64 `[k]`, by prompt, for micro-batches of so many rows."""
+        return ShuffledByPrompt(prompts, self.config.share_prompts, batch_size, self.seed)
 
     def by_length(self, lengths: np.ndarray, batch_size: int) -> ShuffledByLength:
         """Return what visits samples of these lengths, int64 `[k]`, by length, for micro-batches of so many rows."""

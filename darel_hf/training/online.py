@@ -13,9 +13,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Sampler
 
 from ..accelerators import Accelerator, CannotAccelerate
-from ..data import ID_KEY, WEIGHT_KEY, ShuffledByLength, take_rows
+from ..data import ID_KEY, WEIGHT_KEY, take_rows
 from ..files import require
 from ..scoring import (
     SampleLosses,
@@ -60,7 +61,7 @@ class OnlineStage:
         offline_weights: np.ndarray | None = None,
         accelerators: Sequence[Accelerator] = (),
         shared_keys: frozenset[str] | None = None,
-        make_sampler: Callable[[int], ShuffledByLength] | None = None,
+        make_sampler: Callable[[int], Sampler] | None = None,
     ):
         self.trainer, self.args, self.selector, self.clock = trainer, trainer.args, selector, clock
         self.batch_size, self.streams, self.offline_weights = batch_size, streams, offline_weights
@@ -85,7 +86,7 @@ class OnlineStage:
 
     # -- the loader --
 
-    def sampler_for(self, batch_size: int) -> ShuffledByLength | None:
+    def sampler_for(self, batch_size: int) -> Sampler | None:
         """Make what visits the samples, if the order is ours, for micro-batches of so many candidates."""
         if self._make_sampler is not None:
             self.sampler = self._make_sampler(batch_size)
@@ -93,8 +94,10 @@ class OnlineStage:
 
     def begin(self, loader: Any) -> None:
         """Get ready for the loop: check the loader, learn the length of an epoch, attach what acts on the model."""
+        name = "batch_by_length" if self.config.batch_by_length else "share_prompts"
         remedy = "get_train_dataloader of this trainer has an order of its own; leave it out"
-        require(self._make_sampler is None or self.sampler is not None, "batch_by_length", True, remedy)
+        ours = self._make_sampler is None or self.sampler is not None
+        require(ours, name, getattr(self.config, name), remedy)
         for accelerator in self.accelerators:
             accelerator.attach()
         if self.in_loop:

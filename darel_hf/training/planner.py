@@ -118,8 +118,10 @@ class Planner:
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
+            prompts = self.data.prompts
+            visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
             costs = measure_costs(
-                trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators
+                trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators, visited
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:

@@ -166,6 +166,8 @@ class Run:
         if data.lengths is not None:
             lengths = data.lengths if positions is None else data.lengths[positions]
             make_sampler = partial(data.by_length, lengths)
+        elif data.prompts is not None:
+            make_sampler = partial(data.by_prompt, data.prompts if positions is None else data.prompts[positions])
         self.online = OnlineStage(
             self.trainer,
             selector,

@@ -151,7 +151,7 @@ class DarelMixin:
         return loader
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sampler of the class below, or with `batch_by_length` ours."""
+        """Return the sampler of the class below, or ours, where batches are to be of similar samples."""
         online = None if self._run is None else self._run.online
         ours = None if online is None else online.sampler_for(self._train_batch_size)
         return super()._get_train_sampler(*args, **kwargs) if ours is None else ours

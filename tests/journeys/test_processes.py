@@ -75,6 +75,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
         (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
         (2, 1, {"online_keep": 0.5, "unpad": True}),
+        (2, 1, {"online_keep": 0.5, "share_prompts": 2}),
         (2, 1, {"prompt_cache": "disk", "finish_epochs": 2}),
         (2, 1, {"prompt_cache": "recompute", "online_keep": 0.5, "online_rule": "hardest"}),
         (3, 1, BOTH),
@@ -88,6 +89,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         "stream",
         "by-length",
         "padding-free",
+        "shared-prompts",
         "reader-on-disk",
         "reader-recomputed",
         "three-processes",
@@ -107,7 +109,7 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         settings["stream"] = True
         settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
     settings["reader"] = "prompt_cache" in darel
-    if darel.keys() & {"online_backward", "unpad", "prompt_cache"}:
+    if darel.keys() & {"online_backward", "unpad", "share_prompts", "prompt_cache"}:
         # Adam makes whole steps out of the rounding of gradients near zero.
         settings["arguments"] |= {"optim": "sgd", "learning_rate": 0.5}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import PadCollator, arguments, tiny_lora, token_data
+from helpers import PadCollator, arguments, tiny_lora, token_data, with_prompts
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback
@@ -60,6 +60,8 @@ def main():
     folder = Path(settings["folder"])
     run = folder / "run"
     data = token_data(settings.get("samples", 37))
+    if "share_prompts" in settings["darel"]:
+        data = with_prompts(data)
     if settings.get("stream"):
         data = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
     if settings.get("items"):
