@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -62,6 +63,25 @@ def test_text_classification(tmp_path, model):
     assert again.returncode != 0 and "holds another run" in again.stderr
     missing = run(*common, *files[:2], *size[:-1], tmp_path / "other")
     assert missing.returncode != 0 and "validation_file=None" in missing.stderr
+
+
+@pytest.mark.slow
+def test_dpo(tmp_path, model):
+    pytest.importorskip("trl")
+    generator = np.random.default_rng(0)
+    keys = ("prompt", "chosen", "rejected")
+    rows = [{key: f" {words(generator)}" for key in keys} for _ in range(12)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    weights = []
+    for share in ("true", "false"):
+        done = run(
+            RECIPES / "dpo" / "train.py", "--train_file", tmp_path / "data.jsonl", "--model_name_or_path", model,
+            *QUIET, "--output_dir", tmp_path / share, "--per_device_train_batch_size", 4, "--num_train_epochs", 1,
+            "--max_length", 64, "--save_strategy", "no", "--share", share, "--optim", "sgd",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights.append(load_file(tmp_path / share / "adapter_model.safetensors"))
+    assert all(np.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
 
 
 @pytest.mark.slow

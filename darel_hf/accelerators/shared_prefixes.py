@@ -41,9 +41,9 @@ def shared_prefixes(model: nn.Module) -> Iterator[None]:
     difference. So any trainer that calls the model with rows that begin alike gains: pairs of answers
     (`DPOTrainer`, `RewardTrainer`), groups of completions (`GRPOTrainer`), one instruction before all samples.
 
-    Calls with a cache (generation), with embeddings in place of tokens, or that ask for attentions or all hidden states
-    are left alone, and so are batches that this would make less than a tenth smaller. The first batch is computed in
-    both ways; where they differ, a warning says so, and all stays as it was. A call that does not say
+    Calls with a cache (generation), with embeddings in place of tokens, or that ask for attentions or all hidden
+    states are left alone, and so are batches that this would make less than a tenth smaller. The first batch is
+    computed in both ways; where they differ, a warning says so, and all stays as it was. A call that does not say
     `use_cache=True` gets no cache.
 
     Args:

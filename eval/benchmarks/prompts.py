@@ -3,14 +3,16 @@ What a step costs when prompts are not computed again: whole runs, interleaved, 
 
     python eval/benchmarks/prompts.py [--data_dir FOLDER --model_name_or_path FOLDER] [--ways unpad,reader]
     python eval/benchmarks/prompts.py --layers 6 --width 256 --lengths 512,32 --samples 64 --epochs 3
+    python eval/benchmarks/prompts.py --layers 6 --width 256 --lengths 256,64 --same 64 --samples 64 --ways share_1
 
-`plain` is Trainer with LoRA everywhere, `unpad` the same without padding, `reader` a reader on stored prompts,
-`recompute` one whose prompts run in every step, `finish_1` a reader whose last epoch trains everywhere, `alora` PEFT's
-aLoRA on stored keys and values, `slow` a reader under plain Trainer, `sft_packing` and `sft_padding_free` trl's
-SFTTrainer with LoRA everywhere (on a CPU trl warns that its rows see each other there: the times are those of its
-steps). The samples are all references of a
-seeded part of the representations, or with --lengths P,C random tokens, every prompt another; with --layers and
---width the model is a GPT-2 of that shape with random weights. Times are relative to the plain run of the same round.
+`plain` is Trainer with LoRA everywhere, `unpad` the same without padding, `share_1`, `share_4` ... the same with
+`share_prompts` of that number, `reader` a reader on stored prompts, `recompute` one whose prompts run in every step,
+`finish_1` a reader whose last epoch trains everywhere, `alora` PEFT's aLoRA on stored keys and values, `slow` a reader
+under plain Trainer, `sft_packing` and `sft_padding_free` trl's SFTTrainer with LoRA everywhere (on a CPU trl says that
+its rows see each other there: the times are those of its steps). The samples are all references of a seeded part of
+the representations, or with --lengths P,C random tokens, every prompt another or --same samples with each; with
+--layers and --width the model is a GPT-2 of that shape with random weights. Times are relative to the plain run of the
+same round.
 Beside them, of one batch: FLOPs, and bytes that are saved for the backward pass, relative to plain; bytes that are
 stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
 """
@@ -68,7 +70,9 @@ class Runs:
             prompt, completion = map(int, options.lengths.split(","))
             random = torch.Generator().manual_seed(0)
             shape = (options.samples, prompt + completion)
-            ids = torch.randint(5, len(self.tokenizer), shape, generator=random).tolist()
+            tokens = torch.randint(5, len(self.tokenizer), shape, generator=random)
+            tokens[:, :prompt] = tokens[torch.arange(options.samples) // options.same * options.same, :prompt]
+            ids = tokens.tolist()
             rows = [
                 {"input_ids": row, "attention_mask": [1] * len(row), "labels": [-100] * prompt + row[prompt:]}
                 for row in ids
@@ -117,6 +121,8 @@ class Runs:
             return SFTTrainer(self.model(way), args=args, train_dataset=data, processing_class=self.tokenizer)
         cls: Any = Trainer if way in ("plain", "slow") else DarelTrainer
         darel = READERS.get(way, {"unpad": True})
+        if way.startswith("share_"):
+            darel = {"share_prompts": int(way.removeprefix("share_"))}
         return cls(
             model=self.model(way),
             args=TrainingArguments(**settings),
@@ -171,6 +177,7 @@ def main() -> None:
     made.set_defaults(samples=200, epochs=5, pairs=5, threads=1)
     made.add_argument("--ways", default="unpad,reader,recompute")
     made.add_argument("--lengths", help="tokens of prompts and completions, random; default: those of the texts")
+    made.add_argument("--same", type=int, default=1, help="samples of each random prompt")
     made.add_argument("--layers", type=int, help="a GPT-2 of this depth with random weights")
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--bf16", action="store_true")
@@ -191,7 +198,7 @@ def main() -> None:
             if getattr(trainer, "report", None) is not None:
                 predicted[name].append(trainer.report.plan.predicted_time)
     settings = {**runs.task.settings, "lora_r": 8, "targets": ",".join(TARGETS)}
-    settings = {key: value for key, value in settings.items() if key != "ways"}
+    settings = {key: value for key, value in settings.items() if key != "ways" and (key, value) != ("same", 1)}
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.lengths:

@@ -82,14 +82,20 @@ def test_both_stages_and_tracking(tmp_path, tokenizer, form, rule):
     np.testing.assert_allclose(report.ledger.train_loss[trained], report.ledger.loss[trained], rtol=1e-4)
 
 
+@pytest.mark.parametrize("darel", [{"unpad": True}, {"share_prompts": 1}])
 @pytest.mark.parametrize("form", ["text", "prompt-completion"])
-def test_without_padding(tmp_path, tokenizer, form):
+def test_without_padding(tmp_path, tokenizer, form, darel):
     more = {"optim": "sgd", "learning_rate": 0.1}
     plain = train(tmp_path / "plain", tokenizer, form, cls=trl.SFTTrainer, **more)
-    ours = train(tmp_path / "ours", tokenizer, form, {"unpad": True}, **more)
+    ours = train(tmp_path / "ours", tokenizer, form, darel, **more)
     start, wanted = weights(tiny_lora()), weights(plain.model)
     for name, tensor in weights(ours.model).items():
         assert (tensor - wanted[name]).norm() <= 1e-4 * (wanted[name] - start[name]).norm() + 1e-6, name
+
+
+def test_batches_of_the_same_prompt(tmp_path, tokenizer):
+    trainer = train(tmp_path, tokenizer, "prompt-completion", {"share_prompts": 2})
+    assert trainer.state.global_step == 2 * 6
 
 
 @pytest.mark.parametrize("darel", [{"unpad": True}, {"offline_keep": 0.75, "offline_rule": "random"}])
