@@ -103,6 +103,9 @@ def arms() -> dict[str, Arm]:
     made["reader"] = Arm(cached, task={"lora_on": "reader"})
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
+    made["alora"] = Arm(cached, task={"lora_on": "completion"})
+    for most in (1, 2, 4):
+        made[f"share_{most}"] = Arm({"share_prompts": most})
     for name, arm in list(made.items()):
         try:
             DarelConfig(**{"reference_scores": "made later", **arm.darel, "unpad": True})
