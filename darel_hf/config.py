@@ -340,6 +340,11 @@ class DarelConfig:
         return getattr(self, f"{stage}_keep") < 1 or self.has_budget
 
     @property
+    def of_a_prompt(self) -> int:
+        """How many samples of the same prompt batches are to have; 1: as they are drawn."""
+        return max(self.share_prompts, 1)
+
+    @property
     def accelerators(self) -> list[str]:
         """Names of the accelerators that are asked for, in the order in which they act on a batch."""
         return [

@@ -88,7 +88,7 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
-        of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 0 or 1.
+        of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
     """
 
     offline_keep: float
@@ -103,13 +103,13 @@ class Plan:
     slowdown: float = 1.0
     overhead: float = 0.0
     method: str = "settings"
-    of_a_prompt: int = 0
+    of_a_prompt: int = 1
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
         """Return the plan of the fractions that settings give; `others`: its other attributes."""
         settings = config.offline_keep, config.online_keep, config.rescore_every
-        return cls(*settings, of_a_prompt=config.share_prompts, **others)
+        return cls(*settings, of_a_prompt=config.of_a_prompt, **others)
 
     @property
     def candidate_rows(self) -> int:

@@ -33,12 +33,12 @@ def check_arguments(trainer: Any) -> None:
         _check_stream(config, args)
     elif trainer.train_dataset is not None:
         sample_ids(trainer.train_dataset)  # raises for a data set without length, or an empty one
-    if config.batch_by_length or config.share_prompts > 1:
+    if config.batch_by_length or config.of_a_prompt > 1:
         strategy = getattr(args, "train_sampling_strategy", "random")
         name = "batch_by_length" if config.batch_by_length else "share_prompts"
         remedy = f"{name} decides the order; leave it at 'random'"
         require(strategy == "random", "train_sampling_strategy", strategy, remedy)
-    size, shared = args.train_batch_size, config.share_prompts
+    size, shared = args.train_batch_size, config.of_a_prompt
     require(shared <= max(size, 1), "share_prompts", shared, f"a batch has {size} rows; give at most so many, or 1")
     if config.may_select("online"):
         strategy = getattr(args, "train_sampling_strategy", None)
@@ -107,7 +107,7 @@ def _check_stream(config: DarelConfig, args: Any) -> None:
     remedy = "train_dataset is a stream, whose lengths are not known before it is read; leave it out"
     require(not config.batch_by_length, "batch_by_length", True, remedy)
     remedy = "train_dataset is a stream, whose prompts are not known before it is read; give 1"
-    require(config.share_prompts <= 1, "share_prompts", config.share_prompts, remedy)
+    require(config.of_a_prompt == 1, "share_prompts", config.of_a_prompt, remedy)
     remedy = "the rows of a stream have no numbers; name a column with integer ids"
     require(config.id_column is not None, "id_column", None, remedy)
     several = args.world_size > 1 and args.accelerator_config.dispatch_batches is not False

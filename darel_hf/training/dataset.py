@@ -79,7 +79,7 @@ class TrainingSet:
             remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
             require("input_ids" in dataset[0], "batch_by_length", True, remedy)
             facts["length"] = feature_length
-        if config.share_prompts > 1:
+        if config.of_a_prompt > 1:
             facts["prompt"] = prompt_of
         for fact in facts.values():
             fact(dataset[0])  # raises for a key that is not there, before any compute
@@ -146,7 +146,7 @@ class TrainingSet:
     @cached_property
     def prompts(self) -> np.ndarray | None:
         """Number of each sample's prompt, int64 `[n]`, where batches are to be of samples of the same ones."""
-        if self.config.share_prompts <= 1 or self.streams:
+        if self.config.of_a_prompt == 1 or self.streams:
             return None
         noted = "prompt" in self.noting.facts
         values = self._facts["prompt"] if noted else [prompt_of(item) for item in self.dataset]
@@ -154,7 +154,7 @@ class TrainingSet:
 
     def by_prompt(self, prompts: np.ndarray, batch_size: int) -> ShuffledByPrompt:
         """Return what visits samples of these prompts, int64 `[k]`, by prompt, for micro-batches of so many rows."""
-        return ShuffledByPrompt(prompts, self.config.share_prompts, batch_size, self.seed)
+        return ShuffledByPrompt(prompts, self.config.of_a_prompt, batch_size, self.seed)
 
     def by_length(self, lengths: np.ndarray, batch_size: int) -> ShuffledByLength:
         """Return what visits samples of these lengths, int64 `[k]`, by length, for micro-batches of so many rows."""
