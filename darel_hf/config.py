@@ -55,6 +55,7 @@ class AcceleratorFacts:
         exactness (`str`): `"exact"` (loss and gradients of the slow way on the same rows, but for rounding),
             `"unbiased"` (right in expectation) or `"approximate"` (a choice that can cost quality).
         phrase (`str`): how a plan says it.
+        fast (*optional*): the value of its setting that `fast=True` tries out; `None`: it does not.
         online_only (`bool`): whether there is nothing for it to do where the online stage drops nothing.
         not_with (`Mapping[str, str]`): settings that must be at their defaults beside it, each with the remedy.
         gives_way_to (`Mapping[str, str]`): likewise, where the error is to name the accelerator's own setting.
@@ -66,6 +67,7 @@ class AcceleratorFacts:
     setting: str
     exactness: str
     phrase: str
+    fast: Any = None
     online_only: bool = False
     not_with: Mapping[str, str] = field(default_factory=dict)
     gives_way_to: Mapping[str, str] = field(default_factory=dict)
@@ -82,6 +84,7 @@ ACCELERATOR_FACTS = {
             setting="unpad",
             exactness="exact",
             phrase="without padding",
+            fast=True,
             not_with={
                 "batch_by_length": "without padding there is nothing for it to save; leave it out",
                 "track": "losses of rows cannot be read off a batch without padding; leave it out",
@@ -94,6 +97,7 @@ ACCELERATOR_FACTS = {
             setting="share_prompts",
             exactness="exact",
             phrase="with what samples begin with in common computed once",
+            fast=1,
             not_with={
                 "unpad": "what is shared is computed without padding anyway; leave it out",
                 "prompt_cache": "it computes prompts once already; leave out one of both",
@@ -108,6 +112,7 @@ ACCELERATOR_FACTS = {
             setting="prompt_cache",
             exactness="exact",
             phrase="without computing prompts again",
+            fast="auto",
             not_with={
                 "unpad": "completions are computed without padding anyway; leave it out",
                 "batch_by_length": "without padding there is nothing for it to save; leave it out",
@@ -200,6 +205,10 @@ class DarelConfig:
         batch_by_length (`bool`, defaults to `False`):
             Make batches (of candidates, where there are any) of samples of similar length, in random order: fewer
             padded positions, so that steps are cheaper. See [`darel_hf.data.ShuffledByLength`].
+        fast (`bool`, defaults to `False`):
+            Use every exact accelerator below that this model passes and that pays, chosen on a few batches before
+            training. It is never an error: what the model does not take is left out, and the plan says why. Settings
+            that are given stay as they are.
         unpad (`bool`, defaults to `False`):
             Train on batches without padding, and let only the positions that predict a label pass the head: the same
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
@@ -261,6 +270,7 @@ class DarelConfig:
     share_prompts: int = field(
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
+    fast: bool = field(default=False, metadata={"help": "every exact accelerator that the model takes and that pays"})
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
@@ -285,6 +295,7 @@ class DarelConfig:
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
+        require(isinstance(self.fast, bool), "fast", self.fast, "give True or False", TypeError)
         whole = isinstance(self.share_prompts, int) and not isinstance(self.share_prompts, bool)
         remedy = "give 1 to share what is in common by chance, more for batches with so many samples of a prompt, or 0"
         require(whole, "share_prompts", self.share_prompts, remedy, TypeError)
@@ -353,11 +364,31 @@ class DarelConfig:
             if not self._is_default(facts.setting) and (self.may_select("online") or not facts.online_only)
         ]
 
+    def candidates(self) -> list[tuple[str, Any, str | None]]:
+        """
+        Return what `fast` tries out, what does more before what does less.
+
+        Returns:
+            of each the accelerator's name, the value of its setting, and why it does not go with these settings, or
+            `None`.
+        """
+        found = []
+        for facts in reversed(ACCELERATOR_FACTS.values()) if self.fast else ():
+            if facts.fast is None or facts.exactness != "exact" or not self._is_default(facts.setting):
+                continue
+            reason = None
+            try:
+                dataclasses.replace(self, **{facts.setting: facts.fast})
+            except ValueError as error:
+                reason = str(error)
+            found.append((facts.name, facts.fast, reason))
+        return found
+
     @property
     def active(self) -> bool:
         """Whether anything differs from plain training."""
         selects = self.may_select("offline") or self.may_select("online")
-        others = (self.track, self.batch_by_length, self.finish_epochs, self.accelerators)
+        others = (self.track, self.batch_by_length, self.finish_epochs, self.fast, self.accelerators)
         return selects or any(map(bool, others))
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Accelerator(ABC):
     Attributes:
         facts ([`AcceleratorFacts`]): name, setting, exactness, and with what it does not go.
         falls_back (`bool`): where it cannot be had, training goes on without it and says so; else that is an error.
+        value: of its setting.
+        asked (`bool`): whether the settings ask for it; else it was found to pay, and where it fails it is left out.
         chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
     """
 
@@ -47,6 +49,8 @@ class Accelerator(ABC):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.value = getattr(trainer.darel, self.facts.setting, None)
+        self.asked = True
 
     @abstractmethod
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
@@ -85,10 +89,12 @@ class Accelerator(ABC):
     def told(self, reason: object, remedy: str) -> str:
         """Return a sentence that names the setting, the reason, and after `remedy` the value to set."""
         name, settings = self.facts.setting, self.trainer.darel
-        return f"{name}={getattr(settings, name)!r}: {reason}; {remedy} {getattr(type(settings), name)!r}"
+        return f"{name}={self.value!r}: {reason}; {remedy} {getattr(type(settings), name)!r}"
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise `ValueError`: it cannot be had."""
+        """Raise `ValueError`: it cannot be had; or [`CannotAccelerate`], where nobody has asked for it."""
+        if not self.asked:
+            raise CannotAccelerate(reason)
         raise ValueError(self.told(reason, "set it to"))
 
 
@@ -130,7 +136,7 @@ def register_accelerator(cls: type[Accelerator]) -> type[Accelerator]:
 
 def make_accelerators(
     trainer: Any, few_rows: Callable[[], Mapping[str, Any]] | None, first_found: Callable[[Any], Any]
-) -> list[Accelerator]:
+) -> tuple[list[Accelerator], dict[str, str]]:
     """
     Make and try out what the settings of a trainer ask for; what cannot be had is an error or, said aloud, left out.
 
@@ -138,29 +144,58 @@ def make_accelerators(
         trainer (`DarelMixin`): the trainer.
         few_rows (`Callable`, *optional*): see [`Accelerator.why_not`].
         first_found (`Callable`): of what the processes found, the first that is not `None`, the same on all.
+
+    Returns:
+        those that can be had, in the order in which they act on a batch; and why others that `fast` has tried cannot.
     """
-    made = []
+    made, left_out = [], {}
     for name in trainer.darel.accelerators:
-        accelerator, error, reason = ACCELERATORS[name](trainer), None, None
-        try:
-            with preserve_rng_state():
-                reason = accelerator.why_not(few_rows)
-        except Exception as found:  # of any kind: the other processes wait
-            if should_reduce_batch_size(found):
-                reason = f"trying it out takes more memory than there is ({first_line(found)})"
-            else:
-                error = found
-        error = first_found(error)
-        if error is not None:
-            raise error
-        reason = first_found(reason)  # of any process: they must all do the same
+        accelerator = ACCELERATORS[name](trainer)
+        reason = _reason(accelerator, few_rows, first_found)
         if reason is None:
             made.append(accelerator)
         elif accelerator.falls_back:
             logger.warning("%s", accelerator.told(reason, "going on with"))
         else:
             accelerator.refuse(reason)
-    return made
+    for name, value, reason in trainer.darel.candidates():
+        accelerator = ACCELERATORS[name](trainer)
+        accelerator.value, accelerator.asked = value, False
+        same = [other.facts for other in made if _exclude(other.facts, accelerator.facts)]
+        if same:
+            continue  # what is there does all that it would
+        if reason is None and few_rows is None:
+            reason = "of a stream nothing can be tried out before training"
+        reason = _reason(accelerator, few_rows, first_found) if reason is None else reason
+        if reason is None:
+            made.append(accelerator)
+        else:
+            left_out[name] = reason
+    order = list(ACCELERATORS)
+    return sorted(made, key=lambda accelerator: order.index(accelerator.facts.name)), left_out
+
+
+def _exclude(one: AcceleratorFacts, other: AcceleratorFacts) -> bool:
+    return one.setting in other.not_with or other.setting in one.not_with
+
+
+def _reason(accelerator: Accelerator, few_rows: Any, first_found: Callable[[Any], Any]) -> str | None:
+    """Return why an accelerator cannot be had, the same on all processes; raise what is no reason."""
+    error, reason = None, None
+    try:
+        with preserve_rng_state():
+            reason = accelerator.why_not(few_rows)
+    except Exception as found:  # of any kind: the other processes wait
+        if should_reduce_batch_size(found):
+            reason = f"trying it out takes more memory than there is ({first_line(found)})"
+        elif accelerator.asked:
+            error = found
+        else:
+            reason = f"{type(found).__name__}: {first_line(found)}"
+    error = first_found(error)
+    if error is not None:
+        raise error
+    return first_found(reason)  # of any process: they must all do the same
 
 
 def first_line(error: Exception) -> str:

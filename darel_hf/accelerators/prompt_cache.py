@@ -179,7 +179,7 @@ class PromptCache(unpad.PaddingFree):
 
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
         """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
-        trainer, way = self.trainer, self.trainer.darel.prompt_cache
+        trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
         if way == "auto":
             way = self._choose(few, folder)

@@ -88,6 +88,7 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
+        left_out (`dict[str, str]`): accelerators that `fast` has tried and left out, and why.
         of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
     """
 
@@ -104,6 +105,7 @@ class Plan:
     overhead: float = 0.0
     method: str = "settings"
     of_a_prompt: int = 1
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
@@ -200,6 +202,10 @@ class Plan:
             facts = ACCELERATOR_FACTS.get(name)
             said = name if facts is None else f"{facts.phrase} ({facts.exactness})"
             batches.append(f"  batches   {said}: a step takes {factor:.2f} of a plain one")
+        if len(self.costs.factors) > 1:
+            each = ", ".join(f"{name} {factor:.2f}" for name, factor in self.costs.factors.items())
+            batches.append(f"  together  {each}: a step takes {math.prod(self.costs.factors.values()):.2f}")
+        batches += [f"  left out  {name}: {reason}" for name, reason in self.left_out.items()]
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",

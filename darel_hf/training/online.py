@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,8 @@ from ..scoring import (
 )
 from ..selection import Selector
 from .clock import Clock
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineStage:
@@ -264,8 +267,15 @@ class OnlineStage:
             self._candidates = ids.cpu().numpy()
         elif self.config.track:
             self._tracked = (ids.cpu().numpy(), dict(inputs))
-        for accelerator in self.accelerators:
-            inputs = accelerator.transform(inputs)
+        for accelerator in list(self.accelerators):
+            try:
+                inputs = accelerator.transform(inputs)
+            except CannotAccelerate as error:
+                if accelerator.asked:
+                    raise
+                accelerator.detach()
+                self.accelerators.remove(accelerator)
+                logger.warning("going on without %s: %s", accelerator.facts.name, error)
         return inputs
 
     def end_row(self) -> Callable[[torch.Tensor], torch.Tensor]:

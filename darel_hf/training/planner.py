@@ -30,6 +30,7 @@ from .dataset import TrainingSet
 
 logger = logging.getLogger(__name__)
 
+PAYS = 0.98  # what `fast` finds must make a step take at most so much of what it took before
 SMALLEST_SLOWDOWN = 0.9  # rows in smaller batches are not faster than this says; what was measured faster was noise
 
 
@@ -45,6 +46,7 @@ class Planner:
     Attributes:
         plan ([`Plan`]): what will be done; from [`Planner.draft`] on, or from a checkpoint.
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
+        left_out (`dict[str, str]`): of what `fast` has tried and not found to pay, the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
     """
 
@@ -52,6 +54,7 @@ class Planner:
         self.trainer, self.args, self.config = trainer, trainer.args, trainer.darel
         self.data, self.clock = data, clock
         self.accelerators: list[Accelerator] = []
+        self.left_out: dict[str, str] = {}
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
@@ -78,11 +81,18 @@ class Planner:
         return max(1.0, self.args.max_steps * rows / len(self.data))
 
     def try_accelerators(self) -> None:
-        """Find out which accelerators this model takes, of those that are asked for."""
-        if self.config.accelerators:
+        """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
+        if self.config.accelerators or self.config.fast:
             few_rows = None if self.data.streams else self.data.few_rows
             with self.clock.count("probe"):
-                self.accelerators = make_accelerators(self.trainer, few_rows, self._first_found)
+                self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
+
+    def _leave_out(self, reasons: dict[str, str]) -> None:
+        """Go on without accelerators that nobody has asked for by name."""
+        for accelerator in [a for a in self.accelerators if a.facts.name in reasons and not a.asked]:
+            accelerator.detach()
+            self.accelerators.remove(accelerator)
+            self.left_out[accelerator.facts.name] = reasons[accelerator.facts.name]
 
     def close(self) -> None:
         """Let accelerators leave the model as a plain trainer would."""
@@ -125,6 +135,10 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
+                slow = {name: factor for name, factor in costs.factors.items() if factor > PAYS}
+                self._leave_out({name: f"a step takes {factor:.2f} with it" for name, factor in slow.items()})
+                there = [accelerator.facts.name for accelerator in self.accelerators]
+                costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
                 if size != full_size:
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
@@ -180,6 +194,7 @@ class Planner:
 
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""
+        self.plan = replace(self.plan, left_out=dict(self.left_out))
         plan, asked = self.plan, self.config.budget_time
         # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
         about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
@@ -299,11 +314,14 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must remember."""
         granted = self.pace.granted if self.pace else 1.0
-        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
+        found = [accelerator.facts.name for accelerator in self.accelerators if not accelerator.asked]
+        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted, "fast": found}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
+        names = {accelerator.facts.name for accelerator in self.accelerators} - set(state.get("fast", ()))
+        self._leave_out(dict.fromkeys(names, "it did not pay when the run began"))
         epochs = self._epochs()
         if epochs != self.plan.epochs:
             logger.warning(

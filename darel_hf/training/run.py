@@ -137,7 +137,7 @@ class Run:
         if sorts and not config.has_budget:  # scoring has read every item already
             self.data.measure_lengths()
             planner.count_padding()
-        if measures or sorts or streams:
+        if measures or sorts or streams or config.fast:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:

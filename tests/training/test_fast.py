@@ -1,0 +1,152 @@
+"""`fast=True`: whatever is exact and pays is used, the rest is left out and said; never an error."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, token_data, weights, with_prompts
+from readers import GENTLE, adapted, distance, trained
+from transformers import BertConfig, BertForSequenceClassification, Trainer
+
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
+from darel_hf.training import planner
+
+
+@pytest.fixture(autouse=True)
+def everything_pays(monkeypatch):
+    """Steps of the tests' models are too short to tell what pays."""
+    monkeypatch.setattr(planner, "PAYS", 1e9)
+
+
+def moved(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "left"),
+    [
+        ({}, "share_prompts", "left out  prompt_cache: adapters act on prompts, too"),
+        ({"reader": True}, "prompt_cache", None),
+    ],
+    ids=["lora", "reader"],
+)
+def test_trains_as_trainer_does(config, name, left, tmp_path, capsys):
+    kind = {"config": ReaderLoraConfig} if config else {}
+    more = {"train_dataset": with_prompts(token_data())}
+    start = moved(adapted("llama", **kind))
+    plain = trained(Trainer, tmp_path / "plain", adapted("llama", **kind), **more)
+    ours = trained(DarelTrainer, tmp_path / "ours", adapted("llama", **kind), {"fast": True}, **more)
+    assert distance(ours, plain, start) < 1e-3
+    said = capsys.readouterr().out
+    assert "(exact): a step takes" in said
+    assert left is None or left in said
+
+
+def fast(folder, model, darel=None, data=None, cls=DarelTrainer, **more):
+    trainer = cls(
+        model=model,
+        args=arguments(folder, **{**GENTLE, **more}),
+        train_dataset=token_data() if data is None else data,
+        data_collator=PadCollator(),
+        darel=DarelConfig(fast=True, **(darel or {})),
+    )
+    trainer.train()
+    return trainer
+
+
+def test_what_is_given_stays(tmp_path):
+    trainer = fast(tmp_path, adapted("llama"), {"unpad": True})
+    assert list(trainer.report.plan.costs.factors) == ["unpad"]
+
+
+def test_what_does_not_pay_is_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(planner, "PAYS", 0.0)
+    trainer = fast(tmp_path / "ours", tiny_gpt2())
+    plain = Trainer(
+        model=tiny_gpt2(),
+        args=arguments(tmp_path / "plain", **GENTLE),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+    )
+    plain.train()
+    assert_same_weights(weights(trainer.model), weights(plain.model))
+    assert "left out  share_prompts: a step takes" in capsys.readouterr().out
+    assert trainer.report.plan.costs.factors == {}
+
+
+def test_a_model_that_takes_nothing(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=16, num_labels=2))
+    data = token_data().map(lambda row, i: {"labels": i % 2}, with_indices=True)
+
+    def collate(features):
+        labels = [feature["labels"] for feature in features]
+        rest = [{**feature, "labels": feature["input_ids"]} for feature in features]
+        return {**PadCollator()(rest), "labels": torch.tensor(labels)}
+
+    trainer = DarelTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=data, data_collator=collate, darel=DarelConfig(fast=True)
+    )
+    trainer.train()
+    assert (
+        "left out  unpad: BertForSequenceClassification cannot be trained without padding" in capsys.readouterr().out
+    )
+
+
+def test_a_later_batch_that_cannot_be(tmp_path, caplog):
+    """What nobody has asked for by name is given up, not training."""
+
+    class Late(PadCollator):
+        calls = 0
+
+        def __call__(self, features):
+            Late.calls += 1
+            batch = super().__call__(features)
+            return {**batch, "extra": torch.ones(len(features), 3)} if Late.calls > 30 else batch
+
+    class Takes(DarelTrainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            inputs = {key: value for key, value in inputs.items() if key != "extra"}
+            return super().compute_loss(model, inputs, **kwargs)
+
+    trainer = Takes(
+        model=adapted("llama"),
+        args=arguments(tmp_path, **{**GENTLE, "num_train_epochs": 6, "remove_unused_columns": False}),
+        train_dataset=token_data().select_columns(["input_ids", "attention_mask", "labels"]),
+        data_collator=Late(),
+        darel=DarelConfig(fast=True),
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "going on without" in caplog.text and "['extra']" in caplog.text
+    assert trainer.state.global_step == 60
+
+
+def test_a_resumed_run_has_what_the_first_had(tmp_path, monkeypatch):
+    more = {"save_strategy": "steps", "save_steps": 10}
+    whole = fast(tmp_path / "whole", adapted("llama"), **more)
+    monkeypatch.setattr(planner, "PAYS", 0.0)  # were it measured again, it would be left out
+    again = DarelTrainer(
+        model=adapted("llama"),
+        args=arguments(tmp_path / "whole", **{**GENTLE, **more}),
+        train_dataset=token_data(),
+        data_collator=PadCollator(),
+        darel=DarelConfig(fast=True),
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
+    assert_same_weights(weights(again.model), weights(whole.model))
+    assert list(again.report.plan.costs.factors) == list(whole.report.plan.costs.factors) == ["share_prompts"]
+
+
+def test_streams_and_mistakes(tmp_path, capsys):
+    with pytest.raises(TypeError, match="fast='yes': give True or False"):
+        DarelConfig(fast="yes")
+    assert DarelConfig(fast=True).active
+    data = token_data()
+    stream = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
+    trainer = fast(tmp_path, adapted("llama"), {"id_column": "number"}, stream, max_steps=3)
+    assert trainer.state.global_step == 3
+    assert "of a stream nothing can be tried out" in capsys.readouterr().out
