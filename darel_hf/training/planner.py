@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,6 +55,7 @@ class Planner:
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
+        self._left_out: list[str] = []  # accelerators that do not pay; of a run that goes on, they did not
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
@@ -125,6 +126,7 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
+                costs = replace(costs, factors=self._leave_out(costs.factors))
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
                 if size != full_size:
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
@@ -135,6 +137,16 @@ class Planner:
         if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
             self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
+
+    def _leave_out(self, factors: Mapping[str, float]) -> dict[str, float]:
+        """Let go of accelerators with which steps take longer than they allow themselves; return the other factors."""
+        for accelerator in self.accelerators:
+            factor = factors.get(accelerator.facts.name, 0.0)
+            if factor > accelerator.most:
+                self._left_out.append(accelerator.facts.name)
+                logger.warning("%s", accelerator.told(f"a step takes {factor:.2f} of one without it", "going on with"))
+        self.accelerators = [a for a in self.accelerators if a.facts.name not in self._left_out]
+        return {name: factor for name, factor in factors.items() if name not in self._left_out}
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
@@ -299,7 +311,8 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must remember."""
         granted = self.pace.granted if self.pace else 1.0
-        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
+        state = {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
+        return {**state, "left_out": self._left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
@@ -314,3 +327,5 @@ class Planner:
             )
             self.plan = replace(self.plan, epochs=epochs)
         self._decisions, self._granted = state.get("decisions"), state.get("granted", 1.0)
+        self._left_out = state.get("left_out", [])
+        self.accelerators = [a for a in self.accelerators if a.facts.name not in self._left_out]
