@@ -88,7 +88,7 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
-        left_out (`dict[str, str]`): accelerators that `fast` has tried and left out, and why.
+        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
         of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class Planner:
     Attributes:
         plan ([`Plan`]): what will be done; from [`Planner.draft`] on, or from a checkpoint.
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
-        left_out (`dict[str, str]`): of what `fast` has tried and not found to pay, the reasons.
+        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
     """
 
@@ -87,12 +87,12 @@ class Planner:
             with self.clock.count("probe"):
                 self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
 
-    def _leave_out(self, reasons: dict[str, str]) -> None:
-        """Go on without accelerators that nobody has asked for by name."""
-        for accelerator in [a for a in self.accelerators if a.facts.name in reasons and not a.asked]:
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Go on without accelerators, by name, for these reasons."""
+        for accelerator in [a for a in self.accelerators if a.facts.name in reasons]:
             accelerator.detach()
             self.accelerators.remove(accelerator)
-            self.left_out[accelerator.facts.name] = reasons[accelerator.facts.name]
+        self.left_out |= reasons
 
     def close(self) -> None:
         """Let accelerators leave the model as a plain trainer would."""
@@ -135,10 +135,7 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                slow = {name: factor for name, factor in costs.factors.items() if factor > PAYS}
-                self._leave_out({name: f"a step takes {factor:.2f} with it" for name, factor in slow.items()})
-                there = [accelerator.facts.name for accelerator in self.accelerators]
-                costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
+                costs = replace(costs, factors=self._without_slow(costs.factors))
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
                 if size != full_size:
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
@@ -149,6 +146,18 @@ class Planner:
         if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
             self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
+
+    def _without_slow(self, factors: Mapping[str, float]) -> dict[str, float]:
+        """Let go of accelerators with which steps take longer than they may; return the factors of the others."""
+        slow = {}
+        for accelerator in self.accelerators:
+            factor, most = factors.get(accelerator.facts.name, 0.0), accelerator.most
+            if factor > (most if accelerator.asked else min(most, PAYS)):
+                slow[accelerator.facts.name] = reason = f"a step takes {factor:.2f} of one without it"
+                if accelerator.asked:
+                    logger.warning("%s", accelerator.told(reason, "going on with"))
+        self._leave_out(slow)
+        return {name: factor for name, factor in factors.items() if name not in slow}
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
@@ -314,14 +323,12 @@ class Planner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must remember."""
         granted = self.pace.granted if self.pace else 1.0
-        found = [accelerator.facts.name for accelerator in self.accelerators if not accelerator.asked]
-        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted, "fast": found}
+        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
-        names = {accelerator.facts.name for accelerator in self.accelerators} - set(state.get("fast", ()))
-        self._leave_out(dict.fromkeys(names, "it did not pay when the run began"))
+        self._leave_out(self.plan.left_out)
         epochs = self._epochs()
         if epochs != self.plan.epochs:
             logger.warning(
