@@ -141,7 +141,8 @@ def carry_out(
             ended = 0
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for run, found, again in (future.result() for future in done):
+                ends = [future.result() for future in done]
+                for run, found, again in sorted(ends, key=lambda end: runs.index(end[0])):
                     ended += 1
                     if "error" in found:
                         said = f"failed: {found['error']}"
@@ -204,7 +205,7 @@ def _start(run: Run, command: list[str], made_by: dict[str, str], lock: int, sto
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams, **inherited)
     while process.poll() is None:
         if stop.wait(0.1):
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM) if hasattr(os, "killpg") else process.terminate()
             process.wait()
             return
     if process.returncode or run.outcome() is None:
