@@ -74,7 +74,7 @@ ARMS: dict[str, Callable[[Settings, float], Settings]] = {
 
 def parse_setting(text: str, name: str = "set") -> tuple[str, Any]:
     """
-    Return key and value of `key=value`, the value read as in YAML, but that `no` stays a word (`save_strategy=no`).
+    Return key and value of `key=value`, the value read as in YAML, but that `no` is a word and 5e-4 a number.
 
     Raises `ValueError` for anything else.
     """
@@ -82,6 +82,8 @@ def parse_setting(text: str, name: str = "set") -> tuple[str, Any]:
     require(bool(equals) and key.strip().isidentifier(), name, text, "give key=value")
     if value.lower() in ("yes", "no", "on", "off"):
         return key.strip(), value
+    if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return key.strip(), float(value)
     try:
         return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError:

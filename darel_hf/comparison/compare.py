@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,6 +121,7 @@ def compare_recipe(
     script = Path(recipe).parent / "train.py" if script is None else Path(script)
     require(script.is_file(), "script", str(script), "no such file; name the script that trains by the recipe")
     start = [sys.executable] if launch is None else shlex.split(launch)
+    require(shutil.which((start or [""])[0]) is not None, "launch", launch, "no such command")
     numbers = _seeds(seeds, int(base.get("seed", 0)) if first_seed is None else first_seed)
 
     def command(run: Run) -> list[str]:

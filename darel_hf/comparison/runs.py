@@ -220,7 +220,9 @@ def _why(code: int, log: str) -> str:
     """Return why a process failed: the signal, or the last line of its log that looks like an error, or the last."""
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [re.sub(r"^\[rank\d+\]:", "", line).strip() for line in log.splitlines()]
+    launchers = ("ChildFailedError", "CalledProcessError")  # say that something failed, not what
+    lines = [line for line in lines if line and not any(name in line for name in launchers)]
     errors = [line for line in lines if re.match(r"([\w.]*(Error|Exception|Interrupt|Exit)\b|(\S+: )?error:)", line)]
     if code == 0:
         return "it ended without results.json"

@@ -53,7 +53,15 @@ def test_arms_as_typed(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("a=1", 1), ("a=0.5", 0.5), ("a=no", "no"), ("a=true", True), ("a=[x, y]", ["x", "y"]), ("a=b=c", "b=c")],
+    [
+        ("a=1", 1),
+        ("a=0.5", 0.5),
+        ("a=no", "no"),
+        ("a=5e-4", 5e-4),
+        ("a=true", True),
+        ("a=[x, y]", ["x", "y"]),
+        ("a=b=c", "b=c"),
+    ],
 )
 def test_settings_as_typed(text, value):
     assert parse_setting(text) == ("a", value)

@@ -31,7 +31,8 @@ if folder.exists() and not s.get("resume"):
     sys.exit("error: the folder is in use")
 folder.mkdir(parents=True, exist_ok=True)
 if s.get("breaks"):
-    print("Traceback (most recent call last):\\nKeyError: 'no such luck'\\nwarning: something else", flush=True)
+    print("Traceback (most recent call last):\\n[rank0]: KeyError: 'no such luck'\\nwarning: something else")
+    print("torch.distributed.elastic.multiprocessing.errors.ChildFailedError:", flush=True)
     sys.exit(1)
 if s.get("finishes_training"):
     (folder / "trained.json").write_text("{}")
@@ -130,6 +131,7 @@ def test_settings_that_changed_are_refused(recipe):
         ({"jobs": 0}, "jobs=0"),
         ({"margin": 0}, "margin=0"),
         ({"script": "none.py"}, "no such file"),
+        ({"launch": "acelerate launch"}, "launch='acelerate launch': no such command"),
         ({"settings": {"seed": 3}}, "the comparison sets this"),
         ({"arms": ["plain", "best"]}, "unknown"),
     ],
