@@ -55,7 +55,7 @@ def compare(
         lower_is_better (`bool`, *optional*): by default for names with `loss`, `error` or `perplexity`, and `ter`.
         jobs (`int`): runs at a time. Several slow each other down, and so the times.
         retry (`bool`): run those that failed once more.
-        tell (`Callable`): gets a line about each run that ends.
+        tell (`Callable`): gets a line about each run that ends, and one before.
 
     `make_trainer` and `evaluate` are found by name in each process: they stand at the top level of a module, or of a
     script that calls this below `if __name__ == "__main__":`.
@@ -175,6 +175,7 @@ def _compare(
             found = sorted(k for k, v in results.items() if isinstance(v, (int, float)) and not isinstance(v, bool))
             require(name in found, value, name, f"the results have no such number, only {', '.join(found)}")
 
+    tell(f"{len(runs)} runs, {jobs} at a time; what they say goes to {folder / FOLDER}/ARM-SEED/log.txt")
     carry_out(runs, command, made_by, check, jobs, retry, tell)
     if lower_is_better is None:
         lower_is_better = metric == "ter" or any(word in metric for word in ("loss", "error", "perplexity"))

@@ -77,22 +77,32 @@ class Run:
 
 
 def check_folder(folder: Path, runs: Sequence[Run], made_by: dict[str, str]) -> None:
-    """Raise `ValueError` for a folder with something else in it, or with a run of other settings; write nothing."""
+    """Raise `ValueError` for a folder with something else in it, or with results of other settings; write nothing."""
     if not (folder / FOLDER).is_dir():
         refuse_used_folder(folder, "something else", "name a new folder")
     for run in runs:
-        asked = run.folder / "run.json"
-        if not asked.exists():
-            continue
-        before, now = json.loads(asked.read_text(encoding="utf-8")), _asked(run, made_by)
-        changed = [
-            f"{key}={before[part].get(key)!r}, now {now[part].get(key)!r}"
-            for part in ("settings", "made_by")
-            for key in sorted({*before[part], *now[part]})
-            if before[part].get(key) != now[part].get(key)
-        ]
-        remedy = f"{run.name} was run with {'; '.join(changed[:3])}; name another folder, or another arm"
-        require(not changed, "output_dir", str(folder), remedy)
+        _check_results(run, run.outcome(), made_by)
+
+
+def _check_results(run: Run, found: dict[str, Any] | None, made_by: dict[str, str]) -> None:
+    """Raise `ValueError` where a run has results by other settings; what failed or was cut off is no loss."""
+    changed = [] if found is None or "error" in found else _changed(run, made_by)
+    remedy = f"{run.name} was run with {'; '.join(changed[:3])}; name another folder, or another arm"
+    require(not changed, "output_dir", str(run.folder.parents[1]), remedy)
+
+
+def _changed(run: Run, made_by: dict[str, str]) -> list[str]:
+    """Return in what a run that was begun differs from what is asked for now."""
+    path = run.folder / "run.json"
+    if not path.exists():
+        return []
+    before, now = json.loads(path.read_text(encoding="utf-8")), _asked(run, made_by)
+    return [
+        f"{key}={before[part].get(key)!r}, now {now[part].get(key)!r}"
+        for part in ("settings", "made_by")
+        for key in sorted({*before[part], *now[part]})
+        if before[part].get(key) != now[part].get(key)
+    ]
 
 
 def _asked(run: Run, made_by: dict[str, str]) -> dict[str, Any]:
@@ -129,7 +139,8 @@ def carry_out(
     def one(run: Run) -> tuple[Run, dict[str, Any] | None, bool]:
         with _held(run, stop, tell) as lock:
             found = run.outcome()
-            again = found is None or ("error" in found and retry)
+            _check_results(run, found, made_by)  # once more: of a run that was waited for
+            again = found is None or ("error" in found and (retry or bool(_changed(run, made_by))))
             if again and not stop.is_set():
                 _start(run, command(run), made_by, lock, stop)
                 found = run.outcome()
@@ -184,16 +195,12 @@ def _start(run: Run, command: list[str], made_by: dict[str, str], lock: int, sto
     """Start the process of a run and wait for it; an error is written down with the last line of its log."""
     output, log = Path(run.output_dir), run.folder / "log.txt"
     # What had been trained is used if training was over; half a training starts anew, so that its time is that of one.
-    resume = (output / "trained.json").exists()
+    resume = (output / "trained.json").exists() and not _changed(run, made_by)
     if not resume:
         shutil.rmtree(output, ignore_errors=True)
     (run.folder / "failed.json").unlink(missing_ok=True)
-    settings = {
-        **run.all_settings,
-        "seed": run.seed,
-        "output_dir": str(output),
-        **({"resume": True} if resume else {}),
-    }
+    settings = {**run.all_settings, "seed": run.seed, "output_dir": str(output)}
+    settings |= {"resume": True} if resume else {}
     write_text(run.folder / "settings.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_json(run.folder / "run.json", _asked(run, made_by))
     inherited = {} if fcntl is None else {"pass_fds": (lock,)}

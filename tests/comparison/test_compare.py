@@ -106,6 +106,15 @@ def test_two_at_a_time_say_the_same(recipe):
     assert "2 runs at a time" in str(two)
 
 
+def test_settings_of_what_failed_or_was_cut_off_may_change(recipe):
+    assert run(recipe, {"plain": None, "mine": {"breaks": True}}, 1).rows[1].errors
+    half = recipe.parent.with_name("out") / "runs" / "mine-5" / "output"
+    half.mkdir(parents=True, exist_ok=True)
+    (half / "trained.json").write_text("{}")  # by the settings of before
+    assert run(recipe, {"plain": None, "mine": {"breaks": False}}, 1).rows[1].scores
+    assert began(recipe) == ["plain-5", "mine-5", "mine-5"]
+
+
 def test_settings_that_changed_are_refused(recipe):
     run(recipe)
     before = began(recipe)
@@ -257,7 +266,7 @@ def test_trainers_of_ones_own(tmp_path):
         settings={"num_train_epochs": 1}, tell=told.append, jobs=2,
     )  # fmt: skip
     assert made.lower_is_better and [list(row.scores) for row in made.rows] == [[3], [3], []]
-    assert made.rows[2].errors == {3: "RuntimeError: the arm that breaks"} and len(told) == 3
+    assert made.rows[2].errors == {3: "RuntimeError: the arm that breaks"} and len(told) == 4
     results = json.loads((out / "runs" / "half-3" / "output" / "results.json").read_text())
     assert results["rows_backpropagated"] == 8 and results["epochs"] == 1 and results["steps"] == 2
     plain = json.loads((out / "runs" / "plain-3" / "output" / "results.json").read_text())
