@@ -31,8 +31,7 @@ class Row:
         arm (`str`): its name.
         scores (`dict[int, float]`), seconds (`dict[int, float]`): by seed; of runs that finished.
         errors (`dict[int, str]`): by seed; the last lines of runs that failed.
-        time (`float`): relative to the first arm, median over seeds that both finished; or NaN.
-        faster (`bool`): by 5 % or more.
+        times (`dict[int, float]`): relative to the first arm with that seed, where both finished.
         difference ([`Interval`], *optional*): of the score minus that of the first arm, paired by seed; `None` for the
             first arm and where no seed has both.
         apart (`str`): `"better"` or `"worse"` than the first arm where the interval is beyond 0, else `""`.
@@ -44,12 +43,21 @@ class Row:
     scores: dict[int, float]
     seconds: dict[int, float]
     errors: dict[int, str]
-    time: float = math.nan
-    faster: bool = False
+    times: dict[int, float] = field(default_factory=dict)
     difference: Interval | None = None
     apart: str = ""
     no_worse: bool | None = None
     total_seeds: int | None = None
+
+    @property
+    def time(self) -> float:
+        """Median of the times, or NaN: other work on the machine slows single runs, by any factor."""
+        return float(np.median(list(self.times.values()))) if self.times else math.nan
+
+    @property
+    def faster(self) -> bool:
+        """Whether it saves what is worth a word, see `FASTER`."""
+        return self.time <= FASTER
 
     @property
     def mean(self) -> float:
@@ -120,9 +128,7 @@ class Comparison:
         seeds = sorted(row.scores.keys() & first.scores.keys())
         if not seeds:
             return
-        ratios = np.array([row.seconds[seed] / first.seconds[seed] for seed in seeds])
-        row.time = float(np.median(ratios))  # other work on the machine slows single runs, by any factor
-        row.faster = row.time <= FASTER
+        row.times = {seed: row.seconds[seed] / first.seconds[seed] for seed in seeds}
         if row is first:
             return
         comparisons = len(self.rows) - 1
@@ -198,6 +204,13 @@ class Comparison:
             if len(others) > 1
             else f"Difference: to {first.arm}, paired by seed, with its {LEVEL:.0%} interval.",
         ]
+        spans = [
+            f"{row.arm} {min(row.times.values()):.2f} to {max(row.times.values()):.2f}"
+            for row in others
+            if len(row.times) > 1
+        ]
+        if spans:
+            made.insert(1, f"Time by seed: {', '.join(spans)}.")
         judged = [row for row in others if row.difference is not None and not math.isnan(row.difference.low)]
         apart = [f"{row.arm} ({row.apart})" for row in judged if row.apart]
         alike = [row.arm for row in judged if not row.apart]
@@ -303,6 +316,7 @@ class Comparison:
                     "errors": {str(seed): text for seed, text in sorted(row.errors.items())},
                     "mean": _known(row.mean),
                     "time": _known(row.time),
+                    "times": {str(seed): value for seed, value in row.times.items()},
                     "faster": row.faster,
                     "difference": None if found is None else {k: _known(v) for k, v in found._asdict().items()},
                     "apart": row.apart,
@@ -337,10 +351,8 @@ class Comparison:
                     axes.axhline(limit, color=DROPPED, linewidth=1, linestyle="--", label=f"margin of {self.margin:g}")
             for number, row in enumerate(shown):
                 colour = f"C{number % 10}" if row is not first else "#212529"
-                for seed in row.scores.keys() & first.scores.keys():
-                    axes.scatter(
-                        row.seconds[seed] / first.seconds[seed], row.scores[seed], s=9, color=colour, alpha=0.4
-                    )
+                for seed, time in row.times.items():
+                    axes.scatter(time, row.scores[seed], s=9, color=colour, alpha=0.4)
                 # At the first arm's mean plus the paired difference: what bars and lines say are differences.
                 height = level + (row.difference.mean if row.difference is not None else 0.0)
                 if row.difference is not None and not math.isnan(row.difference.low):
