@@ -8,6 +8,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .adapters import ReaderLoraConfig, to_lora
     from .budget import Plan
+    from .comparison import compare
     from .config import DarelConfig
     from .nlg.metrics import NLGMetrics
     from .report import Report
@@ -20,6 +21,7 @@ _HOME = {
     "accelerators": ("shared_prefixes",),
     "adapters": ("ReaderLoraConfig", "to_lora"),
     "budget": ("Plan",),
+    "comparison": ("compare",),
     "config": ("DarelConfig",),
     "nlg.metrics": ("NLGMetrics",),
     "report": ("Report",),
@@ -43,6 +45,7 @@ __all__ = [
     "Samples",
     "Selector",
     "__version__",
+    "compare",
     "register_rule",
     "shared_prefixes",
     "to_lora",

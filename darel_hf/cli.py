@@ -211,6 +211,66 @@ def plan(
             errors.print("no saving is predicted: scoring costs more than the dropped rows save")
 
 
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of settings; `train.py` beside it trains by it.")],
+    metric: Annotated[str, typer.Option(help="A number of the recipe's results.json: bleu, accuracy, test_loss.")],
+    arms: Annotated[
+        list[str] | None,
+        typer.Option(help="plain, fewer_epochs, random, fast, darel, recipe; name:key=value,key=value; a YAML file."),
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Fraction of the plain training time, for arms that have one.")] = 0.5,
+    seeds: Annotated[int, typer.Option(help="How many, from the recipe's seed on.")] = 3,
+    first_seed: Annotated[int | None, typer.Option(help="The first, in place of the recipe's.")] = None,
+    margin: Annotated[float | None, typer.Option(help="Loss of the metric that still counts as no worse.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value on top of the recipe, for all arms; several times.")
+    ] = None,
+    lower_is_better: Annotated[
+        bool | None, typer.Option("--lower-is-better/--higher-is-better", help="Default: by the metric's name.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "--output_dir", help="Default: outputs/compare_RECIPE.")
+    ] = None,
+    script: Annotated[Path | None, typer.Option(help="What trains by the recipe, if not its `train.py`.")] = None,
+    launch: Annotated[str | None, typer.Option(help="Before the script: 'accelerate launch ...'.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time; several slow each other down.")] = 1,
+    retry: Annotated[bool, typer.Option(help="Run those that failed once more.")] = False,
+) -> None:
+    """
+    Is it worth it on your data? Compare ways of training by a recipe: quality against time, with intervals and advice.
+
+    A call that was stopped goes on where it was when it is given again; more --seeds or --arms are added. An example:
+    darel compare recipes/e2e_nlg/gpt2_small.yaml --metric bleu --margin 1 --set data_dir=FOLDER
+    """
+    with clear_errors():
+        from .comparison import compare_recipe, parse_arms, parse_setting
+
+        folder = output_dir or Path("outputs") / f"compare_{recipe.stem}"
+        named = parse_arms(arms or ["plain,fewer_epochs,random,fast,darel"])
+        made = compare_recipe(
+            recipe,
+            named,
+            seeds,
+            output_dir=folder,
+            metric=metric,
+            script=script,
+            settings=dict(map(parse_setting, settings or [])),
+            first_seed=first_seed,
+            launch=launch,
+            budget=budget,
+            margin=margin,
+            lower_is_better=lower_is_better,
+            jobs=jobs,
+            retry=retry,
+            tell=lambda line: out.print(line, soft_wrap=True),
+        )
+        out.print(f"\n{made}\n", soft_wrap=True)
+        out.print(f"Page, chart and data: {folder}/comparison.html, .md, .png, .json", soft_wrap=True)
+        if not any(row.scores for row in made.rows):
+            raise typer.Exit(1)
+
+
 @app.command("eval")
 def evaluate(
     files: Annotated[list[str] | None, typer.Argument(help="More systems, as after --systems.")] = None,

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("verb", ["demo", "score", "select", "plan", "eval"])
+@pytest.mark.parametrize("verb", ["demo", "score", "select", "plan", "compare", "eval"])
 def test_help(verb):
     done = darel(verb, "--help")
     assert done.exit_code == 0 and "Usage" in done.output

@@ -6,5 +6,5 @@ Stands on `budget/` and `selection/`.
 
 from .charts import chart, figure_at
 from .environment import describe
-from .html import write_html
+from .html import STYLE, write_html
 from .report import DROPPED, KEPT, Report, scoring_seconds

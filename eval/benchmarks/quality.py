@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from common import RESULTS, add_quick, data_and_model, latest_rows, store
-from scipy.stats import t
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from darel_hf import DarelConfig, NLGMetrics
+from darel_hf.comparison.statistics import t_quantile
 from darel_hf.data import ID_KEY, CarryIds, add_ids
 from darel_hf.nlg.demo import DemoSettings
 from darel_hf.nlg.metrics import NAMES
@@ -394,7 +394,9 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     variance = np.mean((widths / 3.92) ** 2) / len(known)
     if len(known) > 1:
         variance = max(variance, differences.var(ddof=1) / len(known))
-    quantile = t.ppf(0.95, len(known) - 1) if len(known) > 1 else 1.645  # few seeds say little of their own spread
+    quantile = (
+        t_quantile(0.05, len(known) - 1) if len(known) > 1 else 1.645
+    )  # few seeds say little of their own spread
     low = differences.mean() - quantile * np.sqrt(variance)
     if len(known) == 1:
         return f"one seed ({low:+.1f})"  # of the instances only: it says nothing of another run
