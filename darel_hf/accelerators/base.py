@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -41,11 +42,13 @@ class Accelerator(ABC):
         value: of its setting.
         asked (`bool`): whether the settings ask for it; else it was found to pay, and where it fails it is left out.
         chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
+        most (`float`): where a step with it was measured to take more than this of one without, it is left out.
     """
 
     facts: AcceleratorFacts
     falls_back = True
     chooses = False
+    most = math.inf
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

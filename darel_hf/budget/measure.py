@@ -161,9 +161,13 @@ def measure_costs(
                     for accelerator in accelerators:
                         plain.enter_context(accelerator.plain())
                     steps.append(seconds(lambda batch=batch: batch))
+                made = 0.0  # seconds that those before it take to transform a batch
                 for accelerator, found in zip(accelerators, with_it, strict=True):
-                    found.append(accelerator.measure(seconds, inputs))
+                    measured = accelerator.measure(seconds, inputs)
+                    found.append(None if measured is None else made + measured)
+                    started = clock(device)
                     inputs = accelerator.transform(inputs)
+                    made += clock(device) - started
             del inputs
             trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
             optimizer_step = _optimizer_step(trainer)

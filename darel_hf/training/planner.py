@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ class Planner:
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
+        self._given_up: list[str] = []  # accelerators that were asked for by name, and do not pay
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
@@ -87,12 +88,17 @@ class Planner:
             with self.clock.count("probe"):
                 self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
 
-    def _leave_out(self, reasons: dict[str, str]) -> None:
-        """Go on without accelerators that nobody has asked for by name."""
-        for accelerator in [a for a in self.accelerators if a.facts.name in reasons and not a.asked]:
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Go on without some accelerators; say so aloud of those that were asked for by name."""
+        for accelerator in [a for a in self.accelerators if a.facts.name in reasons]:
             accelerator.detach()
             self.accelerators.remove(accelerator)
-            self.left_out[accelerator.facts.name] = reasons[accelerator.facts.name]
+            name = accelerator.facts.name
+            if accelerator.asked:
+                self._given_up.append(name)
+                logger.warning("%s", accelerator.told(reasons[name], "going on with"))
+            else:
+                self.left_out[name] = reasons[name]
 
     def close(self) -> None:
         """Let accelerators leave the model as a plain trainer would."""
@@ -135,7 +141,8 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                slow = {name: factor for name, factor in costs.factors.items() if factor > PAYS}
+                most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
+                slow = {name: factor for name, factor in costs.factors.items() if factor > most.get(name, math.inf)}
                 self._leave_out({name: f"a step takes {factor:.2f} with it" for name, factor in slow.items()})
                 there = [accelerator.facts.name for accelerator in self.accelerators]
                 costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
@@ -315,13 +322,16 @@ class Planner:
         """Return what a checkpoint must remember."""
         granted = self.pace.granted if self.pace else 1.0
         found = [accelerator.facts.name for accelerator in self.accelerators if not accelerator.asked]
-        return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted, "fast": found}
+        state = {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
+        return {**state, "fast": found, "given_up": self._given_up}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
-        names = {accelerator.facts.name for accelerator in self.accelerators} - set(state.get("fast", ()))
-        self._leave_out(dict.fromkeys(names, "it did not pay when the run began"))
+        found, given_up = state.get("fast", ()), state.get("given_up", ())
+        names = [(a.facts.name, a.asked) for a in self.accelerators]
+        gone = [name for name, asked in names if (name in given_up if asked else name not in found)]
+        self._leave_out(dict.fromkeys(gone, "it did not pay when the run began"))
         epochs = self._epochs()
         if epochs != self.plan.epochs:
             logger.warning(

@@ -121,6 +121,23 @@ def test_where_it_cannot_be_had(tmp_path, shorter, caplog, monkeypatch):
         trainer_for(tmp_path / "refuses", shorter=True).train()
 
 
+def test_where_it_does_not_pay(tmp_path, shorter, caplog, monkeypatch):
+    """It is left out, and a run that goes on stays with that: it does not measure again."""
+    monkeypatch.setattr(shorter, "most", 0.0)
+    ours = trainer_for(tmp_path, shorter=True)
+    ours.args.save_strategy, ours.args.save_steps = "steps", 3
+    with caplog.at_level(logging.WARNING):
+        ours.train()
+    assert "shorter=True: a step takes" in caplog.text and "with it; going on with False" in caplog.text
+    assert ours.report.plan.costs.factors == {}
+    monkeypatch.setattr(shorter, "most", 9.0)
+    again = trainer_for(tmp_path, shorter=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert all(width == 32 for _, width in shorter.made[-1].calls) and len(shorter.made[-1].calls) == 1  # the trial
+    for name, wanted in weights(ours.model).items():
+        torch.testing.assert_close(weights(again.model)[name], wanted, rtol=0, atol=0)
+
+
 def test_with_what_it_does_not_go(shorter):
     with pytest.raises(ValueError, match="track=True: no"):
         WithOneMore(shorter=True, track=True)
