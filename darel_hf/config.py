@@ -122,6 +122,12 @@ ACCELERATOR_FACTS = {
             with_weights="its weights need losses of rows, which prompt_cache has not; leave out prompt_cache",
         ),
         AcceleratorFacts(
+            "fast_lora",
+            setting="fast_lora",
+            exactness="exact",
+            phrase="with fewer passes in LoRA layers",
+        ),
+        AcceleratorFacts(
             "sliced",
             setting="online_backward",
             exactness="exact",
@@ -225,6 +231,10 @@ class DarelConfig:
             dropout). `"ram"`, `"disk"` (a file in the output folder, which later runs on the same base use again),
             `"recompute"` (nothing is kept: prompts are run in every step, without gradient) or `"auto"`, which says
             what it takes and why. See [`darel_hf.accelerators.PromptCache`].
+        fast_lora (`bool`, defaults to `False`):
+            Let PEFT's LoRA layers compute in fewer passes: the same losses and gradients (but for rounding) in less
+            time. Layers with dropout in LoRA, variants such as DoRA, several active adapters or a quantised base stay
+            as they are; where a step gets no cheaper, all do. See [`darel_hf.accelerators.FastLora`].
         finish_epochs (`float`, defaults to 0.0):
             The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
@@ -271,6 +281,7 @@ class DarelConfig:
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
     fast: bool = field(default=False, metadata={"help": "every exact accelerator that the model takes and that pays"})
+    fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})

@@ -14,6 +14,7 @@ from .base import (
     make_accelerators,
     register_accelerator,
 )
+from .fast_lora import FastLinear, FastLora
 from .prompt_cache import PromptCache
 from .share_prompts import SharePrompts, share
 from .shared_prefixes import shared_prefixes

@@ -152,7 +152,7 @@ def test_off_it_is_not_even_made(tmp_path, shorter):
     assert len(shorter.made) == before
 
 
-@pytest.mark.parametrize("name", ["unpad", "sliced"])
+@pytest.mark.parametrize("name", ["unpad", "sliced", "fast_lora"])
 def test_every_one_of_ours_says_what_it_is(name):
     facts = ACCELERATORS[name].facts
     assert facts is ACCELERATOR_FACTS[name] and facts.exactness in ("exact", "unbiased", "approximate")

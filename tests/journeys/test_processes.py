@@ -76,6 +76,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
         (2, 1, {"online_keep": 0.5, "unpad": True}),
         (2, 1, {"online_keep": 0.5, "share_prompts": 2}),
+        (2, 1, {"fast_lora": True, "unpad": True}),
         (2, 1, {"prompt_cache": "disk", "finish_epochs": 2}),
         (2, 1, {"prompt_cache": "recompute", "online_keep": 0.5, "online_rule": "hardest"}),
         (3, 1, BOTH),
@@ -90,6 +91,7 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         "by-length",
         "padding-free",
         "shared-prompts",
+        "fast-lora",
         "reader-on-disk",
         "reader-recomputed",
         "three-processes",
@@ -109,7 +111,7 @@ def test_processes_equal_accumulation(tmp_path, processes, hosts, darel):
         settings["stream"] = True
         settings["arguments"] |= {"max_steps": 2, "accelerator_config": {"dispatch_batches": False}}
     settings["reader"] = "prompt_cache" in darel
-    if darel.keys() & {"online_backward", "unpad", "share_prompts", "prompt_cache"}:
+    if darel.keys() & {"online_backward", "unpad", "share_prompts", "prompt_cache", "fast_lora"}:
         # Adam makes whole steps out of the rounding of gradients near zero.
         settings["arguments"] |= {"optim": "sgd", "learning_rate": 0.5}
     all_ranks = launch(tmp_path / "several", processes, settings, hosts=hosts)
