@@ -122,6 +122,13 @@ ACCELERATOR_FACTS = {
             with_weights="its weights need losses of rows, which prompt_cache has not; leave out prompt_cache",
         ),
         AcceleratorFacts(
+            "last_block",
+            setting="last_block",
+            exactness="exact",
+            phrase="with the last block for labels only",
+            not_with={"prompt_cache": "what it computes has labels nearly everywhere; leave out last_block"},
+        ),
+        AcceleratorFacts(
             "fast_lora",
             setting="fast_lora",
             exactness="exact",
@@ -235,6 +242,10 @@ class DarelConfig:
             Let PEFT's LoRA layers compute in fewer passes: the same losses and gradients (but for rounding) in less
             time. Layers with dropout in LoRA, variants such as DoRA, several active adapters or a quantised base stay
             as they are; where a step gets no cheaper, all do. See [`darel_hf.accelerators.FastLora`].
+        last_block (`bool`, defaults to `False`):
+            Beside `unpad` or `share_prompts`: compute what follows attention in the last block only at positions that
+            predict a label: the same losses and gradients (but for rounding and dropout) in less time. Left out where
+            it cannot be had or does not pay. See [`darel_hf.accelerators.LastBlock`].
         finish_epochs (`float`, defaults to 0.0):
             The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
@@ -281,6 +292,7 @@ class DarelConfig:
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
     fast: bool = field(default=False, metadata={"help": "every exact accelerator that the model takes and that pays"})
+    last_block: bool = field(default=False, metadata={"help": "last block for labels only, beside unpad: less time"})
     fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
