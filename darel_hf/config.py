@@ -56,6 +56,7 @@ class AcceleratorFacts:
             `"unbiased"` (right in expectation) or `"approximate"` (a choice that can cost quality).
         phrase (`str`): how a plan says it.
         fast (*optional*): the value of its setting that `fast=True` tries out; `None`: it does not.
+        beside (`tuple[str, ...]`): settings of which it needs one, or what `fast` finds in place of that.
         online_only (`bool`): whether there is nothing for it to do where the online stage drops nothing.
         not_with (`Mapping[str, str]`): settings that must be at their defaults beside it, each with the remedy.
         gives_way_to (`Mapping[str, str]`): likewise, where the error is to name the accelerator's own setting.
@@ -68,6 +69,7 @@ class AcceleratorFacts:
     exactness: str
     phrase: str
     fast: Any = None
+    beside: tuple[str, ...] = ()
     online_only: bool = False
     not_with: Mapping[str, str] = field(default_factory=dict)
     gives_way_to: Mapping[str, str] = field(default_factory=dict)
@@ -126,6 +128,8 @@ ACCELERATOR_FACTS = {
             setting="last_block",
             exactness="exact",
             phrase="with the last block for labels only",
+            fast=True,
+            beside=("unpad", "share_prompts"),
             not_with={"prompt_cache": "what it computes has labels nearly everywhere; leave out last_block"},
         ),
         AcceleratorFacts(
@@ -133,6 +137,7 @@ ACCELERATOR_FACTS = {
             setting="fast_lora",
             exactness="exact",
             phrase="with fewer passes in LoRA layers",
+            fast=True,
         ),
         AcceleratorFacts(
             "sliced",
@@ -396,7 +401,9 @@ class DarelConfig:
             `None`.
         """
         found = []
-        for facts in reversed(ACCELERATOR_FACTS.values()) if self.fast else ():
+        most_first = list(reversed(ACCELERATOR_FACTS.values()))
+        most_first.sort(key=lambda facts: bool(facts.beside))  # what goes beside others after these
+        for facts in most_first if self.fast else ():
             if facts.fast is None or facts.exactness != "exact" or not self._is_default(facts.setting):
                 continue
             reason = None

@@ -174,7 +174,7 @@ def make_accelerators(
             made.append(accelerator)
         else:
             left_out[name] = reason
-    order = list(ACCELERATORS)
+    order = list(ACCELERATOR_FACTS)
     return sorted(made, key=lambda accelerator: order.index(accelerator.facts.name)), left_out
 
 

@@ -20,6 +20,9 @@ from .row_attention import holds_places
 #: Where more of the positions than this predict a label, there is nothing to save.
 LARGEST_SHARE = 0.9
 
+#: What makes rows in which it finds where labels are predicted; what `fast` tries first comes first.
+ROWS = {"share_prompts": share_prompts.SharePrompts, "unpad": unpad.PaddingFree}
+
 
 class _Attended(Exception):
     """The attention of the block is computed."""
@@ -123,9 +126,8 @@ class LastBlock(Accelerator):
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: other settings, the model, or what a few samples show."""
         trainer, model = self.trainer, self.trainer.model
-        kinds = {"unpad": unpad.PaddingFree, "share_prompts": share_prompts.SharePrompts}
-        kind = next((cls for name, cls in kinds.items() if name in trainer.darel.accelerators), None)
-        if kind is None:
+        given = trainer.darel.accelerators
+        if not trainer.darel.fast and not set(given) & set(ROWS):
             return "padded rows pass it whole; set unpad=True or share_prompts=1 beside it"
         if few_rows is None:
             return "the data are a stream, of which nothing can be tried before training"
@@ -136,14 +138,21 @@ class LastBlock(Accelerator):
             return "with checkpointing the block is called again in the backward pass, as a whole"
         if not _blocks(model):
             return f"{type(base_model(model)).__name__} has no blocks"
-        rows, wrong = kind(trainer), None
+        kinds = [ROWS[name] for name in given if name in ROWS] or ROWS.values()  # else fast finds one of them
+        for kind in kinds:
+            reason = self._with_rows_of(kind(trainer), few_rows)
+            if reason is None:
+                return None
+        return reason
+
+    def _with_rows_of(self, rows: unpad.PaddingFree, few_rows: Callable[[], Mapping[str, Any]]) -> str | None:
+        """Try it out on rows that another accelerator makes; return what would change, or `None`."""
         try:
-            wrong = rows.why_not(few_rows) or self._try_out(rows.transform(few_rows()))
+            return rows.why_not(few_rows) or self._try_out(rows.transform(few_rows()))
         except Exception as error:  # whatever it is, such a model does not take it
-            wrong = f"{type(error).__name__}: {first_line(error)}"
+            return f"{type(error).__name__}: {first_line(error)}"
         finally:
             rows.detach()
-        return wrong
 
     def _try_out(self, inputs: Mapping[str, Any]) -> str | None:
         """Do the step of a row in both ways; return what would change, or `None`."""
