@@ -56,6 +56,7 @@ class AcceleratorFacts:
             `"unbiased"` (right in expectation) or `"approximate"` (a choice that can cost quality).
         phrase (`str`): how a plan says it.
         fast (*optional*): the value of its setting that `fast=True` tries out; `None`: it does not.
+        beside (`tuple[str, ...]`): settings of which it needs one, or what `fast` finds in place of that.
         online_only (`bool`): whether there is nothing for it to do where the online stage drops nothing.
         not_with (`Mapping[str, str]`): settings that must be at their defaults beside it, each with the remedy.
         gives_way_to (`Mapping[str, str]`): likewise, where the error is to name the accelerator's own setting.
@@ -68,6 +69,7 @@ class AcceleratorFacts:
     exactness: str
     phrase: str
     fast: Any = None
+    beside: tuple[str, ...] = ()
     online_only: bool = False
     not_with: Mapping[str, str] = field(default_factory=dict)
     gives_way_to: Mapping[str, str] = field(default_factory=dict)
@@ -120,6 +122,15 @@ ACCELERATOR_FACTS = {
                 "online_backward": "it slices the rows of a padded batch; give 'subset'",
             },
             with_weights="its weights need losses of rows, which prompt_cache has not; leave out prompt_cache",
+        ),
+        AcceleratorFacts(
+            "last_block",
+            setting="last_block",
+            exactness="exact",
+            phrase="with the last block for labels only",
+            fast=True,
+            beside=("unpad", "share_prompts"),
+            not_with={"prompt_cache": "what it computes has labels nearly everywhere; leave out last_block"},
         ),
         AcceleratorFacts(
             "fast_lora",
@@ -236,6 +247,10 @@ class DarelConfig:
             Let PEFT's LoRA layers compute in fewer passes: the same losses and gradients (but for rounding) in less
             time. Layers with dropout in LoRA, variants such as DoRA, several active adapters or a quantised base stay
             as they are; where a step gets no cheaper, all do. See [`darel_hf.accelerators.FastLora`].
+        last_block (`bool`, defaults to `False`):
+            Beside `unpad` or `share_prompts`: compute what follows attention in the last block only at positions that
+            predict a label: the same losses and gradients (but for rounding and dropout) in less time. Left out where
+            it cannot be had or does not pay. See [`darel_hf.accelerators.LastBlock`].
         finish_epochs (`float`, defaults to 0.0):
             The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
@@ -282,6 +297,7 @@ class DarelConfig:
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
     fast: bool = field(default=False, metadata={"help": "every exact accelerator that the model takes and that pays"})
+    last_block: bool = field(default=False, metadata={"help": "last block for labels only, beside unpad: less time"})
     fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
@@ -385,7 +401,9 @@ class DarelConfig:
             `None`.
         """
         found = []
-        for facts in reversed(ACCELERATOR_FACTS.values()) if self.fast else ():
+        most_first = list(reversed(ACCELERATOR_FACTS.values()))
+        most_first.sort(key=lambda facts: bool(facts.beside))  # what goes beside others after these
+        for facts in most_first if self.fast else ():
             if facts.fast is None or facts.exactness != "exact" or not self._is_default(facts.setting):
                 continue
             reason = None

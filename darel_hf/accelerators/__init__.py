@@ -15,6 +15,7 @@ from .base import (
     register_accelerator,
 )
 from .fast_lora import FastLinear, FastLora
+from .last_block import LastBlock
 from .prompt_cache import PromptCache
 from .share_prompts import SharePrompts, share
 from .shared_prefixes import shared_prefixes

@@ -99,7 +99,7 @@ class FrozenBase:
 
     def _sort_linears(self, layer: Layer, read: torch.Tensor) -> None:
         """Find out which linear layers make keys and values: those on whose outputs they depend, says autograd."""
-        linears, outputs = list(_linears(layer.module)), {}
+        linears, outputs = list(linears_of(layer.module)), {}
 
         def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             outputs[module] = output.detach().float().requires_grad_()
@@ -253,7 +253,7 @@ class FrozenBase:
             self._outputs = {}
 
     def _call(self, layer: Layer, read: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        args, kwargs = _at(layer.arguments, positions, self._longest)
+        args, kwargs = take_positions(layer.arguments, positions, self._longest)
         self._doing, self._positions = "replay", read.shape[1]
         try:
             layer.module(read, *args, **kwargs)
@@ -264,13 +264,13 @@ class FrozenBase:
         raise RuntimeError(f"{type(layer.module).__name__} has called no attention function")
 
 
-def _linears(module: nn.Module) -> Iterator[nn.Module]:
+def linears_of(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the linear layers of a module; those of PEFT as one, with what is inside."""
     for child in module.children():
         if isinstance(child, (nn.Linear, Conv1D, BaseTunerLayer)):
             yield child
         else:
-            yield from _linears(child)
+            yield from linears_of(child)
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -278,12 +278,12 @@ def _is_plain(linear: nn.Module) -> bool:
     return not getattr(linear, "lora_variant", None)
 
 
-def _at(value: Any, positions: torch.Tensor, length: int) -> Any:
-    """Take what belongs to some positions out of arguments of a call with so many positions."""
+def take_positions(value: Any, positions: torch.Tensor, length: int) -> Any:
+    """Take what belongs to some positions, int64 `[K]`, out of arguments of a call with so many positions."""
     if isinstance(value, (tuple, list)):
-        return type(value)(_at(item, positions, length) for item in value)
+        return type(value)(take_positions(item, positions, length) for item in value)
     if isinstance(value, dict):
-        return {key: _at(item, positions, length) for key, item in value.items()}
+        return {key: take_positions(item, positions, length) for key, item in value.items()}
     if not torch.is_tensor(value):
         return value
     dimension = next((d for d in range(min(value.dim(), 2))[::-1] if value.shape[d] == length), None)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,8 @@ ATTENTION = "darel_padding_free"
 #: What a batch may hold: `[B, L]` each. What else there is might belong to columns, and we would not know.
 TOKEN_KEYS = ("input_ids", "attention_mask", "labels", "position_ids", "token_type_ids")
 LAYERS = {"full_attention", "sliding_attention"}
+#: By attention module, what is asked in place of attending, and is given a function that attends.
+INSTEAD: WeakKeyDictionary[torch.nn.Module, Callable[[Callable[[], torch.Tensor]], torch.Tensor]] = WeakKeyDictionary()
 
 
 def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> dict[str, Any]:
@@ -100,8 +103,9 @@ def attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not holds_places(attention_mask):
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    call = partial(within, module, kwargs)
-    return attend(call, query, (key, value), attention_mask, sliding_window), None
+    attends = partial(attend, partial(within, module, kwargs), query, (key, value), attention_mask, sliding_window)
+    instead = INSTEAD.get(module)
+    return (attends() if instead is None else instead(attends)), None
 
 
 def within(

@@ -45,9 +45,8 @@ def random(recipe: Settings, budget: float) -> Settings:
 
 
 def fast(recipe: Settings, budget: float) -> Settings:
-    """Plain, with what is exact: `prompt_cache` where adapters leave prompts alone (`lora_on`), else `unpad`."""
-    prompts_stay = recipe.get("lora_on", "all") != "all"
-    return {**plain(recipe, budget), **({"prompt_cache": "auto"} if prompts_stay else {"unpad": True})}
+    """Plain, with every exact accelerator that the model passes and that pays."""
+    return {**plain(recipe, budget), "fast": True}
 
 
 def darel(recipe: Settings, budget: float) -> Settings:

@@ -88,10 +88,12 @@ class Planner:
                 self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
 
     def _leave_out(self, reasons: Mapping[str, str]) -> None:
-        """Go on without accelerators, by name, for these reasons."""
+        """Go on without some accelerators; say so aloud of those that were asked for by name."""
         for accelerator in [a for a in self.accelerators if a.facts.name in reasons]:
             accelerator.detach()
             self.accelerators.remove(accelerator)
+            if accelerator.asked:
+                logger.warning("%s", accelerator.told(reasons[accelerator.facts.name], "going on with"))
         self.left_out |= reasons
 
     def close(self) -> None:
@@ -135,7 +137,13 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                costs = replace(costs, factors=self._without_slow(costs.factors))
+                most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
+                slow = {name: factor for name, factor in costs.factors.items() if factor > most.get(name, math.inf)}
+                self._leave_out(
+                    {name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()}
+                )
+                there = [accelerator.facts.name for accelerator in self.accelerators]
+                costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
                 if size != full_size:
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
@@ -146,18 +154,6 @@ class Planner:
         if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
             self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
-
-    def _without_slow(self, factors: Mapping[str, float]) -> dict[str, float]:
-        """Let go of accelerators with which steps take longer than they may; return the factors of the others."""
-        slow = {}
-        for accelerator in self.accelerators:
-            factor, most = factors.get(accelerator.facts.name, 0.0), accelerator.most
-            if factor > (most if accelerator.asked else min(most, PAYS)):
-                slow[accelerator.facts.name] = reason = f"a step takes {factor:.2f} of one without it"
-                if accelerator.asked:
-                    logger.warning("%s", accelerator.told(reason, "going on with"))
-        self._leave_out(slow)
-        return {name: factor for name, factor in factors.items() if name not in slow}
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))

@@ -11,9 +11,9 @@ What a step costs when prompts are not computed again: whole runs, interleaved, 
 under plain Trainer, `sft_packing` and `sft_padding_free` trl's SFTTrainer with LoRA everywhere (on a CPU trl says that
 its rows see each other there: the times are those of its steps). The samples are all references of a seeded part of
 the representations, or with --lengths P,C random tokens, every prompt another or --same samples with each; with
---layers and --width the model is a GPT-2 of that shape with random weights. Any way but trl's may end with `_fast`
-(`plain_fast`, `unpad_fast`, `reader_fast`): with `fast_lora` besides. Times are relative to the plain run of the same
-round.
+--layers and --width the model is a GPT-2 of that shape with random weights. Any way but trl's may be
+followed by settings that it has besides: `plain+fast_lora`, `unpad+last_block+fast_lora`, `reader+fast_lora`. Times
+are relative to the plain run of the same round.
 Beside them, of one batch: FLOPs, and bytes that are saved for the backward pass, relative to plain; bytes that are
 stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
 """
@@ -85,7 +85,7 @@ class Runs:
 
     def model(self, way: str) -> torch.nn.Module:
         """Return a model with adapters on attention and MLP, of the kind that a way trains."""
-        way = way.removesuffix("_fast")
+        way = way.partition("+")[0]
         settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
         config = LoraConfig(**settings) if way not in READERS else ReaderLoraConfig(**settings)
         if way == "alora":
@@ -122,11 +122,11 @@ class Runs:
             data = datasets.Dataset.from_dict(columns)
             return SFTTrainer(self.model(way), args=args, train_dataset=data, processing_class=self.tokenizer)
         cls: Any = Trainer if way in ("plain", "slow") else DarelTrainer
-        name, fast = way.removesuffix("_fast"), way.endswith("_fast")
+        name, *besides = way.split("+")
         darel = {"plain": {}, **READERS}.get(name, {"unpad": True})
         if name.startswith("share_"):
             darel = {"share_prompts": int(name.removeprefix("share_"))}
-        darel = {**darel, "fast_lora": True} if fast else darel
+        darel = {**darel, **dict.fromkeys(besides, True)}
         return cls(
             model=self.model(way),
             args=TrainingArguments(**settings),
@@ -166,7 +166,7 @@ class Runs:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss = trainer.model(**inputs).loss
             loss.backward()
-        if way.removesuffix("_fast") in ("reader", "disk", "alora"):
+        if way.partition("+")[0] in ("reader", "disk", "alora"):
             stored = self.stored(accelerators[0].base.row_bytes)
         for accelerator in accelerators:
             accelerator.detach()

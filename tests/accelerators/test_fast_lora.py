@@ -338,6 +338,7 @@ def distance(found, wanted, model):
 BESIDE = {
     "alone": ({}, {}, LoraConfig),
     "unpad": ({"unpad": True}, {}, LoraConfig),
+    "share_prompts": ({"share_prompts": 1}, {}, LoraConfig),
     "online": ({"online_keep": 0.5, "online_rule": "random"}, {}, LoraConfig),
     "reader": ({}, {}, ReaderLoraConfig),
     "prompt_cache": ({"prompt_cache": "ram"}, {}, ReaderLoraConfig),

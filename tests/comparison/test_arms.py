@@ -23,7 +23,7 @@ def test_every_arm_on_a_recipe():
     assert made["plain"] == plain
     assert made["fewer_epochs"] == {**plain, "num_train_epochs": 2.0}
     assert made["random"] == {**plain, "online_keep": 0.4, "online_rule": "random"}
-    assert made["fast"] == {**plain, "unpad": True}
+    assert made["fast"] == {**plain, "fast": True}
     assert made["darel"] == {**plain, "online_rule": "hardest", "group_column": "mr", "budget_time": 0.4}
     assert made["recipe"] == {key: value for key, value in RECIPE.items() if key not in ("seed", "output_dir")}
 
@@ -32,11 +32,6 @@ def test_fewer_epochs_of_other_lengths():
     assert settings_of(["plain", "fewer_epochs"], {}, 0.5)["fewer_epochs"] == {"num_train_epochs": 1.5}
     steps = {"max_steps": 101, "warmup_steps": 10}
     assert settings_of(["plain", "fewer_epochs"], steps, 0.5)["fewer_epochs"] == {"max_steps": 50, "warmup_steps": 5}
-
-
-def test_fast_where_prompts_stay():
-    assert settings_of(["plain", "fast"], {"lora_on": "reader"}, 0.5)["fast"]["prompt_cache"] == "auto"
-    assert settings_of(["plain", "fast"], {"lora_on": "all"}, 0.5)["fast"]["unpad"] is True
 
 
 def test_arms_as_typed(tmp_path):

@@ -58,7 +58,7 @@ def fast(folder, model, darel=None, data=None, cls=DarelTrainer, **more):
 
 def test_what_is_given_stays(tmp_path):
     trainer = fast(tmp_path, adapted("llama"), {"unpad": True})
-    assert list(trainer.report.plan.costs.factors) == ["unpad", "fast_lora"]
+    assert list(trainer.report.plan.costs.factors) == ["unpad", "last_block", "fast_lora"]
 
 
 def test_what_does_not_pay_is_left_out(tmp_path, monkeypatch, capsys):
@@ -139,6 +139,7 @@ def test_a_resumed_run_has_what_the_first_had(tmp_path, monkeypatch):
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
     assert_same_weights(weights(again.model), weights(whole.model))
     assert list(again.report.plan.costs.factors) == list(whole.report.plan.costs.factors)
+    assert list(whole.report.plan.costs.factors) == ["share_prompts", "last_block", "fast_lora"]
 
 
 def test_streams_and_mistakes(tmp_path, capsys):
