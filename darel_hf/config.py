@@ -254,7 +254,8 @@ class DarelConfig:
         finish_epochs (`float`, defaults to 0.0):
             The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
-            Column with a unique integer id of each sample. Without it, a sample's id is its row number.
+            Column with a unique integer id of each sample. Without it, a sample's id is its row number. Of data that
+            are no table, ids are read while they are scored before training: two that are the same are an error then.
         track (`bool`, defaults to `False`):
             Record the loss of every trained row from the forward pass that trains it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -395,13 +396,17 @@ def _online_alone(plan: Plan, left: float) -> list[Plan]:
     return plans
 
 
-def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0) -> Plan:
+def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0, offline: bool = True) -> Plan:
     """
     Return the plan that the budget of the settings leads to; raises `ValueError` if it cannot be met.
 
-    Each of the `groups` of samples keeps a place offline; where there would be too few, nothing is dropped offline.
+    Each of the `groups` of samples keeps a place offline; where there would be too few, nothing is dropped offline. If
+    not `offline`, something is only where the measured costs leave no other way.
     """
     if config.budget_method == "measured":
+        if not offline:
+            with contextlib.suppress(ValueError):
+                return solve_budget(plan, config.budget_time, offline=False)
         made = solve_budget(plan, config.budget_time)
         return made if made.kept_samples >= groups else solve_budget(plan, config.budget_time, offline=False)
     budget = 1.0 if config.budget_time is None else config.budget_time

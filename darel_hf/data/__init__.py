@@ -18,6 +18,6 @@ from .columns import (
     sample_lengths,
     stores_lengths,
 )
-from .fingerprint import code_fingerprint, data_fingerprint
-from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, sample_ids, select_rows
+from .fingerprint import code_fingerprint, data_content, data_fingerprint
+from .ids import CarryIds, StreamWithIds, WithIds, add_ids, add_stream_ids, item_id, sample_ids, select_rows
 from .rows import ID_KEY, WEIGHT_KEY, keys_without_rows, require_rows, take_rows

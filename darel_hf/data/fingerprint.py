@@ -27,7 +27,7 @@ FUNCTIONS = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, fu
 PLAIN = (str, int, float, complex, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 
 
-def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
+def data_fingerprint(dataset: Any, ids: np.ndarray, content: bytes | None = None) -> str:
     """
     Hash the ids and the content of a data set: 32 hexadecimal digits.
 
@@ -35,6 +35,11 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
     function that cannot be hashed was mapped over the data.) A `datasets.Dataset` is hashed as a whole, below its
     transform; of other data sets, whose items may be slow to read, [`LOOKED_AT`] items, and of those what two readings
     give alike (no augmentation drawn anew) and what is plain data (no objects that only their address tells apart).
+
+    Args:
+        dataset: map-style.
+        ids (`np.ndarray`): int64 `[n]`.
+        content (`bytes`, *optional*): what [`data_content`] returned, where that was read already.
     """
     digest = hashlib.blake2b(ids.tobytes(), digest_size=16)
     if isinstance(dataset, datasets.Dataset):
@@ -44,12 +49,17 @@ def data_fingerprint(dataset: Any, ids: np.ndarray) -> str:
             for start in range(0, len(dataset), 10_000):
                 _hash_array(digest, table.select_columns([name])[start : start + 10_000][name].combine_chunks())
         return digest.hexdigest()
+    digest.update(data_content(dataset) if content is None else content)
+    return digest.hexdigest()
+
+
+def data_content(dataset: Any) -> bytes:
+    """Return what tells a data set that is no table from others, its ids apart: hashes of some items' cells."""
     positions = np.unique(np.linspace(0, len(dataset) - 1, LOOKED_AT).astype(int)).tolist()
     readings = [[_cells(dataset[i]) for i in positions] for _ in range(2)]
     unlike = {key for one, two in zip(*readings, strict=True) for key in one if one[key] != two.get(key)}
-    for item in readings[0]:
-        digest.update(repr(sorted((key, value) for key, value in item.items() if key not in unlike)).encode())
-    return digest.hexdigest()
+    alike = (sorted((key, value) for key, value in item.items() if key not in unlike) for item in readings[0])
+    return "".join(map(repr, alike)).encode()
 
 
 def _cells(item: Any) -> dict[str, str]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from ..files import require
-from .columns import is_plain, is_stream, read_column, read_items
+from .columns import cell, is_plain, is_stream, read_column, read_items
 from .rows import ID_KEY, check_rows
 
 
@@ -107,13 +107,24 @@ def stream_id(item: Mapping, id_column: str) -> dict[str, int]:
     """Return the id of an item of a stream under [`ID_KEY`]; raises `ValueError` or `TypeError` if it has none."""
     known = isinstance(item, Mapping) and id_column in item
     require(known, "id_column", id_column, "an item of the stream has no such key")
-    value = item[id_column]
+    return {ID_KEY: whole_id(item[id_column], id_column)}
+
+
+def item_id(item: Any, id_column: str) -> int:
+    """Return the id of an item of a map-style data set; raises `ValueError` or `TypeError` if it has none."""
+    return whole_id(cell(item, id_column, "id_column"), id_column)
+
+
+def whole_id(value: Any, id_column: str) -> int:
+    """Return an id as a number of Python; raises `TypeError` for what is no integer of 64 bits."""
     remedy = f"ids must be integers, not {value!r}; number the rows (a hash of 63 bits does)"
     require(not isinstance(value, bool), "id_column", id_column, remedy, TypeError)
     try:
-        return {ID_KEY: operator.index(value)}  # numbers of Python, numpy and torch
+        number = operator.index(value)  # numbers of Python, numpy and torch
     except TypeError:
         raise TypeError(f"id_column={id_column!r}: {remedy}") from None
+    require(-(2**63) <= number < 2**63, "id_column", id_column, remedy, TypeError)
+    return number
 
 
 def add_stream_ids(dataset: Any, id_column: str) -> Any:

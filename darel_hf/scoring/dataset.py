@@ -56,6 +56,7 @@ def score_dataset(
     parts: str | os.PathLike | None = None,
     origin: dict[str, str] | None = None,
     prompts_once: bool = True,
+    ids_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Scores:
     """
     Score every sample of a data set.
@@ -72,6 +73,8 @@ def score_dataset(
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
         prompts_once (`bool`): compute prompts that several samples share once, where a trial shows the same losses.
+        ids_of (`Callable`, *optional*): what items carry under `ID_KEY` are numbers that it turns into ids, int64
+            `[n]` both, when all are scored; every rank calls it.
 
     Returns:
         [`Scores`], ids ascending; equal on every rank.
@@ -122,6 +125,9 @@ def score_dataset(
     everyone = gather_object(done) if world_size > 1 else done
     rows = np.concatenate(everyone)
     rows = rows[np.unique(rows["id"], return_index=True)[1]]
+    if ids_of is not None:
+        rows["id"] = ids_of(rows["id"])
+        rows = rows[np.argsort(rows["id"], kind="stable")]
     check_finite(rows["id"], rows["loss"])
     columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
     embeddings = columns["embedding"] if columns["embedding"].shape[1] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,11 +20,13 @@ from ..data import (
     add_ids,
     add_stream_ids,
     cell,
+    data_content,
     data_fingerprint,
     feature_length,
     group_numbers,
     has_labels,
     is_stream,
+    item_id,
     keys_without_rows,
     prompt_of,
     read_column,
@@ -42,28 +45,37 @@ class TrainingSet:
 
     Args:
         trainer (`DarelMixin`): its data set, collator and settings.
+        resumes (`bool`): whether a run goes on: then nothing is scored before training.
 
     Attributes:
         streams (`bool`): whether it can only be read from its beginning to its end.
-        ids (`np.ndarray`, *optional*): int64 `[n]`; `None` for a stream.
+        waits (`bool`): whether there are facts that only reading every item tells, and an offline pass may come, which
+            reads them anyhow: until [`TrainingSet.learn`] they are known of the items that were looked at only.
+        ids (`np.ndarray`, *optional*): int64 `[n]`; `None` for a stream, and where they wait.
         lengths (`np.ndarray`, *optional*): int64 `[n]`, where batches are to be of similar length.
-        fingerprint (`str`): of ids and content.
+        fingerprint (`str`): of ids and content; where ids wait, as if they were row numbers.
         seed (`int`): of whatever is drawn at random.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Any, resumes: bool = False):
         self.trainer, self.config, self.dataset = trainer, trainer.darel, trainer.train_dataset
         self.seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
         self.streams = is_stream(self.dataset)
+        self._row_numbers = None if self.streams else sample_ids(self.dataset)
         self.noting = Noting(self.dataset, self._facts_of_items())
-        self.ids = None if self.streams else self._read_ids()
+        config = self.config
+        scores = config.may_select("offline") and config.rule("offline").reads_losses
+        named = config.scores is not None or config.reference_scores is not None  # what is there goes by ids
+        self.waits = bool(self.noting.facts) and scores and not named and not resumes
+        self.ids = None if self.streams or self._ids_wait else self._read_ids()
         self.lengths: np.ndarray | None = None
         self.fingerprint = "a stream"
+        self._content: bytes | None = None
         if "group" not in self.noting.facts:  # else items are read for it, which scoring does by the way
             _ = self.groups  # raises before any compute
 
     def __len__(self) -> int:
-        return 0 if self.streams else len(self.ids)
+        return 0 if self.streams else len(self._row_numbers)
 
     def _facts_of_items(self) -> dict[str, Any]:
         """Return what can only be found out by reading items, by name: it is noted whenever one is read."""
@@ -72,7 +84,7 @@ class TrainingSet:
             return facts
         if not isinstance(dataset, datasets.Dataset):
             if config.id_column is not None:
-                facts["id"] = partial(cell, name=config.id_column, purpose="id_column")
+                facts["id"] = partial(item_id, id_column=config.id_column)
             if config.group_column is not None:
                 facts["group"] = partial(cell, name=config.group_column, purpose="group_column")
         if config.batch_by_length and not stores_lengths(dataset, self._length_column):
@@ -81,8 +93,9 @@ class TrainingSet:
             facts["length"] = feature_length
         if config.of_a_prompt > 1:
             facts["prompt"] = prompt_of
+        first = dataset[0] if facts else None
         for fact in facts.values():
-            fact(dataset[0])  # raises for a key that is not there, before any compute
+            fact(first)  # raises for a key that is not there, before any compute
         return facts
 
     @property
@@ -109,6 +122,37 @@ class TrainingSet:
         columns = zip(*(noted[i] for i in range(len(self.dataset))), strict=True)
         return dict(zip(noting.facts, columns, strict=True))
 
+    @property
+    def _ids_wait(self) -> bool:
+        return self.waits and "id" in self.noting.facts
+
+    def learn(self) -> None:
+        """
+        Know ids and lengths of all samples: what no pass has read by now is read, each item by one process.
+
+        Raises `ValueError` or `TypeError` for ids that are none, or occur twice.
+        """
+        if self._ids_wait:
+            self.ids = self._read_ids()
+            self.fingerprint = data_fingerprint(self.dataset, self.ids, self._content)
+        self.waits = False
+        if self.config.batch_by_length and self.lengths is None and not self.streams:
+            self._measure_lengths()
+
+    @property
+    def ids_of(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What turns the numbers in items of [`TrainingSet.batching`] into ids, see `learn`; `None`: they are ids."""
+        return self._ids_at if "id" in self.noting.facts else None
+
+    def _ids_at(self, rows: np.ndarray) -> np.ndarray:
+        self.learn()
+        return self.ids[rows]
+
+    def _noted(self, fact: str) -> dict[int, Any]:
+        """Return one fact of the items that this process has looked at so far, by position, ascending."""
+        place = list(self.noting.facts).index(fact)
+        return {i: facts[place] for i, facts in sorted(self.noting.noted.items())}
+
     def _read_ids(self) -> np.ndarray:
         values = self._facts["id"] if "id" in self.noting.facts else None
         return sample_ids(self.dataset, self.config.id_column, values)
@@ -121,10 +165,18 @@ class TrainingSet:
             return None
         noted = "group" in self.noting.facts
         groups = group_numbers(self._facts["group"] if noted else read_column(self.dataset, column, "group_column"))
-        present, places = int(groups.max()) + 1, kept_count(config.offline_keep, len(self.ids))
+        present, places = int(groups.max()) + 1, kept_count(config.offline_keep, len(self))
         remedy = f"has {present} values, but offline_keep={config.offline_keep} leaves {places} places; keep more"
         require(config.offline_keep == 1 or places >= present, "group_column", column, remedy)
         return groups
+
+    def count_groups(self) -> int:
+        """Count the groups; while they wait, those of the items that the main process has looked at (there)."""
+        if self.config.group_column is None:
+            return 0
+        waits = self.waits and "group" in self.noting.facts
+        groups = group_numbers(list(self._noted("group").values())) if waits else self.groups
+        return len(np.unique(groups))
 
     def column(self, name: str) -> list | None:
         """Return the cells of a column, or None where the training set is no table that has it."""
@@ -133,11 +185,27 @@ class TrainingSet:
 
     def take_fingerprint(self) -> None:
         """Hash ids and content, on the main process; the caller has set the seeds of data that are augmented."""
-        if not self.streams:
-            self.fingerprint = self.trainer.on_main(data_fingerprint, self.dataset, self.ids)
+        if self.streams:
+            return
+        if not isinstance(self.dataset, datasets.Dataset):
+            self._content = self.trainer.on_main(data_content, self.noting)  # what is looked at is noted
+        ids = self._row_numbers if self.ids is None else self.ids
+        self.fingerprint = self.trainer.on_main(data_fingerprint, self.dataset, ids, self._content)
 
-    def measure_lengths(self) -> None:
-        """Find out how long each sample is."""
+    def known_lengths(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """
+        Return where samples of known length are, and their lengths, int64 `[k]` both, the same on all processes.
+
+        All samples, or, while they wait, those that the main process has looked at; `None` where no length matters.
+        """
+        if self.lengths is not None:
+            return self._row_numbers, self.lengths
+        if not (self.waits and "length" in self.noting.facts):
+            return None
+        noted = self.trainer.on_main(self._noted, "length")
+        return np.array(list(noted), np.int64), np.array(list(noted.values()), np.int64)
+
+    def _measure_lengths(self) -> None:
         if "length" in self.noting.facts:
             self.lengths = np.array(self._facts["length"], np.int64)
         else:
@@ -175,14 +243,16 @@ class TrainingSet:
         """
         The data set as Trainer trains on it, unused columns removed, and its collator.
 
-        Where samples are scored, or chosen in the loop, with an id in every item: items must be mappings then.
+        Where samples are scored, or chosen in the loop, with an id in every item, see [`TrainingSet.ids_of`]; items
+        must be mappings then.
         """
         trainer, config = self.trainer, self.config
         dataset, collator = trainer.train_dataset, trainer.data_collator
         scores = config.may_select("offline") and config.rule("offline").reads_losses
         if scores or config.may_select("online") or config.track:
             noting = not self.streams and self.noting.facts
-            noted = add_ids(self.noting, self.ids) if noting else self.with_ids
+            ids = self.ids if self.ids_of is None else self._row_numbers
+            noted = add_ids(self.noting, ids) if noting else self.with_ids
             trainer.train_dataset, trainer.data_collator = noted, CarryIds(collator)
         try:
             loader = trainer.plain_train_dataloader()

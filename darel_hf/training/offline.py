@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,10 @@ class OfflineStage:
             origin = self._origin(model, skipped)
             name = checkpoints.short_hash(origin, scorer.want_correct, scorer.want_embeddings)
             path, parts = self.folder / f"scores-{name}.parquet", self.folder / f"parts-{name}"
-            cached = trainer.on_main(self._cached, path)
+            cached = None
+            if trainer.on_main(path.exists):
+                self.data.learn()
+                cached = trainer.on_main(self._cached, path)
             if cached is not None:
                 self.scores_reused = True
                 logger.info("using the scores in %s: same model, data and loss definition", path)
@@ -129,7 +133,10 @@ class OfflineStage:
                 max_rows=256 if "input_ids" in items[0] else rows_without_tokens(self.args.device, size),
                 parts=parts,
                 origin=origin,
+                ids_of=self.data.ids_of,
             )
+        self.data.learn()
+        scores = replace(scores, origin={**origin, "data": self.data.fingerprint})  # that of ids which waited, too
         scores = match_scores(scores, self.data.ids, self.data.fingerprint, "offline pass")
         if self.args.should_save:
             save_scores(scores, path)
@@ -155,8 +162,6 @@ class OfflineStage:
         }
 
     def _cached(self, path: Path) -> Scores | None:
-        if not path.exists():
-            return None
         try:
             return match_scores(load_scores(path), self.data.ids, self.data.fingerprint, str(path))
         except ValueError as error:

@@ -58,6 +58,7 @@ class Planner:
         self.pace: KeepBudget | None = None
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
+        self._no_pass = False
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
@@ -130,7 +131,7 @@ class Planner:
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
-            prompts = self.data.prompts
+            prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
             visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
             costs = measure_costs(
                 trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators, visited
@@ -160,12 +161,14 @@ class Planner:
 
     def count_padding(self) -> None:
         """Count what batches of similar length, if they are asked for, save of the positions of plain batches."""
-        if self.data.lengths is None:
+        known = self.data.known_lengths()
+        if known is None:
             return
+        positions, lengths = known
         dataset, collator = self.data.batching
-        lengths = self.data.lengths
-        shortest = collator([dataset[int(lengths.argmin())]])["input_ids"]
+        shortest = collator([dataset[int(positions[lengths.argmin()])]])["input_ids"]
         widths = np.maximum(lengths, np.shape(shortest)[-1])  # where the collator always pads to as many
+        widths = np.resize(widths, len(self.data))  # those of some stand for all
         candidates = self.plan.candidate_rows
         padding = self.data.by_length(widths, candidates).positions(candidates, self.plan.batch_size)
         self._set_costs(padding=min(padding, 1.0))
@@ -178,6 +181,10 @@ class Planner:
         if not self.config.rule("offline").reads_losses:
             return False
         return (self._within_budget() if self.config.has_budget else self.plan).offline_keep < 1
+
+    def rule_out_pass(self) -> None:
+        """Do without an offline pass, if that can be: all items have been read for nothing but their facts."""
+        self._no_pass = True
 
     def count_offline(self, seconds: float, reused: bool) -> None:
         """Replace the estimated cost of the offline pass by what it has cost; `reused`: nothing."""
@@ -194,8 +201,8 @@ class Planner:
             self.plan = self._within_budget()
 
     def _within_budget(self) -> Plan:
-        groups = 0 if self.data.groups is None else int(self.data.groups.max()) + 1
-        return self.trainer.on_main(budget_plan, self.plan, self.config, groups)
+        groups, offline = self.data.count_groups(), not self._no_pass
+        return self.trainer.on_main(budget_plan, self.plan, self.config, groups, offline)
 
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""

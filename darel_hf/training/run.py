@@ -15,7 +15,7 @@ from ..data import select_rows
 from ..files import require, write_json
 from ..report import Report, describe, scoring_seconds, write_html
 from ..scoring import is_sharded, preserve_rng_state
-from ..selection import Selector
+from ..selection import Scores, Selector
 from . import checkpoints
 from .clock import Clock
 from .dataset import TrainingSet
@@ -51,7 +51,7 @@ class Run:
         self.stores = self.args.should_save and trainer.hp_search_backend is None  # report and the like, here
         self.environment = describe(self.args) if self.stores else {}
         self.folder = Path(self.args.output_dir) / checkpoints.FOLDER
-        self.data = TrainingSet(trainer)
+        self.data = TrainingSet(trainer, resumes=checkpoint is not None)
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
@@ -117,32 +117,45 @@ class Run:
 
     def _decide(self) -> None:
         """Go from the settings to a plan, and from scores to what is kept."""
-        config, planner, offline, streams = self.config, self.planner, self.offline, self.data.streams
+        config, planner, offline, data = self.config, self.planner, self.offline, self.data
         if config.may_select("online"):
             _ = self.data.shared_keys  # raises for batches that rows cannot be cut out of
         scores = offline.load_scores()
         planner.draft(scores_free=scores is not None or not config.rule("offline").reads_losses)
-        sorts = config.batch_by_length and not streams
-        if sorts and config.has_budget:
-            self.data.measure_lengths()
+        sorts = config.batch_by_length and not data.streams
+        if config.has_budget and not data.waits:
+            data.learn()
         measures = config.may_select("offline") or config.may_select("online") or bool(planner.accelerators)
-        if measures and not streams:
+        if measures and not data.streams:
             offline.make_scorer(needed=scores is None)
             planner.measure(offline.scorer, offline.scorer_seconds)
-            if scores is None and planner.wants_offline():
-                scores = offline.score()
-                spent = self.clock.seconds["offline"] - offline.scorer_seconds
-                planner.count_offline(spent, offline.scores_reused)
+            looked_at = data.waits  # the plan rests on some items
+            scores = self._scores(scores)
+            if looked_at:
+                data.learn()
+                planner.count_padding()
+                if scores is None:
+                    planner.rule_out_pass()
+                    scores = self._scores(scores)  # where the facts of all leave no other way
             planner.solve()
         if sorts and not config.has_budget:  # scoring has read every item already
-            self.data.measure_lengths()
+            data.learn()
             planner.count_padding()
-        if measures or sorts or streams or config.fast:
+        if measures or sorts or data.streams or config.fast:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:
             offline.select(selector, scores)
         self._make_online(selector)
+
+    def _scores(self, scores: Scores | None) -> Scores | None:
+        """Return the scores that are there, or those of an offline pass, if the plan wants one."""
+        if scores is not None or not self.planner.wants_offline():
+            return scores
+        scores = self.offline.score()
+        spent = self.clock.seconds["offline"] - self.offline.scorer_seconds
+        self.planner.count_offline(spent, self.offline.scores_reused)
+        return scores
 
     def _restore(self) -> None:
         """Take everything over from the checkpoint."""

@@ -166,6 +166,19 @@ def test_every_group_keeps_a_place():
         budget_plan(plan(), DarelConfig(budget_time=0.5, budget_method="paper", group_column="mr"), 900)
 
 
+def test_without_an_offline_pass_where_that_can_be():
+    """What only an offline pass makes possible is planned with one all the same."""
+    config, made = DarelConfig(budget_time=0.5), plan()
+    assert budget_plan(made, config, offline=False) == solve_budget(made, 0.5, offline=False)
+    assert budget_plan(made, config, offline=False).offline_keep == 1
+    dear = plan(costs=replace(made.costs, forward_share=0.9, offline_share=0.2))
+    tight, one = DarelConfig(budget_time=0.4), replace(dear, epochs=1.0)
+    assert budget_plan(one, tight, offline=False) == solve_budget(one, 0.4)
+    assert solve_budget(one, 0.4).offline_keep < 1
+    with pytest.raises(ValueError, match="smallest possible"):
+        solve_budget(one, 0.4, offline=False)
+
+
 def test_nothing_is_dropped_where_it_saves_no_step():
     made = plan(fixed_steps=True, slowdown=1.2)
     assert solve_budget(made, None) == replace(made, method="measured")

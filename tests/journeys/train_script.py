@@ -67,7 +67,7 @@ def main():
     if settings.get("stream"):
         data = data.add_column("number", list(range(len(data)))).to_iterable_dataset()
     if settings.get("items"):
-        data = Items(data)
+        data = Items([{**row, "number": 1000 + i} for i, row in enumerate(data)])
     trainer = DarelTrainer(
         model=tiny_lora(settings.get("dropout", 0.0), config_class=READERS[settings.get("reader", False)]),
         args=arguments(run, **settings["arguments"]),

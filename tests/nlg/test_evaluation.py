@@ -4,7 +4,10 @@ import csv
 import gzip
 import io
 import json
+import random
 import re
+import statistics
+import string
 import sys
 from html.parser import HTMLParser
 
@@ -13,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, TER
-from texts import columns
+from texts import bleu_oracle, columns, grams, words_of
 from typer.testing import CliRunner
 
 from darel_hf import NLGMetrics
@@ -202,6 +205,72 @@ def test_webnlg_and_dart_as_they_come(files):
     for name, text in (("v.json", '{"entries": [{"1": {}}]}'), ("v.xml", "<benchmark></benchmark>"), ("u.xml", "<a>")):
         done = darel("eval", "--predictions", one, "--references", files(name, text))
         assert done.exit_code == 1 and done.output.count("error:") == 1
+
+
+def chrf_oracle(corpus):
+    """chrF++ of pairs of a text and its references: 6 orders of characters and 2 of words, recall counts fourfold."""
+
+    def counts(text):
+        words = []
+        for word in text.split():
+            if len(word) > 1 and word[-1] in string.punctuation:
+                words += [word[:-1], word[-1]]
+            elif len(word) > 1 and word[0] in string.punctuation:
+                words += [word[0], word[1:]]
+            else:
+                words.append(word)
+        return [grams("".join(text.split()), n) for n in range(1, 7)] + [grams(words, n) for n in (1, 2)]
+
+    def f_of(sums):  # of (right, of the text, of the reference) by order
+        precision, recall = (statistics.mean(right / of[i] for right, *of in sums) for i in (0, 1))
+        return 100 * 5 * precision * recall / (4 * precision + recall)
+
+    total = np.zeros((8, 3))
+    for text, references in corpus:
+        ours = counts(text)
+        pairs = [zip(ours, counts(ref), strict=True) for ref in references]
+        total += np.array(
+            max(([((a & b).total(), a.total(), b.total()) for a, b in pair] for pair in pairs), key=f_of)
+        )
+    return f_of(total.tolist())
+
+
+@pytest.mark.parametrize("form", ["json", "xml", "dart"])
+def test_scores_of_webnlg_and_dart(files, form):
+    """One to six references each: BLEU and chrF++ by their definitions; a reference that comes twice changes none."""
+    draw, things = random.Random(0), ["Alan Bean", "the U.S.", "Apollo 12", "Bangalore, India", "1,000 m"]
+    told = ["was born in", "is near", "(also) served", "hasn't seen", "leads", "comes from"]
+    corpus = []
+    for _ in range(12):
+        facts = [(draw.choice(things), draw.choice(told), draw.choice(things)) for _ in range(draw.randint(1, 6))]
+        group = [" ".join(fact) + "." for fact in facts]
+        text = draw.choice(group).replace(" ", draw.choice([" ", " then "]), 1)
+        corpus.append((text, [*group, group[0]]))
+    groups = [group for _, group in corpus]
+    if form == "json":
+        triple = {"subject": "A", "property": "b", "object": "C"}
+        lexes = [[{"comment": "good", "lex": text} for text in group] for group in groups]
+        entries = [{"modifiedtripleset": [triple], "lexicalisations": one} for one in lexes]
+        named = {"entries": [{str(number): entry} for number, entry in enumerate(entries, 1)]}
+        references = files("w.json", json.dumps(named))
+    elif form == "xml":
+        triples = "<modifiedtripleset><mtriple>A | b | C</mtriple></modifiedtripleset>"
+        lexes = ["".join(f"<lex comment='good'>{text}</lex>" for text in group) for group in groups]
+        entries = "".join(f"<entry category='A' eid='Id{i}'>{triples}{one}</entry>" for i, one in enumerate(lexes, 1))
+        references = files("w.xml", f"<benchmark><entries>{entries}</entries></benchmark>")
+    else:
+        texts = [[{"source": "x", "text": text} for text in group] for group in groups]
+        entries = [{"tripleset": [["A", "B", "C"]], "annotations": one} for one in texts]
+        references = files("d.json", json.dumps(entries))
+    predictions = files("p.txt", "".join(f"{text}\n" for text, _ in corpus))
+    options = ("--only", "bleu,chrf++", "--bootstrap", 0, "--format", "json")
+    done = darel("eval", "--predictions", predictions, "--references", references, *options)
+    assert done.exit_code == 0, done.output
+    once = [(text, group[:-1]) for text, group in corpus]
+    words = [(words_of(text), [words_of(ref) for ref in group]) for text, group in once]
+    scores = json.loads(done.stdout)
+    assert scores["bleu"] == pytest.approx(bleu_oracle(words), rel=1e-9) and 10 < scores["bleu"] < 95
+    assert scores["chrf++"] == pytest.approx(chrf_oracle(once), rel=1e-9) and scores["chrf++"] < 95
 
 
 # ---- E14: outputs ----

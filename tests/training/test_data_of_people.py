@@ -255,8 +255,30 @@ class Before(DarelTrainer):
     """Remembers how often items were read before the first step."""
 
     def _prepare_run(self):
+        slow = self.train_dataset
         super()._prepare_run()
-        self.reads = list(self.train_dataset.dataset.reads)
+        self.reads = list(slow.reads)
+
+
+def of_numbers(ids):
+    """Slow items whose ids these are, where they say so."""
+    slow = Slow(len(ids))
+    for row, number in zip(slow.rows, ids, strict=True):
+        row["number"] = number
+    return slow
+
+
+def select_slowly(folder, data, model=None, trained=DarelTrainer, **darel):
+    """A trainer of an epoch that keeps half of the data offline, unless a budget decides."""
+    darel = darel if "budget_time" in darel else {"offline_keep": 0.5, **darel}
+    return trained(
+        model=model or tiny_gpt2(), args=arguments(folder, num_train_epochs=1, remove_unused_columns=False),
+        train_dataset=data, data_collator=Known(), darel=DarelConfig(**darel),
+    )  # fmt: skip
+
+
+ALL_FACTS = {"id_column": "number", "group_column": "group", "batch_by_length": True}
+PAPER = {"budget_time": 0.32, "budget_method": "paper"}  # keeps 0.8 offline and 0.4 online, whatever the clock says
 
 
 class Known(PadCollator):
@@ -271,11 +293,13 @@ class Known(PadCollator):
         ({"online_keep": 0.5, "id_column": None}, 0),
         ({"offline_keep": 0.5}, 1),
         ({"offline_keep": 0.5, "group_column": "group", "batch_by_length": True}, 1),
+        ({"offline_keep": 0.5, "id_column": "number"}, 1),
+        ({"offline_keep": 0.5, **ALL_FACTS}, 1),
         ({"offline_keep": 0.5, "offline_rule": "random", "group_column": "group"}, 1),
         ({"online_keep": 0.5, "batch_by_length": True}, 1),
         ({"online_keep": 0.5, "batch_by_length": True, "id_column": "number"}, 1),
     ],
-    ids=["offline", "online", "scores", "while-scoring", "groups", "lengths", "ids"],
+    ids=["offline", "online", "scores", "while-scoring", "scored-ids", "scored-all", "groups", "lengths", "ids"],
 )
 def test_how_often_slow_items_are_read(tmp_path, darel, times):
     """Nothing where nothing is scored; else once, while scoring. A few are looked at, for other things."""
@@ -290,23 +314,148 @@ def test_how_often_slow_items_are_read(tmp_path, darel, times):
     if "group_column" in darel:
         kept = [row["group"] for row, keep in zip(data.rows, trainer.report.kept, strict=True) if keep]
         assert np.bincount(kept).tolist() == [60] * 5
-    if "id_column" in darel and times:
+    if darel.get("id_column") and times:
         assert trainer.report.ledger.ids.tolist() == list(range(1000, 1600))
 
 
-def test_what_the_facts_of_slow_items_are(tmp_path):
-    """Lengths and groups noted while scoring are those that are read off a table."""
-    plans = []
-    for name, data in (("slow", Slow(60)), ("table", token_data(60))):
-        trainer = DarelTrainer(
-            model=tiny_gpt2(), args=arguments(tmp_path / name, num_train_epochs=1, remove_unused_columns=False),
-            train_dataset=data, data_collator=Known(),
-            darel=DarelConfig(offline_keep=0.5, group_column="group", batch_by_length=True),
-        )  # fmt: skip
+@pytest.mark.parametrize(
+    "darel",
+    [
+        {**PAPER, "id_column": "number"},
+        {**PAPER, "group_column": "group"},
+        {**PAPER, "batch_by_length": True},
+        {**PAPER, **ALL_FACTS},
+        {"budget_time": 0.6, **ALL_FACTS},  # of whatever is measured
+    ],
+    ids=["ids", "groups", "lengths", "all", "measured"],
+)
+def test_how_often_slow_items_are_read_under_a_budget(tmp_path, monkeypatch, darel):
+    """Once, by the pass; besides 64 that are looked at twice, and what is timed: of the pass a window, and 256."""
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW", 64)
+    data = Slow(2000)
+    trainer = select_slowly(tmp_path, data, trained=Before, **darel)
+    trainer.train()
+    timed = 64 + 256 + 7 * 4 + 4 * 12 + 2
+    assert np.median(trainer.reads) == 1 and sum(trainer.reads) <= len(data) + 2 * 64 + timed + 16 + 8 + 3
+    if "budget_method" in darel:
+        assert trainer.report.kept.sum() == 1600
+
+
+@pytest.mark.parametrize("settings", [ALL_FACTS, {**ALL_FACTS, **PAPER}], ids=["settings", "budget"])
+def test_what_the_facts_of_slow_items_are(tmp_path, settings):
+    """Ids, lengths and groups noted while scoring are those that are read off a table."""
+    ids, found = np.random.default_rng(0).permutation(5000)[:120].tolist(), []
+    slow = of_numbers(ids)
+    for name, data in (("slow", slow), ("table", datasets.Dataset.from_list(slow.rows))):
+        trainer = select_slowly(tmp_path / name, data, **settings)
         trainer.train()
-        plans.append((trainer.report.kept.tolist(), trainer.report.plan.costs.padding, weights(trainer.model)))
-    assert plans[0][:2] == plans[1][:2]
-    assert_same_weights(plans[0][2], plans[1][2])
+        report = trainer.report
+        arrays = [report.kept, report.ledger.ids, report.ledger.loss, report.offline_losses, report.times_trained]
+        found.append((arrays, report.plan.costs.padding, weights(trainer.model)))
+    for one, two in zip(found[0][0], found[1][0], strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert found[0][1] == found[1][1] and found[0][0][1].tolist() == sorted(ids)
+    assert_same_weights(found[0][2], found[1][2])
+
+
+def test_scores_of_slow_items_are_used_again(tmp_path):
+    """The second run reads every item once, for what scores do not say; other ids are scored anew."""
+    ids, losses = list(range(1000, 1400)), []
+    for reused, shift in ((False, 0), (True, 0), (False, 1)):
+        # Item 2 is none of the 64 that are looked at.
+        data = of_numbers([*ids[:2], ids[2] - 1000 * shift, *ids[3:]])
+        trainer = select_slowly(tmp_path, data, trained=Before, **ALL_FACTS)
+        trainer.train()
+        assert trainer.report.scores_reused == reused
+        assert np.median(trainer.reads) == (2 if shift else 1)  # the file is compared, then not taken
+        assert trainer.report.ledger.ids[0] == (2 if shift else 1000)
+        losses.append(trainer.report.offline_losses)
+    np.testing.assert_array_equal(losses[0], losses[1])
+    np.testing.assert_array_equal(losses[2], losses[0][[2, 0, 1, *range(3, 400)]])
+
+
+def test_a_pass_over_slow_items_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """Items of finished parts are read for their facts, once, and not scored; their ids are those of now."""
+    monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW", 64)
+    ids, folder = [*range(1000, 1010), 5, *range(1011, 1400)], tmp_path / "killed"
+    broken, twice, good = (of_numbers(of) for of in (range(1000, 1400), [*ids[:398], 1000, ids[399]], ids))
+    del broken.rows[300]["number"]
+    with pytest.raises(ValueError, match="id_column='number': the items of the training set have no such key"):
+        select_slowly(folder, broken, **ALL_FACTS).train()
+    parts = folder / "darel"
+    assert len(list(parts.glob("parts-*/*.npy"))) == 4
+    with pytest.raises(ValueError, match=r"id_column='number': ids must be unique; .* more than once: \[1000\]"):
+        select_slowly(folder, twice, **ALL_FACTS).train()
+    assert np.median(twice.reads) == 1 and len(list(parts.glob("parts-*/*.npy"))) == 7
+    resumed = select_slowly(folder, good, trained=Before, **ALL_FACTS)
+    resumed.train()
+    straight = select_slowly(tmp_path / "straight", of_numbers(ids), **ALL_FACTS)
+    straight.train()
+    assert np.median(resumed.reads) == 1 and not list(parts.glob("parts-*"))
+    np.testing.assert_array_equal(resumed.report.ledger.ids, sorted(ids))
+    np.testing.assert_array_equal(resumed.report.offline_losses, straight.report.offline_losses)
+    assert_same_weights(weights(resumed.model), weights(straight.model))
+
+
+@pytest.mark.parametrize(
+    ("bad", "place", "error"),
+    [("7", 0, TypeError), (True, 0, TypeError), (2**63, 0, TypeError), (7.0, 1, TypeError), (1005, 1, ValueError)],
+    ids=["text", "flag", "large", "fraction", "twice"],
+)
+def test_ids_of_slow_items_that_are_none(tmp_path, bad, place, error):
+    """One error; for those of the first item before anything is computed, of others while or after they are scored."""
+    data = of_numbers([*range(1000, 1000 + place), bad, *range(1001 + place, 1200)])
+    match = "id_column='number': ids must be " + ("unique.* once: \\[1005\\]" if bad == 1005 else "integers, not ")
+    with pytest.raises(error, match=match):
+        select_slowly(tmp_path, data, id_column="number").train()
+    assert place or sum(data.reads) == 1
+
+
+def test_more_groups_of_slow_items_than_places(tmp_path):
+    """That is known when all are scored; each was read once until then."""
+    data = Slow(200)
+    for i, row in enumerate(data.rows):
+        row["group"] = 2 * i // 3
+    with pytest.raises(ValueError, match=r"group_column='group': has 133 values, .* leaves 100 places; keep more"):
+        select_slowly(tmp_path, data, group_column="group").train()
+    assert sum(data.reads) <= len(data) + 2 * 64 + 7 * 4 + 8 + 3
+
+
+def test_losses_of_slow_items_that_are_not_finite(tmp_path):
+    """The error names the ids, which were learned while scoring."""
+    data, model = of_numbers(list(range(5000, 5030))), tiny_gpt2()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.transformer.wte.weight.data[63] = float("nan")
+    bad = [row["number"] for row in data.rows if 63 in row["input_ids"]]
+    assert 0 < len(bad) <= 10
+    named = ", ".join(map(str, bad))
+    with pytest.raises(ValueError, match=rf"NaN or infinite for sample ids \[{named}\]"):
+        select_slowly(tmp_path, data, model=model, id_column="number").train()
+
+
+def test_a_run_on_slow_items_is_resumed(tmp_path):
+    """Checkpoints know ids and content of the data; nothing is scored again, and every item read once for its id."""
+    ids, ends = list(range(1000, 1600)), []
+    for name in ("straight", "resumed"):
+        args = arguments(tmp_path / name, save_strategy="steps", save_steps=30, remove_unused_columns=False)
+        darel = DarelConfig(offline_keep=0.5, online_keep=0.5, **ALL_FACTS)
+        for resume in [False, True] if name == "resumed" else [False]:
+            trainer = Before(
+                model=tiny_gpt2(), args=args, train_dataset=of_numbers(ids), data_collator=Known(), darel=darel
+            )
+            trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-30") if resume else None)
+            if resume:
+                assert np.median(trainer.reads) == 1
+        ends.append((weights(trainer.model), trainer.report.ledger.ids.tolist(), trainer.report.kept.tolist()))
+    assert ends[0][1:] == ends[1][1:] and ends[0][1] == ids
+    assert_same_weights(ends[0][0], ends[1][0])
+    state = json.loads((tmp_path / "straight" / "checkpoint-30" / "darel" / "state.json").read_text())
+    assert state["data"] == data_fingerprint(of_numbers(ids).rows, np.array(ids))  # as of any data with these ids
+    with pytest.raises(ValueError, match="made from another data set"):
+        Before(
+            model=tiny_gpt2(), args=args, train_dataset=of_numbers([*ids[:-3], 1, 2, ids[-1]]), data_collator=Known(),
+            darel=darel,
+        ).train(resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-30"))  # fmt: skip
 
 
 @pytest.mark.parametrize("column", ["id_column", "group_column"])

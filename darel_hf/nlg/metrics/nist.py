@@ -60,7 +60,8 @@ class NIST(SummedMetric):
         self.tokenizer = Tokenizer13a()
 
     def _preprocess_segment(self, sent: str) -> str:
-        return self.tokenizer(sent.lower() if self.lowercase else sent)
+        words = self.tokenizer(sent)  # before case: `&QUOT;` is no entity
+        return words.lower() if self.lowercase else words
 
     def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
         return {"words": [self._split(ref) for ref in refs]}
