@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import FastLora, fast_lora
+from darel_hf.accelerators import FastLora, LastBlock, fast_lora, last_block
 from darel_hf.training.checkpoints import all_in, problem
 
 READERS = {False: LoraConfig, True: ReaderLoraConfig}
@@ -57,7 +57,8 @@ class Heartbeat(TrainerCallback):
 
 def main():
     torch.set_num_threads(1)
-    fast_lora.SMALL, FastLora.most = 0, float("inf")  # so small a model has nothing to gain
+    fast_lora.SMALL, last_block.LARGEST_SHARE = 0, 1.0  # so small a model has nothing to gain
+    FastLora.most = LastBlock.most = float("inf")
     settings = json.loads(Path(sys.argv[1]).read_text())
     folder = Path(settings["folder"])
     run = folder / "run"
