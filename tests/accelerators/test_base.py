@@ -128,7 +128,7 @@ def test_where_it_does_not_pay(tmp_path, shorter, caplog, monkeypatch):
     ours.args.save_strategy, ours.args.save_steps = "steps", 3
     with caplog.at_level(logging.WARNING):
         ours.train()
-    assert "shorter=True: a step takes" in caplog.text and "with it; going on with False" in caplog.text
+    assert "shorter=True: a step takes" in caplog.text and "one without it; going on with False" in caplog.text
     assert ours.report.plan.costs.factors == {}
     monkeypatch.setattr(shorter, "most", 9.0)
     again = trainer_for(tmp_path, shorter=True)

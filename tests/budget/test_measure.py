@@ -7,6 +7,7 @@ import torch
 from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, token_data, weights
 
 from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.budget.plan import Costs
 
 SHORT = "CUDA out of memory. Tried to allocate 2.00 GiB."
 
@@ -104,6 +105,9 @@ def test_no_memory_to_try_an_accelerator(tmp_path, monkeypatch, caplog):
 
 def test_what_is_said_of_savings(tmp_path, monkeypatch, caplog, capsys):
     """Once, with the true cause; not where time is no matter, and no count that is not known."""
+    # Steps of a thousandth of a second: trying things out takes longer than there is to save.
+    costs = Costs(step_seconds=1e-3, forward_share=0.2, offline_share=0.1)
+    monkeypatch.setattr("darel_hf.training.planner.measure_costs", lambda *args, **kwargs: costs)
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "steps", monkeypatch, online_keep=0.5, online_rule="hardest")
         train(tmp_path / "memory", monkeypatch, budget_memory=0.9)
