@@ -105,8 +105,8 @@ def test_no_memory_to_try_an_accelerator(tmp_path, monkeypatch, caplog):
 
 def test_what_is_said_of_savings(tmp_path, monkeypatch, caplog, capsys):
     """Once, with the true cause; not where time is no matter, and no count that is not known."""
-    # Steps of a thousandth of a second: trying things out takes longer than there is to save.
-    costs = Costs(step_seconds=1e-3, forward_share=0.2, offline_share=0.1)
+    # Steps of a millionth of a second: trying things out takes longer than there is to save.
+    costs = Costs(step_seconds=1e-6, forward_share=0.2, offline_share=0.1)
     monkeypatch.setattr("darel_hf.training.planner.measure_costs", lambda *args, **kwargs: costs)
     with caplog.at_level(logging.WARNING):
         train(tmp_path / "steps", monkeypatch, online_keep=0.5, online_rule="hardest")
