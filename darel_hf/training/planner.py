@@ -131,10 +131,21 @@ class Planner:
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
+            decides = config.has_budget or any(not a.asked or a.most < math.inf for a in self.accelerators)
             prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
             visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
             costs = measure_costs(
-                trainer, dataset, collator, size, rows, share * total, offline, scorer, self.accelerators, visited
+                trainer,
+                dataset,
+                collator,
+                size,
+                rows,
+                share * total,
+                least=2 if decides else 1,
+                offline=offline,
+                offline_scorer=scorer,
+                accelerators=self.accelerators,
+                visited=visited,
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
