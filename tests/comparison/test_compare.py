@@ -164,7 +164,13 @@ def test_a_metric_that_is_not_there_ends_it_at_once(recipe):
 def start(recipe, *more):
     command = [sys.executable, "-m", "darel_hf.cli", "compare", recipe, "--metric", "accuracy", "--seeds", 2]
     command += ["--arms", "plain,slow:sleep=6,fewer_epochs", "--output-dir", recipe.parent.with_name("out"), *more]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )
 
 
 def wait_for(path):

@@ -189,7 +189,7 @@ def test_compute_metrics_of_a_trainer():
     assert several["ter"] == 0.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluate(tmp_path_factory):
     """Return Hugging Face `evaluate`, its copies of modules in one temporary folder."""
     module = pytest.importorskip("evaluate")
