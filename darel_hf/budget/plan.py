@@ -199,10 +199,12 @@ class Plan:
             batches.append(f"  batches   of similar length: {self.costs.padding:.2f} of the positions")
         if self.of_a_prompt > 1:
             batches.append(f"  batches   up to {self.of_a_prompt} samples of a prompt: no longer drawn independently")
+        of = "a plain one"
         for name, factor in self.costs.factors.items():
             facts = ACCELERATOR_FACTS.get(name)
             said = name if facts is None else f"{facts.phrase} ({facts.exactness})"
-            batches.append(f"  batches   {said}: a step takes {factor:.2f} of a plain one")
+            batches.append(f"  batches   {said}: a step takes {factor:.2f} of {of}")
+            of = "that"
         if len(self.costs.factors) > 1:
             each = ", ".join(f"{name} {factor:.2f}" for name, factor in self.costs.factors.items())
             batches.append(f"  together  {each}: a step takes {math.prod(self.costs.factors.values()):.2f}")
