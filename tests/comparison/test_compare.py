@@ -263,6 +263,7 @@ def test_the_command(recipe, tmp_path, monkeypatch):
 # ---- One's own trainers ----
 
 
+@pytest.mark.slow
 def test_trainers_of_ones_own(tmp_path):
     told = []
     arms = {"plain": None, "half": {"online_keep": 0.5, "online_rule": "random"}, "bad": {"breaks": True}}

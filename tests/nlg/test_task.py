@@ -278,6 +278,7 @@ def test_the_same_seed_gives_the_same_adapter(base, tmp_path):
     assert adapters[0] == adapters[1] != adapters[2]
 
 
+@pytest.mark.slow
 def test_generate_recipe_writes_what_the_run_wrote(base, tmp_path):
     """Also from the folder of an adapter: the recipe's script, started as a user starts it."""
     settings = task(base, max_test_samples=5)

@@ -31,6 +31,7 @@ def trainer_for(folder, model=None, darel=BOTH, model_init=None, **settings):
     )
 
 
+@pytest.mark.slow
 def test_hyperparameter_search(tmp_path):
     pytest.importorskip("optuna")
     trainer = trainer_for(tmp_path, model_init=lambda trial: tiny_lora(), eval_strategy="epoch")
@@ -77,6 +78,7 @@ def test_a_rule_of_the_users_own(tmp_path):
         register_rule("test_other", needs=("lengths",), reads_losses=False)(longest)
 
 
+@pytest.mark.slow
 def test_trials_are_planned_with_their_own_arguments(tmp_path):
     pytest.importorskip("optuna")
     darel = {"budget_memory": 0.8, "offline_rule": "random"}
@@ -153,6 +155,7 @@ def test_recomputed_activations_change_nothing(tmp_path, checkpointing):
         torch.testing.assert_close(weight, weights(ours.model)[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 def test_compiled_model(tmp_path):
     """The eager backend traces as every other does, and needs no compiler."""
     plain = trainer_for(tmp_path / "plain")

@@ -391,6 +391,7 @@ def test_recipe_files(path, tmp_path):
     assert darel.active
 
 
+@pytest.mark.slow
 def test_script(images, tmp_path):
     recipe = ROOT / "recipes" / "cifar"
     command = [sys.executable, str(recipe / "train.py"), str(recipe / "resnet18_cifar10.yaml")]
