@@ -6,7 +6,8 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
 
 VOCABULARY = 64
 PAD = 0
@@ -54,6 +55,14 @@ def tiny_lora(dropout: float = 0.0, seed: int = 0, config_class: type[LoraConfig
         r=4, lora_alpha=8, target_modules=["c_attn"], lora_dropout=dropout, task_type="CAUSAL_LM", fan_in_fan_out=True
     )
     return get_peft_model(tiny_gpt2(dropout, seed), config)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words w2, w3 and so on, one id each."""
+    vocabulary = {"<pad>": PAD, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
 
 
 def with_prompts(data: datasets.Dataset, kinds: int = 3) -> datasets.Dataset:

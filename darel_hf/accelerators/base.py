@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -70,6 +70,20 @@ class Accelerator(ABC):
 
     def detach(self) -> None:  # noqa: B027
         """Leave the model as a plain trainer would; called when training ends, however it ends."""
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Be attached for a while."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def step(self, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
+        """Return what computes the loss of a training step on these inputs, to try out or compare with."""
+        items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)
+        return lambda: self.trainer.own_loss(inputs, items, smoothed=True)
 
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the model trains on in place of a micro-batch, which has no ids and weights any more."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -246,30 +245,17 @@ class FastLora(Accelerator):
 
     def _try_out(self, inputs: Mapping[str, Any]) -> str | None:
         """Do the step of a batch in both ways; return what would change, or `None`."""
-        trainer = self.trainer
-        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-
-        def loss() -> torch.Tensor:
-            return trainer.own_loss(inputs, items, smoothed=True)
-
-        trial = Trial(trainer, loss)
+        step = self.step(inputs)
+        trial = Trial(self.trainer, step)
         try:
-            with self._switched_on():
-                return trial.difference(loss)
+            with self.attached():
+                return trial.difference(step)
         except Exception as error:  # whatever it is, PEFT's own layers have just done it
             return f"{type(error).__name__}: {first_line(error)}"
 
-    @contextlib.contextmanager
-    def _switched_on(self) -> Iterator[None]:
-        self.attach()
-        try:
-            yield
-        finally:
-            self.detach()
-
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
         """Return the seconds of a step with fast layers."""
-        with self._switched_on():
+        with self.attached():
             return seconds(lambda: inputs)
 
     def attach(self) -> None:

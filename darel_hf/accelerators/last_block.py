@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -156,30 +155,17 @@ class LastBlock(Accelerator):
 
     def _try_out(self, inputs: Mapping[str, Any]) -> str | None:
         """Do the step of a row in both ways; return what would change, or `None`."""
-        trainer = self.trainer
         if not torch.is_tensor(inputs.get("logits_to_keep")):
             return "all positions have to pass the head"
-        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
-
-        def loss() -> torch.Tensor:
-            return trainer.own_loss(inputs, items, smoothed=True)
-
-        trial = Trial(trainer, loss)
-        with self._attached():
+        step = self.step(inputs)
+        trial = Trial(self.trainer, step)
+        with self.attached():
             self._want(inputs, at_most=1.0)
-            return trial.difference(loss)
-
-    @contextlib.contextmanager
-    def _attached(self) -> Iterator[None]:
-        self.attach()
-        try:
-            yield
-        finally:
-            self.detach()
+            return trial.difference(step)
 
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
         """Return the seconds of a step with a shorter last block."""
-        with self._attached():
+        with self.attached():
             return seconds(lambda: self.transform(inputs))
 
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,11 @@ class Rows:
                 samples.append((own, seen, len(row) - own))
         return cls(stored, np.diff(bounds).tolist(), samples)
 
+    @cached_property
+    def _pieces_stored(self) -> int:
+        """How many of the pieces are stored; the others are of the row."""
+        return int(np.searchsorted(np.cumsum(self.pieces), self.stored, side="right")) if self.stored else 0
+
     @property
     def apart(self) -> bool:
         """Whether samples have nothing in common, and nothing stored."""
@@ -121,7 +127,7 @@ class Rows:
 
     def _cut(self, states: torch.Tensor, stored: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Cut into pieces, all at once: the backward pass then puts them together in one go."""
-        first = int(np.searchsorted(np.cumsum(self.pieces), self.stored, side="right")) if self.stored else 0
+        first = self._pieces_stored
         before = () if stored is None else stored.split(self.pieces[:first], dim=2)
         return *before, *states.split(self.pieces[first:], dim=2)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..config import ACCELERATOR_FACTS
+from ..data import prompt_length
 from ..scoring import IGNORE
 from .base import register_accelerator
 from .row_attention import rows_of_places
@@ -32,12 +33,9 @@ def beginnings(rows: list[np.ndarray], most: list[int]) -> tuple[list[int], list
         of them, int64 `[n]`, in the order of `rows`. A sample has places of its own from the first one that exceeds
         those of all samples before it.
     """
-    order, places, size = (
-        sorted(range(len(rows)), key=lambda i: rows[i].tolist()),
-        [np.empty(0, np.int64)] * len(rows),
-        0,
-    )
-    before = None
+    order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
+    nothing = np.empty(0, np.int64)
+    places, before, size = [nothing] * len(rows), None, 0
     for i in order:  # in this order, none before has more in common with a sample than the one right before it
         common = 0
         if before is not None:
@@ -46,7 +44,7 @@ def beginnings(rows: list[np.ndarray], most: list[int]) -> tuple[list[int], list
             common = int(unlike.argmax()) if unlike.any() else length
             common = common if common >= LEAST else 0
         own = len(rows[i]) - common
-        first = places[before][:common] if common else np.empty(0, np.int64)
+        first = places[before][:common] if common else nothing
         places[i], before = np.concatenate([first, np.arange(size, size + own)]), i
         size += own
     return order, places
@@ -79,9 +77,7 @@ def share(inputs: Mapping[str, Any], label_positions_only: bool = False) -> dict
     """
     used, device = used_positions(inputs), inputs["labels"].device
     labels = by_row(inputs["labels"].masked_fill(first_used(used), IGNORE), used)
-    most = None
-    if not label_positions_only:
-        most = [max(int((row != IGNORE).argmax()) - 1, 0) if (row != IGNORE).any() else len(row) for row in labels]
+    most = None if label_positions_only else [prompt_length(row != IGNORE) for row in labels]
     row, places = put_once({key: value for key, value in inputs.items() if key in TOKEN_KEYS}, used, most)
     if label_positions_only:
         following = [np.append(row[1:], IGNORE) for row in labels]
@@ -137,10 +133,8 @@ def with_branches(inputs: Mapping[str, Any]) -> dict[str, Any]:
     ids, labels = inputs["input_ids"].clone(), inputs["labels"].clone()
     for row, own in enumerate(labels.ne(IGNORE)):
         ids[row, own], labels[row, own] = ids[row, own].roll(1), labels[row, own].roll(1)
-    return {
-        key: torch.cat([values, {"input_ids": ids, "labels": labels}.get(key, values)])
-        for key, values in inputs.items()
-    }
+    others = {**inputs, "input_ids": ids, "labels": labels}
+    return {key: torch.cat([values, others[key]]) for key, values in inputs.items()}
 
 
 @register_accelerator

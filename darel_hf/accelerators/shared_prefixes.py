@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ WORTHWHILE = 0.1
 #: Relative differences of hidden states and gradients that are rounding, by precision.
 TOLERANCES = {"exact": 1e-4, "float32": 2e-3, "reduced": 5e-2}
 #: What of a decoder's arguments we know how to put into a row; all else must be left out, or be one of `HARMLESS`.
-TAKEN = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
+TAKEN = {*unpad.TOKEN_KEYS} - {"labels"}
 HARMLESS = {"use_cache", "return_dict", "output_attentions", "output_hidden_states", "labels"}
 
 
@@ -82,6 +82,12 @@ def shared_prefixes(model: nn.Module) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         inner.set_attn_implementation("sdpa")
+
+
+def _used(given: Mapping[str, Any]) -> torch.Tensor:
+    """Return what of the rows of a call is no padding, bool `[B, L]`."""
+    mask = given.get("attention_mask")
+    return torch.ones_like(given["input_ids"], dtype=torch.bool) if mask is None else mask.ne(0)
 
 
 class _Door:
@@ -143,8 +149,7 @@ class _Door:
     @staticmethod
     def _row(given: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
         """Return the row of a batch, and where its positions are in it, int64 `[B, L]`; `None`: little is saved."""
-        ids, mask = given["input_ids"], given.get("attention_mask")
-        used = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.ne(0)
+        ids, used = given["input_ids"], _used(given)
         if not used.any():
             return None
         row, places = put_once(given, used)
@@ -159,8 +164,7 @@ class _Door:
         """Compute a batch in both ways, in eval mode; whether states and gradients are the same, and say if not."""
         training, self.trying = [module for module in self.decoder.modules() if module.training], True
         rest = {key: value for key, value in given.items() if key not in TAKEN} | {"use_cache": False}
-        mask = given.get("attention_mask")
-        used = torch.ones_like(where, dtype=torch.bool) if mask is None else mask.ne(0)
+        used = _used(given)
         weights = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
 
         def way(row: dict[str, torch.Tensor]) -> list[torch.Tensor]:

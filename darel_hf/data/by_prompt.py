@@ -12,9 +12,14 @@ import torch
 from ..files import require
 
 
+def prompt_length(taught: np.ndarray) -> int:
+    """Return how many tokens precede the first that is taught (bool `[n]`), but for the last of them, or n."""
+    return max(int(taught.argmax()) - 1, 0) if taught.any() else len(taught)
+
+
 def prompt_of(item: Any) -> bytes:
     """
-    Return what tells a sample's prompt from others: its tokens before the first label, but for the last of them.
+    Return what tells a sample's prompt from others: the tokens of it, see [`prompt_length`].
 
     Args:
         item (`Mapping`): `input_ids`, and `labels` or trl's `completion_mask`, of equal length.
@@ -28,8 +33,7 @@ def prompt_of(item: Any) -> bytes:
     remedy = "samples need input_ids, and labels or a completion_mask, to know their prompts by; give 1"
     require(told, "share_prompts", sorted(item) if isinstance(item, Mapping) else type(item).__name__, remedy)
     tokens, taught = np.asarray(item["input_ids"], np.int64), np.asarray(taught)
-    labels = (taught != -100) if "labels" in item else taught != 0
-    return tokens[: max(int(labels.argmax()) - 1, 0) if labels.any() else len(tokens)].tobytes()
+    return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))].tobytes()
 
 
 class ShuffledByPrompt(torch.utils.data.Sampler[int]):

@@ -4,9 +4,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import PAD, VOCABULARY, assert_same_weights, tiny_lora, weights
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
+from helpers import VOCABULARY, assert_same_weights, tiny_lora, weights, word_tokenizer
+from transformers import HfArgumentParser
 
 trl = pytest.importorskip("trl")
 
@@ -15,10 +14,7 @@ from darel_hf import DarelConfig, DarelSFTTrainer, ReaderLoraConfig  # noqa: E40
 
 @pytest.fixture
 def tokenizer():
-    vocabulary = {"<pad>": PAD, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer()
 
 
 def sentences(form, n=24):

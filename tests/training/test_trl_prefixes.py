@@ -6,11 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import PAD, VOCABULARY
+from helpers import PAD, VOCABULARY, word_tokenizer
 from peft import LoraConfig
 from readers import distance, make_base
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from darel_hf import shared_prefixes
 
@@ -21,10 +20,7 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "
 
 @pytest.fixture
 def tokenizer():
-    vocabulary = {"<pad>": PAD, "<eos>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    return word_tokenizer()
 
 
 def words(generator, low, high):
