@@ -64,17 +64,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+def write_text(path: str | os.PathLike, text: str, errors: str = "strict") -> None:
+    """Write `text` as UTF-8, atomically; `errors`: what to do with halves of characters, as `str.encode` has it."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # a path or a command line that is no UTF-8
-        text = json.dumps(value, indent=2)
-    write_text(path, text + "\n")
+    # Of a path or a command line that is no UTF-8 there are halves of characters, whose escapes are those of JSON.
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")

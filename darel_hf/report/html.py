@@ -67,7 +67,11 @@ def write_html(
     parts += ["<h2>Settings</h2>", _table(report.config.to_dict()), "<h2>Environment</h2>", _table(environment)]
     head = f'<meta charset="utf-8"><title>DAREL report</title><style>{STYLE}</style>'
     body = "\n".join(parts)
-    write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n')
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n',
+        errors="backslashreplace",
+    )
 
 
 def _said(value: Any) -> str:

@@ -504,7 +504,9 @@ def test_a_command_line_that_is_no_utf8(tmp_path, monkeypatch):
         data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="random"),
     )  # fmt: skip
     trainer.train()
-    assert "data-" in json.loads((tmp_path / "darel" / "run.json").read_text())["environment"]["command"][1]
+    command = json.loads((tmp_path / "darel" / "run.json").read_text())["environment"]["command"]
+    assert "data-" in command[1] and command[1] == sys.argv[1]
+    assert r"data-\udce9.csv" in (tmp_path / "darel" / "report.html").read_text()
 
 
 def test_default_steps_are_no_ones_setting(tmp_path, caplog):

@@ -56,7 +56,7 @@ def write_page(evaluation: Evaluation, path: str | os.PathLike) -> None:
     parts += ["<h2>How the scores were made</h2>", f"<ul class=small>{''.join(signatures)}</ul>"]
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
     page = f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))
+    write_text(path, page, errors="replace")
 
 
 def _scores(result: dict[str, Any]) -> str:
