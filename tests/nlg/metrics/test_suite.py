@@ -189,12 +189,10 @@ def test_compute_metrics_of_a_trainer():
     assert several["ter"] == 0.0
 
 
-@pytest.fixture(scope="session")
-def evaluate(tmp_path_factory):
-    """Return Hugging Face `evaluate`, its copies of modules in one temporary folder."""
-    module = pytest.importorskip("evaluate")
-    module.config.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
-    return module
+@pytest.fixture
+def evaluate():
+    """Return Hugging Face `evaluate`."""
+    return pytest.importorskip("evaluate")
 
 
 @pytest.mark.parametrize("name", ["bleu", "ter", "meteor", "nist", "rouge_l", "cider"])
