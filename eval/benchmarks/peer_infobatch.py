@@ -44,7 +44,7 @@ def main() -> None:
     held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        part = data_of(task, folder / f"data-{seed}", seed, options.max_train_samples)
+        part = data_of(task, folder / f"data-{seed}", seed, options)
         arguments = replace(task, data_dir=part)
         told, seconds = {}, {}
         for arm in ("plain loop", "infobatch"):

@@ -9,7 +9,8 @@ varies, believe `savings`, which interleaves. The training set is all references
 drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine references each.
 Predictions are greedy, for the representations of the test set that --max_test_samples draws; with --num_beams they
 are written anew by beam search as in the recipes, which is slow; those results have files of their own. The test loss
-is of two references of each. A row a run goes to results/quality.jsonl at once; after every seed the table,
+is of two references of each. Settings are chosen on the development set, --held_out dev, and an arm may have a
+learning rate of its own, `reader@2e-3`. A row a run goes to results/quality.jsonl at once; after every seed the table,
 quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain
 run and to the first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of
 data and a model, the generated corpus and the demo's model are taken.
@@ -50,6 +51,7 @@ from darel_hf.nlg.task import (
 from darel_hf.scoring import BatchScorer, save_scores, score_dataset
 from darel_hf.selection import Scores
 
+HELD_OUT = {"test": "testset_w_refs.csv", "dev": "devset.csv"}
 MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no worse
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
@@ -140,11 +142,15 @@ def main() -> None:
     if options.quick:
         options.arms = "full,random_0.7,offline_rho_loss_0.7,sliced_hardest,budget_0.5_padding_free"
     names = options.arms.split(",")
+    for name in names:  # an arm with a learning rate of its own
+        arm, at, rate = name.partition("@")
+        if at and arm in known:
+            known[name] = known[arm]._replace(training={**known[arm].training, "learning_rate": float(rate)})
     unknown = [name for name in names if name not in known]
     if unknown:
         near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
         parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
-    if names[0] not in FULL and not options.runs_only:
+    if names[0].partition("@")[0] not in FULL and not options.runs_only:
         parser.error(f"--arms {options.arms}: times are relative to the first; begin with one of {FULL}")
     task, settings, folder = prepared(options)
     made_with = folder / "settings.json"
@@ -154,12 +160,12 @@ def main() -> None:
         made_with.write_text(json.dumps(settings), encoding="utf-8")
     if options.num_beams > 1:
         settings["num_beams"] = options.num_beams
-    held = held_out(read_pairs(Path(task.data_dir) / "testset_w_refs.csv"), task)
+    held = held_out(read_pairs(Path(task.data_dir) / HELD_OUT[options.held_out or "test"]), task)
     references = list(held.values())
     measure = NLGMetrics(bootstrap=0, wordnet="none")
     compare = NLGMetrics(bootstrap=1000, wordnet="none", only=("bleu",))
     for seed in range(options.first_seed, options.first_seed + options.seeds):
-        part = data_of(task, folder / f"data-{seed}", seed, options.max_train_samples)
+        part = data_of(task, folder / f"data-{seed}", seed, options)
         arguments = replace(task, data_dir=part)
         told: dict[str, list[str]] = {}
         reference = None
@@ -241,6 +247,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
     parser.add_argument("--max_train_samples", type=int, default=800)
     parser.add_argument("--max_test_samples", type=int, default=250)
+    parser.add_argument("--held_out", choices=["dev"], help="try on the development set; default: the test set")
     parser.add_argument("--threads", type=int, default=2)
     add_quick(parser)
 
@@ -284,7 +291,6 @@ def training_arguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=options.batch_size,
-        learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.06,
         weight_decay=0.01,
@@ -296,7 +302,7 @@ def training_arguments(
         disable_tqdm=True,
         logging_steps=1000,
         dataloader_pin_memory=False,
-        **settings,
+        **{"learning_rate": options.learning_rate, **settings},
     )
 
 
@@ -315,19 +321,19 @@ def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
     return score_dataset(BatchScorer(model), data, collator, dict, progress_bar=False)
 
 
-def data_of(task: NLGArguments, folder: Path, seed: int, samples: int) -> str:
+def data_of(task: NLGArguments, folder: Path, seed: int, options: argparse.Namespace) -> str:
     """Write two parts of the training set: what is trained on, and as much for a reference model."""
     if (folder / "others" / "trainset.csv").exists():  # written last, by an earlier call with this --work_dir
         return str(folder)
-    source, limit = Path(task.data_dir), replace(task, max_train_samples=samples)
+    source, limit = Path(task.data_dir), replace(task, max_train_samples=options.max_train_samples)
     rest = read_pairs(source / "trainset.csv")
     for part in (folder, folder / "others"):
         drawn = training_pairs(rest, limit, seed)
         taken = set(map(id, drawn))
         rest = [pair for pair in rest if id(pair) not in taken]
         part.mkdir(exist_ok=True)
-        for file in ("devset.csv", "testset_w_refs.csv"):
-            shutil.copy(source / file, part)
+        shutil.copy(source / "devset.csv", part)
+        shutil.copy(source / HELD_OUT[options.held_out or "test"], part / HELD_OUT["test"])
         with open(part / "trainset.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["mr", "ref"])
             writer.writeheader()
@@ -354,7 +360,7 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
 def summarize(name: str, settings: dict[str, Any]) -> None:
     """Make the table and the picture from all stored rows of these settings."""
     by_arm = latest_rows(name, settings)
-    plain = {row["seed"]: row for row in by_arm[next(arm for arm in FULL if arm in by_arm)]}
+    plain = {row["seed"]: row for row in by_arm[next(arm for arm in by_arm if arm.partition("@")[0] in FULL)]}
     control = next((arm for arm in by_arm if arm.startswith(CONTROLS)), "control")
     lines = [
         f"| arm | time, median | of it scoring | samples | BLEU, mean (spread) | minus full | minus {control} "
