@@ -42,7 +42,9 @@ NAMES = {
     "ser": "SER",
 }
 LOWER_IS_BETTER = ("ter", "ser")
-_PARALLEL_FROM = 400  # pairs of prediction and reference below which starting workers costs more than it saves
+# Cubes of the characters of references, which is how TER's time grows: some three seconds of one core. Below it,
+# workers take longer to start than they save.
+_PARALLEL_FROM = 10**10
 _PART = 256  # instances a worker takes at a time, at most
 _HERE = (JavaMETEOR, SlotErrorRate)  # one program, or one list of values: computed here, not by workers
 
@@ -233,9 +235,8 @@ class NLGMetrics:
         """Return statistics of all segments, by metric, system and run, float64 `[n, d]`; and what texts are like."""
         n = len(references)
         flat = [texts for name in runs for texts in runs[name]]
-        workers = self.processes or (
-            1 if sum(map(len, references)) * len(flat) < _PARALLEL_FROM else joblib.cpu_count()
-        )
+        work = len(flat) * sum(len(text) ** 3 for group in references for text in group)
+        workers = self.processes or (1 if work < _PARALLEL_FROM else joblib.cpu_count())
         by_workers = {name: metric for name, metric in metrics.items() if not isinstance(metric, _HERE)}
         count = max(8 * workers if workers > 1 else 1, -(-n // _PART))
         bounds = np.linspace(0, n, min(n, count) + 1).astype(int)
