@@ -1,5 +1,7 @@
 """What is counted on arrays: sacrebleu's and nltk's scores to the last digit, however texts are cut up."""
 
+import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,9 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from texts import columns
 
 from darel_hf.nlg.metrics import NLGMetrics, grams, meteor, suite
+from darel_hf.nlg.texts import read_references
+
+E2E = Path(__file__).parents[4] / "shared" / "data" / "e2e_nlg" / "devset.csv"
 
 # Few words, so that much is in common; odd ones among them.
 USUAL = [
@@ -96,6 +101,19 @@ def test_the_libraries_scores_to_the_last_digit(corpus):
             for text, group in zip(texts, references, strict=True)
         ]
         assert found["meteor"][k] == sum(expected) / len(expected)
+
+
+@pytest.mark.skipif(not E2E.exists(), reason="needs the E2E development set")
+def test_the_libraries_scores_of_real_texts():
+    """References permuted, and each first one against the others."""
+    references = [instance.texts for instance in read_references(E2E)][:20]
+    permuted = [group[0] for group in references]
+    random.Random(0).shuffle(permuted)
+    others = [group[1:] or group for group in references]
+    for texts, groups in ((permuted, references), ([group[0] for group in references], others)):
+        found = NLGMetrics(only=["bleu", "ter", "chrf", "chrf++"], processes=1)(texts, groups)
+        for name in ("bleu", "ter", "chrf", "chrf++"):
+            assert found[name] == NAMES[name].corpus_score(texts, columns(groups)).score
 
 
 @pytest.mark.parametrize("protocol", ["e2e", "paper", "lora"])
