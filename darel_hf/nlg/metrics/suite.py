@@ -42,9 +42,9 @@ NAMES = {
     "ser": "SER",
 }
 LOWER_IS_BETTER = ("ter", "ser")
-# Cubes of the characters of references, which is how TER's time grows: some three seconds of one core. Below it,
+# Cubes of the characters of references, which is how TER's time grows: two to five seconds of one core. Below it,
 # workers take longer to start than they save.
-_PARALLEL_FROM = 10**10
+_PARALLEL_FROM = 2 * 10**10
 _PART = 256  # instances a worker takes at a time, at most
 _HERE = (JavaMETEOR, SlotErrorRate)  # one program, or one list of values: computed here, not by workers
 
