@@ -92,7 +92,7 @@ class Encoded:
 
 
 class Cells(NamedTuple):
-    """N-grams, each once for a text that has it, in the order of texts: int64 arrays of one length."""
+    """N-grams, each once for a text that has it, in the order of texts: arrays of one length."""
 
     text: np.ndarray
     gram: np.ndarray
@@ -175,10 +175,10 @@ def orders(encoded: Encoded, most: int, dense: bool = False, places: bool = Fals
     these get too large, or with `dense`, they are replaced by their ranks. `first` is known with `places` only.
     """
     lengths = encoded.lengths.astype(np.int64)
-    text = np.repeat(np.arange(len(lengths)), lengths)
-    tokens = encoded.tokens.astype(np.int64)
-    room = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(tokens))  # tokens from here to the text's end
-    place, gram, bound = np.arange(len(tokens)), np.zeros(len(tokens), np.int64), 1
+    tokens, text = encoded.tokens, np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    place = np.arange(len(tokens), dtype=np.int32)
+    room = np.repeat(np.cumsum(lengths, dtype=np.int32), lengths) - place  # tokens from here to the text's end
+    gram, bound = np.zeros(len(tokens), np.int64), 1
     prefix = first = np.zeros(0, np.int64)
     for n in range(1, most + 1):
         fits = room[place] >= n
@@ -190,13 +190,16 @@ def orders(encoded: Encoded, most: int, dense: bool = False, places: bool = Fals
         if dense or bound * len(lengths) >= _LIMIT:
             distinct, gram, bound = _ranks(gram)
             prefix = distinct // encoded.size
-        key = text[place] * bound + gram
+        key = text[place] * np.int64(bound) + gram
         if places:
             key, index, count = np.unique(key, return_index=True, return_counts=True)
             first = place[index]
         else:
             key, count = np.unique(key, return_counts=True)
-        yield Order(encoded, n, Cells(*np.divmod(key, bound), count, first), bound, prefix)
+        owner, key = np.divmod(key, bound)
+        cells = Cells(owner.astype(np.int32), key, count.astype(np.int32), first)
+        del owner, count  # while others work with these, what is twice as wide is gone
+        yield Order(encoded, n, cells, bound, prefix)
 
 
 def in_common(encoded: Encoded, systems: int, most: int) -> list[np.ndarray]:
