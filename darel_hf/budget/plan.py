@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..config import ACCELERATOR_FACTS, DarelConfig
+from ..config import ACCELERATOR_FACTS, AcceleratorFacts, DarelConfig
 from ..files import require
 from ..selection import candidate_rows
 
@@ -91,6 +91,11 @@ class Plan:
         costs ([`Costs`]): what the prediction rests on.
         left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
         of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
+        used (`dict`, *optional*): accelerators in use that no setting asks for, and the values of their settings;
+            `None`: of a checkpoint that does not say.
+        budget_time (`float`, *optional*): the time budget that was solved for what was measured.
+        prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
+            train on prompts, too; `None`: not counted.
     """
 
     offline_keep: float
@@ -107,12 +112,16 @@ class Plan:
     method: str = "settings"
     of_a_prompt: int = 1
     left_out: dict[str, str] = field(default_factory=dict)
+    used: dict[str, Any] | None = None
+    budget_time: float | None = None
+    prompt_share: float | None = None
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
         """Return the plan of the fractions that settings give; `others`: its other attributes."""
         settings = config.offline_keep, config.online_keep, config.rescore_every
-        return cls(*settings, of_a_prompt=config.of_a_prompt, **others)
+        budget = config.budget_time if config.solves_time else None
+        return cls(*settings, of_a_prompt=config.of_a_prompt, budget_time=budget, **others)
 
     @property
     def candidate_rows(self) -> int:
@@ -142,6 +151,22 @@ class Plan:
     def predicted_saving(self) -> float:
         """1 - `predicted_time`."""
         return 1 - self.predicted_time
+
+    @property
+    def everything(self) -> Plan:
+        """The plan with the same costs that drops nothing."""
+        return replace(self, offline_keep=1.0, online_keep=1.0, rescore_every=1)
+
+    @property
+    def plain_epochs(self) -> float:
+        """Epochs of plain training, without accelerators and measuring, that take as long."""
+        return self.epochs * self.predicted_time
+
+    @property
+    def fewer_epochs(self) -> float:
+        """Epochs of everything, with the same accelerators and as much measuring, that take as long."""
+        whole = self.everything.predicted_time - self.overhead
+        return self.epochs * (self.predicted_time - self.overhead) / whole
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
@@ -174,6 +199,7 @@ class Plan:
             config,
             budget_time=None,
             budget_memory=None,
+            budget_allows=None,
             offline_keep=self.offline_keep,
             online_keep=self.online_keep,
             rescore_every=self.rescore_every,
@@ -202,7 +228,7 @@ class Plan:
         of = "a plain one"
         for name, factor in self.costs.factors.items():
             facts = ACCELERATOR_FACTS.get(name)
-            said = name if facts is None else f"{facts.phrase} ({facts.exactness})"
+            said = name if facts is None else f"{facts.phrase} ({facts.exactness}{self._value_of(facts)})"
             batches.append(f"  batches   {said}: a step takes {factor:.2f} of {of}")
             of = "that"
         if len(self.costs.factors) > 1:
@@ -218,8 +244,36 @@ class Plan:
             + every,
             f"  costs     {', '.join(costs) or 'nothing is scored'} ({source})",
             f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
+            *(self._of_the_budget() if self.budget_time is not None else ()),
         ]
         return "\n".join(lines)
+
+    def _value_of(self, facts: AcceleratorFacts) -> str:
+        """Return what of a choice that can cost quality was chosen by us."""
+        chosen = facts.exactness != "exact" and facts.name in (self.used or {})
+        return f", {facts.setting}={self.used[facts.name]!r}" if chosen else ""
+
+    def _of_the_budget(self) -> list[str]:
+        """Return what the budget is spent on, and the controls of the same cost."""
+        whole, budget = self.everything.predicted_time, f"{self.budget_time:g}"
+        exact = [name for name, facts in ACCELERATOR_FACTS.items() if facts.exactness == "exact"]
+        others = [name for name in self.costs.factors if name not in exact]
+        using = "exact accelerators alone" if self.costs.factors else "the whole training set"
+        using = f"exact accelerators and {', '.join(others)}" if others else using
+        same, of = "  control   the same cost:", f", of {self.epochs:g}"
+        if self.kept < 1:
+            lines = [f"  budget    {budget}: with {using} all samples would take {whole:.2f}; so some are dropped"]
+            lines.append(f"{same} {self.fewer_epochs:.2f} epochs of everything{of}")
+        elif whole <= self.budget_time:
+            lines = [f"  budget    {budget} is met by {using}: nothing is dropped"]
+        else:
+            lines = [f"  budget    {budget}: measuring has taken {self.overhead:.2f}; nothing is dropped"]
+        if self.costs.factors:
+            lines.append(f"{same} {self.plain_epochs:.2f} epochs of plain training{of}")
+        if self.prompt_share is not None:
+            share = f"{self.prompt_share:.2f} of the positions are prompt, of samples that were looked at"
+            lines.append(f"  reader    {share}; a ReaderLoraConfig, another adapter, computes them once")
+        return lines
 
 
 def fresh_epochs(rescore_every: int, epochs: float) -> int:
@@ -324,7 +378,7 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     """
     memory_only = budget_time is None
     budget_time = 1.0 if memory_only else budget_time
-    everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    everything = replace(plan.everything, method="measured")
     whole = online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
     if plan.fixed_steps:  # dropping samples saves none of them
         return everything

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..accelerators import Accelerator, make_accelerators
+from ..accelerators import Accelerator, in_order, make_accelerators, make_allowed
+from ..adapters import adapts_prompts
 from ..budget import (
     SHARE,
+    Costs,
     KeepBudget,
     Plan,
     assumed_costs,
@@ -25,12 +27,16 @@ from ..budget import (
     measure_slowdown,
     online_term,
 )
+from ..config import ACCELERATOR_FACTS
+from ..files import require
+from ..scoring import is_causal_lm
 from .clock import Clock
 from .dataset import TrainingSet
 
 logger = logging.getLogger(__name__)
 
 PAYS = 0.98  # what `fast` finds must make a step take at most so much of what it took before
+MUCH_PROMPT = 0.2  # of the positions: where prompts are less, the plan does not speak of readers
 SMALLEST_SLOWDOWN = 0.9  # rows in smaller batches are not faster than this says; what was measured faster was noise
 
 
@@ -83,7 +89,7 @@ class Planner:
 
     def try_accelerators(self) -> None:
         """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
-        if self.config.accelerators or self.config.fast:
+        if self.config.accelerators or self.config.finds_exact:
             few_rows = None if self.data.streams else self.data.few_rows
             with self.clock.count("probe"):
                 self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
@@ -163,9 +169,54 @@ class Planner:
             if not scores_online:
                 self._set_costs(forward_share=0.0)
             self._set_costs(one_forward=any(accelerator.chooses for accelerator in self.accelerators))
+        self._count_overhead(scorer_seconds)
+        if config.budget_allows:
+            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
+            self._allow(partial(again, visited=visited), scorer_seconds)
+
+    def _count_overhead(self, scorer_seconds: float) -> None:
         if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
             self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
+
+    def _allow(self, measure: Callable[..., Costs | None], scorer_seconds: float) -> None:
+        """
+        Take accelerators that are not exact, as far as the budget allows and needs them, the mildest settings first.
+
+        Args:
+            measure (`Callable`): measures what a step costs with `accelerators`.
+            scorer_seconds (`float`): what making a scorer has cost.
+        """
+        for name in self.config.budget_allows:
+            without = list(self.accelerators)
+            for value in ACCELERATOR_FACTS[name].mildest_first:
+                if self.plan.everything.predicted_time <= self.config.budget_time:
+                    return
+                with self.clock.count("probe"):
+                    reason = self._try_allowed(name, value, without, measure)
+                if reason is not None:
+                    self.left_out[f"{ACCELERATOR_FACTS[name].setting}={value!r}"] = reason
+                self._count_overhead(scorer_seconds)
+
+    def _try_allowed(self, name: str, value: Any, without: list[Accelerator], measure: Any) -> str | None:
+        """Take an accelerator beside others, if it makes steps cheaper than they are; else return why not."""
+        if not self.plan.costs.measured:
+            return "what a step costs is not known"
+        accelerator, reason = make_allowed(self.trainer, name, value, without, self.data.few_rows, self._first_found)
+        if accelerator is None:
+            return reason
+        together = in_order([*without, accelerator])
+        costs = self._from_main(measure(accelerators=together))
+        before = self.plan.costs.accelerated
+        now = math.inf if costs is None else costs.accelerated
+        if now > PAYS * before:
+            accelerator.detach()
+            return f"steps take {now:.2f} of plain ones, {before:.2f} without it"
+        for milder in [a for a in self.accelerators if a not in together]:
+            milder.detach()
+        self.accelerators = together
+        self._set_costs(factors=costs.factors)
+        return None
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
@@ -217,7 +268,9 @@ class Planner:
 
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""
-        self.plan = replace(self.plan, left_out=dict(self.left_out))
+        used = {a.facts.name: a.value for a in self.accelerators if not a.asked}
+        found = {"left_out": dict(self.left_out), "used": used, "prompt_share": self._prompt_share()}
+        self.plan = replace(self.plan, **found)
         plan, asked = self.plan, self.config.budget_time
         # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
         about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
@@ -247,6 +300,14 @@ class Planner:
                 plan.predicted_time,
                 why,
             )
+
+    def _prompt_share(self) -> float | None:
+        """Return which part of the positions is prompt, where a reader would save much; else `None`."""
+        model = self.trainer.model
+        if self.plan.budget_time is None or not adapts_prompts(model) or not is_causal_lm(model):
+            return None
+        share = self.trainer.on_main(self.data.prompt_share)
+        return None if share is None or share < MUCH_PROMPT else share
 
     def warn_about_steps(self) -> None:
         """Warn of numbers of steps in the arguments that were made for the full run."""
@@ -339,10 +400,29 @@ class Planner:
         granted = self.pace.granted if self.pace else 1.0
         return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
 
+    def _take_over(self) -> None:
+        """Have those accelerators, of what no setting asks for, that the plan of a checkpoint has."""
+        used = self.plan.used
+        if used is None:  # of before a budget looked for any
+            used = {a.facts.name: a.value for a in self.accelerators if self.config.fast}
+        for accelerator in [a for a in self.accelerators if not a.asked and a.facts.name not in used]:
+            accelerator.detach()
+            self.accelerators.remove(accelerator)
+        for name in self.config.budget_allows or ():
+            if name not in used:
+                continue
+            value, few_rows = used[name], self.data.few_rows
+            with self.clock.count("probe"):
+                found, reason = make_allowed(self.trainer, name, value, self.accelerators, few_rows, self._first_found)
+            remedy = f"the checkpoint was made with {name}, which cannot be had here: {reason}"
+            require(found is not None, ACCELERATOR_FACTS[name].setting, value, remedy)
+            self.accelerators = in_order([*self.accelerators, found])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
         self._leave_out(self.plan.left_out)
+        self._take_over()
         epochs = self._epochs()
         if epochs != self.plan.epochs:
             logger.warning(

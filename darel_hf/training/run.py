@@ -141,7 +141,7 @@ class Run:
         if sorts and not config.has_budget:  # scoring has read every item already
             data.learn()
             planner.count_padding()
-        if measures or sorts or data.streams or config.fast:
+        if measures or sorts or data.streams or config.finds_exact:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:

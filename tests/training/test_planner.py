@@ -1,0 +1,240 @@
+"""What a time budget is spent on: exact accelerators, then those that are allowed, then fewer samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+
+import pytest
+from helpers import PadCollator, arguments, assert_same_weights, tiny_lora, token_data, weights, with_prompts
+from peft import LoraConfig
+from readers import adapted
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
+from darel_hf.accelerators import ACCELERATORS, Accelerator, FastLora, LastBlock, register_accelerator
+from darel_hf.budget import Costs
+from darel_hf.config import ACCELERATOR_FACTS, AcceleratorFacts
+from darel_hf.training import planner
+from darel_hf.training.planner import Planner
+
+#: What a step takes with an accelerator, by its setting: what is measured on a tiny model is chance.
+FACTORS = {"share_prompts": 0.8, "fast_lora": 1.1, "last_block": 1.1, 16: 0.7, 8: 0.5, 4: 0.9}
+
+
+@dataclass
+class WithCut(DarelConfig):
+    """The settings, and one that switches an accelerator of these tests on."""
+
+    cut: int = field(default=0, metadata={"help": "train on so many tokens of a row at most"})
+
+
+@pytest.fixture
+def cut():
+    """Register an accelerator that costs quality, the more the fewer tokens it leaves."""
+
+    @register_accelerator
+    class Cut(Accelerator):
+        facts = AcceleratorFacts(
+            "cut",
+            setting="cut",
+            exactness="approximate",
+            phrase="cut",
+            mildest_first=(16, 8, 4),
+            not_with={"track": "no"},
+        )
+        made: list = []
+        in_the_way: dict = {}
+
+        def why_not(self, few_rows):
+            self.made.append(self.value)
+            return self.in_the_way.get(self.value)
+
+        def transform(self, inputs):
+            if inputs["input_ids"].shape[0] == 1:  # a row without padding
+                return inputs
+            return {key: value[:, : self.value] for key, value in inputs.items()}
+
+    yield Cut
+    del ACCELERATORS["cut"], ACCELERATOR_FACTS["cut"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Costs as if they had been measured: no chance in them, and measuring takes nothing beside a step of 10 s."""
+    given = []
+
+    def measure_costs(trainer, *args, accelerators, **kwargs):
+        given.append([a.facts.name for a in accelerators])
+        factors = {a.facts.name: FACTORS[a.value if a.facts.name == "cut" else a.facts.name] for a in accelerators}
+        return Costs(step_seconds=10.0, forward_share=0.0, offline_share=0.3, factors=factors)
+
+    monkeypatch.setattr(planner, "measure_costs", measure_costs)
+    return given
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 5
+
+
+def trainer_for(folder, model=None, data=None, stop=False, settings=None, config=DarelConfig, collator=None, **darel):
+    return DarelTrainer(
+        model=model or tiny_lora(dropout=0.1),
+        args=arguments(folder, save_strategy="steps", save_steps=5, num_train_epochs=3, **(settings or {})),
+        train_dataset=token_data(40) if data is None else data,
+        data_collator=collator or PadCollator(),
+        callbacks=[Stop()] if stop else None,
+        darel=config(offline_rule="random", **darel),
+    )
+
+
+def test_a_budget_that_less_padding_meets_drops_nothing(tmp_path, monkeypatch, capsys):
+    """All is measured here; but for what measuring takes, which is more than so short a run."""
+    monkeypatch.setattr(Planner, "_count_overhead", lambda *args: None)
+    sizes = {"n_layer": 2, "n_embd": 128, "n_head": 2, "vocab_size": 64, "n_positions": 128}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, pad_token_id=0))
+    collator = PadCollator(pad_to_multiple_of=128)  # of 128 positions of a row, 4 to 20 are no padding
+    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2}
+    trainer = trainer_for(tmp_path, model, collator=collator, budget_time=0.9)
+    trainer.args.per_device_train_batch_size = trainer._train_batch_size = settings["per_device_train_batch_size"]
+    trainer.train()
+    plan = trainer.report.plan
+    assert plan.used and plan.costs.accelerated < 0.8 and plan.kept == 1
+    assert trainer.report.kept.all() and trainer.report.rows_backpropagated <= 3 * 40
+    said = capsys.readouterr().out
+    assert "budget    0.9 is met by exact accelerators alone: nothing is dropped" in said
+    assert f"the same cost: {3 * plan.predicted_time:.2f} epochs of plain training, of 3" in said
+
+
+@pytest.mark.parametrize(
+    ("budget", "used", "tried", "kept"),
+    [
+        (0.85, {"share_prompts": 1}, [], 1.0),
+        (0.57, {"share_prompts": 1, "cut": 16}, [16], 1.0),
+        (0.45, {"share_prompts": 1, "cut": 8}, [16, 8], 1.0),
+        (0.2, {"share_prompts": 1, "cut": 8}, [16, 8, 4], 0.5),  # what is to be harsher and is no cheaper is left out
+    ],
+)
+def test_the_exact_first_then_the_mildest_that_is_enough(budget, used, tried, kept, tmp_path, cut, measured, capsys):
+    cut.made.clear()
+    trainer = trainer_for(tmp_path, config=WithCut, budget_time=budget, budget_allows=["cut"])
+    trainer.train()
+    plan = trainer.report.plan
+    assert plan.used == used and cut.made == tried
+    assert plan.kept == pytest.approx(kept, abs=0.02) and plan.predicted_time == pytest.approx(
+        budget if kept < 1 else plan.costs.accelerated, abs=0.01
+    )
+    said = capsys.readouterr().out
+    assert ("cut (approximate, cut=" in said) == ("cut" in used)
+    assert ("nothing is dropped" in said) == (kept == 1)
+    if kept < 1:
+        assert "0.2: with exact accelerators and cut all samples would take 0.40; so some are dropped" in said
+        assert "the same cost: 1.50 epochs of everything, of 3" in said
+        assert "left out  cut=4: steps take 0.72 of plain ones, 0.40 without it" in said
+    assert kept < 1 or [name for name in measured[-1] if name in used] == list(plan.costs.factors)  # in combination
+
+
+def test_what_is_not_allowed_is_not_used(tmp_path, cut, measured, monkeypatch):
+    cut.made.clear()
+    report = trainer_for(tmp_path / "a", config=WithCut, budget_time=0.57)
+    report.train()
+    assert cut.made == [] and report.report.plan.kept < 0.75 and report.report.plan.used == {"share_prompts": 1}
+    monkeypatch.setitem(cut.in_the_way, 16, "the moon is full")
+    trainer = trainer_for(tmp_path / "b", config=WithCut, budget_time=0.57, budget_allows=["cut"])
+    trainer.train()
+    assert trainer.report.plan.used == {"share_prompts": 1, "cut": 8}
+    assert trainer.report.plan.left_out["cut=16"] == "the moon is full"
+
+
+@pytest.mark.parametrize("budget", [0.57, pytest.param(0.85, marks=pytest.mark.slow)])
+def test_a_run_that_goes_on_has_what_it_had(budget, tmp_path, cut, measured, monkeypatch):
+    darel = {"config": WithCut, "budget_time": budget, "budget_allows": ["cut"]}
+    whole = trainer_for(tmp_path, **darel)
+    whole.train()
+    monkeypatch.setattr(planner, "measure_costs", lambda *a, **k: pytest.fail("measured again"))
+    again = trainer_for(tmp_path, **darel)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert again.report.plan == whole.report.plan
+    assert_same_weights(weights(again.model), weights(whole.model))
+    if "cut" in whole.report.plan.used:
+        cut.in_the_way[whole.report.plan.used["cut"]] = "the moon is full"
+        with pytest.raises(ValueError, match="the checkpoint was made with cut, which cannot be had here: the moon"):
+            trainer_for(tmp_path, **darel).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+        cut.in_the_way.clear()
+
+
+def test_a_checkpoint_of_before_stays_without(tmp_path, measured):
+    """A run with a budget that looked for no accelerators goes on without them."""
+    trainer_for(tmp_path / "old", stop=True, budget_time=0.7, fast=False).train()
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    path = tmp_path / "new" / "checkpoint-5" / "darel" / "state.json"
+    state = json.loads(path.read_text())
+    del state["config"]["budget_allows"], state["plan"]["used"], state["plan"]["budget_time"]
+    path.write_text(json.dumps(state))
+    ends = []
+    for name, darel in (("old", {"fast": False}), ("new", {})):
+        trainer = trainer_for(tmp_path / name, budget_time=0.7, **darel)
+        trainer.train(resume_from_checkpoint=str(tmp_path / name / "checkpoint-5"))
+        ends.append(weights(trainer.model))
+    assert_same_weights(*ends)
+    with pytest.raises(ValueError, match=r"fast=None: the checkpoint .* was made with False"):
+        trainer_for(tmp_path / "old", budget_time=0.7).train(
+            resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-5")
+        )
+
+
+@pytest.mark.parametrize(
+    "darel",
+    [{"budget_time": 0.7, "budget_method": "paper"}, {"budget_time": 0.7, "fast": False}, {"offline_keep": 0.7}],
+)
+def test_where_nobody_asks_for_exact_ones(darel, tmp_path, measured):
+    trainer = trainer_for(tmp_path, **darel)
+    trainer.train()
+    assert trainer.report.plan.costs.factors == {} and trainer.report.plan.kept < 1
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, ReaderLoraConfig])
+def test_what_the_reader_would_do(kind, tmp_path, measured, monkeypatch, capsys):
+    monkeypatch.setitem(FACTORS, "prompt_cache", 0.5)
+    data = with_prompts(token_data(40))
+    trainer_for(tmp_path, adapted("llama", kind), data, budget_time=0.9).train()
+    prompt, tokens = sum(6 for _ in data), sum(len(row["input_ids"]) for row in data)
+    line = f"reader    {prompt / tokens:.2f} of the positions are prompt"
+    assert (line in capsys.readouterr().out) == (kind is LoraConfig)
+
+
+def test_the_combination_is_measured(tmp_path, monkeypatch):
+    """What changes the model itself is on while what comes after it is timed."""
+    monkeypatch.setattr(planner, "PAYS", 1e9)
+    shortened, measure = [], FastLora.measure
+
+    def spy(self, seconds, inputs):
+        (block,) = (a for a in self.trainer._run.planner.accelerators if isinstance(a, LastBlock))
+        shortened.append(block.shortened is not None and block.shortened.wanted is not None)
+        return measure(self, seconds, inputs)
+
+    monkeypatch.setattr(FastLora, "measure", spy)
+    trainer_for(tmp_path, adapted("llama"), unpad=True, fast=True).train()
+    assert shortened and all(shortened)
+
+
+@pytest.mark.parametrize(
+    ("darel", "message"),
+    [
+        ({"budget_allows": ["cut"]}, r"budget_allows=\['cut'\]: only a time budget that is measured has a use for it"),
+        (
+            {"budget_allows": ["cut"], "budget_time": 0.5, "budget_method": "paper"},
+            "only a time budget that is measured",
+        ),
+        ({"budget_allows": ["cuts"], "budget_time": 0.5}, r"budget_allows=\['cuts'\]: choose of .*cut"),
+        ({"budget_allows": ["unpad"], "budget_time": 0.5}, "unpad is exact, and a time budget uses it anyway"),
+        ({"budget_allows": ["cut"], "budget_time": 0.5, "cut": 8}, "cut=8 is given already; leave out one of both"),
+        ({"budget_allows": ["cut", "cut"], "budget_time": 0.5}, "give each name once"),
+        ({"budget_allows": "cut", "budget_time": 0.5}, "budget_allows='cut': give a list of names"),
+    ],
+)
+def test_mistakes(darel, message, cut):
+    with pytest.raises((ValueError, TypeError), match=message):
+        WithCut(**darel)
