@@ -162,6 +162,7 @@ ACCELERATOR_FACTS = {
 BACKWARDS = ("subset", "sliced")
 CHOICES = {
     "budget_method": ("measured", "paper"),
+    "budget_spend": ("time", "quality"),
     "online_backward": BACKWARDS,
     "prompt_cache": (None, "ram", "disk", "recompute", "auto"),
 }
@@ -219,6 +220,10 @@ class DarelConfig:
             the other in this order, each at the mildest setting that is enough.
         budget_memory (`float`, *optional*):
             Fraction of the full peak memory that may be used, in (0, 1] (the paper's m); it lowers the batch size.
+        budget_spend (`str`, defaults to `"time"`):
+            What becomes of time that is left of a time budget where nothing is dropped. `"time"`: the run is shorter.
+            `"quality"`: more epochs of the same data, planned before training, with learning rates for as many: with
+            `budget_time=1` a run takes as long as plain training and trains more.
         budget_method (`str`, defaults to `"measured"`):
             `"measured"` solves our cost model for what was measured on this machine, `"paper"` uses the poster's
             equations 1 to 4.
@@ -293,6 +298,7 @@ class DarelConfig:
     budget_allows: list[str] | None = field(
         default=None, metadata={"help": "accelerators, by name, that are not exact and that a time budget may use"}
     )
+    budget_spend: str = field(default="time", metadata={"help": "'time' or 'quality': more epochs in what is left"})
     budget_method: str = field(default="measured", metadata={"help": "'measured' or 'paper'"})
     offline_rule: str = field(default="middle", metadata={"help": "rule of the offline stage"})
     online_rule: str = field(default="random", metadata={"help": "rule of the online stage"})
@@ -362,6 +368,8 @@ class DarelConfig:
         for facts in ACCELERATOR_FACTS.values():
             if not self._is_default(facts.setting):
                 self._check_beside(facts)
+        remedy = "only a time budget that is measured leaves any; give budget_time, or leave it out"
+        require(self._is_default("budget_spend") or self.solves_time, "budget_spend", self.budget_spend, remedy)
         if self.budget_allows is not None:
             self._check_allowed()
         if self.has_budget:

@@ -94,6 +94,7 @@ class Plan:
         used (`dict`, *optional*): accelerators in use that no setting asks for, and the values of their settings;
             `None`: of a checkpoint that does not say.
         budget_time (`float`, *optional*): the time budget that was solved for what was measured.
+        more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more).
         prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
             train on prompts, too; `None`: not counted.
     """
@@ -114,6 +115,7 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)
     used: dict[str, Any] | None = None
     budget_time: float | None = None
+    more: float = 1.0
     prompt_share: float | None = None
 
     @classmethod
@@ -145,7 +147,7 @@ class Plan:
         offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
         if self.fixed_steps:
             return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
-        return self.overhead + self.slowdown * (offline + self.offline_keep * online)
+        return self.overhead + self.slowdown * (offline + self.offline_keep * online * self.more)
 
     @property
     def predicted_saving(self) -> float:
@@ -154,8 +156,13 @@ class Plan:
 
     @property
     def everything(self) -> Plan:
-        """The plan with the same costs that drops nothing."""
-        return replace(self, offline_keep=1.0, online_keep=1.0, rescore_every=1)
+        """The plan with the same costs that drops nothing and adds nothing."""
+        return replace(self, offline_keep=1.0, online_keep=1.0, rescore_every=1, more=1.0)
+
+    @property
+    def trained_epochs(self) -> float:
+        """Epochs that are trained."""
+        return self.epochs * self.more
 
     @property
     def plain_epochs(self) -> float:
@@ -200,6 +207,7 @@ class Plan:
             budget_time=None,
             budget_memory=None,
             budget_allows=None,
+            budget_spend="time",
             offline_keep=self.offline_keep,
             online_keep=self.online_keep,
             rescore_every=self.rescore_every,
@@ -268,6 +276,10 @@ class Plan:
             lines = [f"  budget    {budget} is met by {using}: nothing is dropped"]
         else:
             lines = [f"  budget    {budget}: measuring has taken {self.overhead:.2f}; nothing is dropped"]
+        if self.more > 1:
+            lines.append(
+                f"  epochs    {self.trained_epochs:.2f} in place of {self.epochs:g}, in the time that is left"
+            )
         if self.costs.factors:
             lines.append(f"{same} {self.plain_epochs:.2f} epochs of plain training{of}")
         if self.prompt_share is not None:
@@ -460,17 +472,40 @@ def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0, offline: bool 
     not `offline`, something is only where the measured costs leave no other way.
     """
     if config.budget_method == "measured":
-        if not offline:
-            with contextlib.suppress(ValueError):
-                return solve_budget(plan, config.budget_time, offline=False)
-        made = solve_budget(plan, config.budget_time)
-        return made if made.kept_samples >= groups else solve_budget(plan, config.budget_time, offline=False)
+        made = _solve_for_groups(plan, config.budget_time, groups, offline)
+        return spend_on_epochs(made, config.budget_time) if config.budget_spend == "quality" else made
     budget = 1.0 if config.budget_time is None else config.budget_time
     alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
     made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
     remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; allow more time"
     require(made.kept_samples >= groups, "group_column", config.group_column, remedy)
     return made
+
+
+def _solve_for_groups(plan: Plan, budget_time: float | None, groups: int, offline: bool) -> Plan:
+    if not offline:
+        with contextlib.suppress(ValueError):
+            return solve_budget(plan, budget_time, offline=False)
+    made = solve_budget(plan, budget_time)
+    return made if made.kept_samples >= groups else solve_budget(plan, budget_time, offline=False)
+
+
+def spend_on_epochs(plan: Plan, budget_time: float) -> Plan:
+    """
+    Spend what a plan leaves of a time budget on more epochs; where something is dropped, nothing is left.
+
+    Example:
+
+    ```python
+    >>> costs = Costs(step_seconds=0.1, forward_share=0.0, offline_share=0.0, factors={"unpad": 0.5})
+    >>> spend_on_epochs(Plan(1.0, 1.0, 1, batch_size=8, epochs=5, samples=1000, costs=costs), 1.0).trained_epochs
+    10.0
+    ```
+    """
+    if plan.kept < 1:
+        return plan
+    training = plan.everything.predicted_time - plan.overhead
+    return replace(plan, more=max((budget_time - plan.overhead) / training, 1.0))
 
 
 def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:

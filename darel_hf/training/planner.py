@@ -274,6 +274,7 @@ class Planner:
         plan, asked = self.plan, self.config.budget_time
         # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
         about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
+        about_time &= plan.more == 1
         self.trainer.accelerator.print(plan)
         if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
@@ -314,15 +315,15 @@ class Planner:
         if self.data.streams:
             return
         rows = self.plan.candidate_rows * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs
+        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs * self.plan.more
         if self.args.max_steps > 0:
             steps = self.args.max_steps
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
-        if self.trainer.ready_made_scheduler and steps < full_steps:
+        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more > 1):
             logger.warning(
-                "the scheduler in optimizers= was made before it was known that this run has about %d steps of %d, "
-                "and may not reach its end; give the optimizer alone, and lr_scheduler_type",
+                "the scheduler in optimizers= was made before it was known that this run has about %d steps, not %d, "
+                "and may not end with it; give the optimizer alone, and lr_scheduler_type",
                 steps,
                 full_steps,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -244,6 +245,13 @@ class DarelMixin:
         return None
 
     # ---- The time budget ----
+
+    def set_initial_training_values(self, args: Any, *others: Any, **named: Any) -> Any:
+        """Find epochs and steps as the class below does; of more epochs, where a budget is spent on them."""
+        if self._run is not None and self._run.plan.more > 1:
+            args = copy.copy(args)
+            args.num_train_epochs = self._run.plan.trained_epochs
+        return super().set_initial_training_values(args, *others, **named)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Create the scheduler of the class below; with a time budget it goes by progress, not by steps."""

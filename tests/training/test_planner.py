@@ -62,13 +62,13 @@ def cut():
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Costs as if they had been measured: no chance in them, and measuring takes nothing beside a step of 10 s."""
+    """Costs as if they had been measured: no chance in them, and measuring takes nothing beside such steps."""
     given = []
 
     def measure_costs(trainer, *args, accelerators, **kwargs):
         given.append([a.facts.name for a in accelerators])
         factors = {a.facts.name: FACTORS[a.value if a.facts.name == "cut" else a.facts.name] for a in accelerators}
-        return Costs(step_seconds=10.0, forward_share=0.0, offline_share=0.3, factors=factors)
+        return Costs(step_seconds=1e4, forward_share=0.0, offline_share=0.3, factors=factors)
 
     monkeypatch.setattr(planner, "measure_costs", measure_costs)
     return given
@@ -220,6 +220,60 @@ def test_the_combination_is_measured(tmp_path, monkeypatch):
     assert shortened and all(shortened)
 
 
+QUALITY = {"budget_spend": "quality", "budget_time": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs", "steps"), [(1.0, 3.75, 38), pytest.param(0.9, 3.375, 34, marks=pytest.mark.slow)]
+)
+def test_time_that_is_saved_is_spent_on_epochs(budget, epochs, steps, tmp_path, measured, capsys):
+    """As a run that is asked for so many epochs, and uses the same accelerator, to the bit."""
+    ours = trainer_for(tmp_path / "ours", budget_spend="quality", budget_time=budget)
+    ours.train()
+    plan = ours.report.plan
+    assert plan.predicted_time == pytest.approx(budget, abs=1e-3) and plan.trained_epochs == pytest.approx(
+        epochs, rel=1e-3
+    )
+    state = ours.state
+    assert (state.global_step, state.max_steps, state.num_train_epochs) == (steps, steps, 4)
+    rates = [entry["learning_rate"] for entry in state.log_history if "loss" in entry]
+    assert rates == pytest.approx([1e-2 * (1 - step / steps) for step in range(steps)])
+    assert ours.lr_scheduler.get_last_lr() == [0.0] * len(ours.lr_scheduler.get_last_lr())
+    assert ours.args.num_train_epochs == 3 and ours.report.rows_backpropagated == 4 * steps
+    said = capsys.readouterr().out
+    assert f"epochs    {plan.trained_epochs:.2f} in place of 3, in the time that is left" in said
+    assert f"the same cost: {3 * budget:.2f} epochs of plain training, of 3" in said
+    asked = trainer_for(tmp_path / "asked", share_prompts=1)
+    asked.args.num_train_epochs = epochs
+    asked.train()
+    assert_same_weights(weights(ours.model), weights(asked.model))
+
+
+@pytest.mark.parametrize("step", [5, 35])
+def test_epochs_that_were_planned_are_trained_by_a_run_that_goes_on(step, tmp_path, measured, monkeypatch):
+    whole = trainer_for(tmp_path, **QUALITY)
+    whole.train()
+    for factor in FACTORS:
+        monkeypatch.setitem(FACTORS, factor, 1.0)  # were it measured again, there would be no more epochs
+    again = trainer_for(tmp_path, **QUALITY)
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert again.state.global_step == again.state.max_steps == 38
+    assert_same_weights(weights(again.model), weights(whole.model))
+    assert json.loads((tmp_path / "checkpoint-38" / "trainer_state.json").read_text())["max_steps"] == 38
+
+
+@pytest.mark.parametrize("darel", [{**QUALITY, "fast": False}, {**QUALITY, "budget_time": 0.6}])
+def test_where_no_time_is_left_no_epoch_is_added(darel, tmp_path, measured):
+    trainer = trainer_for(tmp_path, **darel)
+    trainer.train()
+    assert trainer.report.plan.more == 1 and trainer.state.global_step == (30 if "fast" in darel else 24)
+
+
+def test_steps_that_are_given_leave_no_epochs_to_plan(tmp_path):
+    with pytest.raises(ValueError, match="budget_spend='quality': max_steps=5 fixes the number of steps, and none"):
+        trainer_for(tmp_path, settings={"max_steps": 5}, **QUALITY)
+
+
 @pytest.mark.parametrize(
     ("darel", "message"),
     [
@@ -232,6 +286,10 @@ def test_the_combination_is_measured(tmp_path, monkeypatch):
         ({"budget_allows": ["unpad"], "budget_time": 0.5}, "unpad is exact, and a time budget uses it anyway"),
         ({"budget_allows": ["cut"], "budget_time": 0.5, "cut": 8}, "cut=8 is given already; leave out one of both"),
         ({"budget_allows": ["cut", "cut"], "budget_time": 0.5}, "give each name once"),
+        ({"budget_spend": "quality"}, "budget_spend='quality': only a time budget that is measured leaves any"),
+        ({"budget_spend": "quality", "budget_memory": 0.5}, "only a time budget that is measured leaves any"),
+        ({**QUALITY, "budget_method": "paper"}, "only a time budget that is measured leaves any"),
+        ({**QUALITY, "budget_spend": "money"}, r"budget_spend='money': choose one of \('time', 'quality'\)"),
         ({"budget_allows": "cut", "budget_time": 0.5}, "budget_allows='cut': give a list of names"),
     ],
 )
