@@ -172,7 +172,7 @@ def make_accelerators(
         first_found (`Callable`): of what the processes found, the first that is not `None`, the same on all.
 
     Returns:
-        those that can be had, in the order in which they act on a batch; and why others that `fast` has tried cannot.
+        those that can be had, in the order in which they act on a batch; and why others cannot.
     """
     made, left_out = [], {}
     for name in trainer.darel.accelerators:
@@ -181,6 +181,7 @@ def make_accelerators(
         if reason is None:
             made.append(accelerator)
         elif accelerator.falls_back:
+            left_out[name] = reason
             logger.warning("%s", accelerator.told(reason, "going on with"))
         else:
             accelerator.refuse(reason)

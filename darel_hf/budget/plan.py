@@ -89,7 +89,7 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
-        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
+        left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
         used (`dict`, *optional*): accelerators in use that no setting asks for, and the values of their settings;
             `None`: of a checkpoint that does not say.
@@ -148,6 +148,12 @@ class Plan:
         if self.fixed_steps:
             return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
         return self.overhead + self.slowdown * (offline + self.offline_keep * online * self.more)
+
+    @property
+    def step_time(self) -> float:
+        """Time of a step in the loop, scoring left out, relative to a plain one."""
+        online = self.effective_online_keep
+        return online_term(online, 1, 1, replace(self.costs, forward_share=0.0)) / online
 
     @property
     def predicted_saving(self) -> float:

@@ -52,7 +52,7 @@ class Planner:
     Attributes:
         plan ([`Plan`]): what will be done; from [`Planner.draft`] on, or from a checkpoint.
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
-        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
+        left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
     """
 
@@ -354,9 +354,9 @@ class Planner:
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
-        base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
+        base = plan.step_time * plan.effective_online_keep
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
-        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * base / plan.effective_online_keep
+        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * plan.step_time
         self._row_seconds = step / plan.batch_size
         seconds = self.clock.seconds
         self.pace = KeepBudget(
@@ -391,6 +391,14 @@ class Planner:
         if self.data.streams:
             return math.nan
         return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches()
+
+    @property
+    def step_time(self) -> float:
+        """What steps have taken in the loop, relative to a plain one as it was measured; NaN if not known."""
+        if self.plan.costs.one_forward:  # scoring is part of the step
+            return math.nan
+        step = self.plan.costs.step_seconds * self.args.gradient_accumulation_steps
+        return self.clock.usual_step / step
 
     def _micro_batches(self) -> float:
         """Micro-batches of plain training at the planned batch size, per process."""

@@ -242,6 +242,9 @@ class Run:
             offline_losses=np.full(len(ledger), np.nan) if offline.losses is None else offline.losses,
             scores_reused=offline.scores_reused,
             decisions=(planner.decisions or [])[1:],
+            in_use={a.facts.name: a.value for a in planner.accelerators},
+            left_out={**planner.plan.left_out, **online.given_up},
+            step_time=planner.step_time,
         )
         if self.stores:
             suffix = self._suffix("report")

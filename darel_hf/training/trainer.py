@@ -141,6 +141,7 @@ class DarelMixin:
             return super().get_train_dataloader()
         collator, batch_size, online = self.data_collator, self._train_batch_size, self._run.online
         self._run.planner.follow_batch_size(batch_size)
+        self._run.clock.begin_loop()
         if online.in_loop:
             self.data_collator = CarryIds(collator)
             self._train_batch_size = online.selector.candidate_rows(batch_size)
@@ -173,6 +174,7 @@ class DarelMixin:
         online, pace = self._run.online, self._run.planner.pace
         if pace is not None and pace.over:  # a budget had ended this run: there is no further step
             return [], None
+        self._run.clock.begin_step()
         if self._run.finish is not None:
             self._run.finish.start_step(self.state.global_step)
         online.start_step()

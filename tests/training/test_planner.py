@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 from helpers import PadCollator, arguments, assert_same_weights, tiny_lora, token_data, weights, with_prompts
@@ -260,6 +261,43 @@ def test_epochs_that_were_planned_are_trained_by_a_run_that_goes_on(step, tmp_pa
     assert again.state.global_step == again.state.max_steps == 38
     assert_same_weights(weights(again.model), weights(whole.model))
     assert json.loads((tmp_path / "checkpoint-38" / "trainer_state.json").read_text())["max_steps"] == 38
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_steps_took_in_the_run_is_reported(accumulation, tmp_path, measured, monkeypatch, cut):
+    """By a clock of its own, on which a micro-batch takes 0.7 of a plain one, and its scoring as much again."""
+
+    class Clock(TrainerCallback):
+        now = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.now += 0.7 * 1e4 * accumulation
+            with trainer._run.clock.count("scoring"):
+                self.now += 0.7 * 1e4 * accumulation
+
+    clock = Clock()
+    timer = SimpleNamespace(perf_counter=lambda: clock.now)
+    monkeypatch.setattr("darel_hf.training.clock.time", timer)
+    monkeypatch.setattr("darel_hf.training.clock.clock", lambda device: clock.now)
+    settings = {"gradient_accumulation_steps": accumulation}
+    monkeypatch.setitem(cut.in_the_way, 16, "the moon is full")
+    darel = {"budget_time": 0.57, "budget_allows": ["cut"]}
+    trainer = trainer_for(tmp_path, adapted("llama"), settings=settings, config=WithCut, **darel)
+    trainer.add_callback(clock)
+    trainer.train()
+    report = trainer.report
+    assert report.step_time == pytest.approx(0.7) and report.plan.step_time == pytest.approx(0.8 * 0.5)
+    shared = {"name": "share_prompts", "setting": "share_prompts", "value": 1, "exactness": "exact", "factor": 0.8}
+    inexact = {"name": "cut", "setting": "cut", "value": 8, "exactness": "approximate", "factor": 0.5}
+    assert report.accelerators == [shared, inexact]
+    stored = json.loads((tmp_path / "darel" / "report.json").read_text())
+    assert stored["accelerators"] == [shared, inexact] and stored["left_out"] == report.left_out
+    assert report.left_out["cut=16"] == "the moon is full" and "fast_lora" in report.left_out
+    assert stored["measured_step"] == pytest.approx(0.7) and stored["predicted_step"] == pytest.approx(0.4)
+    assert "steps     0.70 of a plain one in the run, scoring left out (predicted 0.40)" in str(report)
+    page = (tmp_path / "darel" / "report.html").read_text()
+    for cell in ("share_prompts=1", "approximate", "0.50 of one without it", "the moon is full", "0.40 as planned"):
+        assert cell in page
 
 
 @pytest.mark.parametrize("darel", [{**QUALITY, "fast": False}, {**QUALITY, "budget_time": 0.6}])
