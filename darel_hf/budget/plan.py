@@ -276,12 +276,14 @@ class Plan:
         using = f"exact accelerators and {', '.join(others)}" if others else using
         same, of = "  control   the same cost:", f", of {self.epochs:g}"
         if self.kept < 1:
-            lines = [f"  budget    {budget}: with {using} all samples would take {whole:.2f}; so some are dropped"]
+            much = f"{whole:.2f} with {using}" if self.costs.factors else f"{whole:.2f}"
+            lines = [f"  budget    {budget}: everything takes {much}; some is dropped"]
             lines.append(f"{same} {self.fewer_epochs:.2f} epochs of everything{of}")
         elif whole <= self.budget_time:
             lines = [f"  budget    {budget} is met by {using}: nothing is dropped"]
         else:
-            lines = [f"  budget    {budget}: measuring has taken {self.overhead:.2f}; nothing is dropped"]
+            said = f"everything takes {whole:.2f}, measuring {self.overhead:.2f} of it"
+            lines = [f"  budget    {budget}: {said}; nothing is dropped"]
         if self.more > 1:
             lines.append(
                 f"  epochs    {self.trained_epochs:.2f} in place of {self.epochs:g}, in the time that is left"

@@ -208,10 +208,10 @@ class Planner:
         together = in_order([*without, accelerator])
         costs = self._from_main(measure(accelerators=together))
         before = self.plan.costs.accelerated
-        now = math.inf if costs is None else costs.accelerated
-        if now > PAYS * before:
+        if costs is None or costs.accelerated > PAYS * before:
             accelerator.detach()
-            return f"steps take {now:.2f} of plain ones, {before:.2f} without it"
+            timed = costs and f"steps take {costs.accelerated:.2f} of plain ones, {before:.2f} without it"
+            return timed or "what steps with it take could not be measured"
         for milder in [a for a in self.accelerators if a not in together]:
             milder.detach()
         self.accelerators = together

@@ -131,7 +131,7 @@ def test_the_exact_first_then_the_mildest_that_is_enough(budget, used, tried, ke
     assert ("cut (approximate, cut=" in said) == ("cut" in used)
     assert ("nothing is dropped" in said) == (kept == 1)
     if kept < 1:
-        assert "0.2: with exact accelerators and cut all samples would take 0.40; so some are dropped" in said
+        assert "budget    0.2: everything takes 0.40 with exact accelerators and cut; some is dropped" in said
         assert "the same cost: 1.50 epochs of everything, of 3" in said
         assert "left out  cut=4: steps take 0.72 of plain ones, 0.40 without it" in said
     assert kept < 1 or [name for name in measured[-1] if name in used] == list(plan.costs.factors)  # in combination
