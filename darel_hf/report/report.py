@@ -199,11 +199,13 @@ class Report:
             "relative to plain training": f"predicted {self.plan.predicted_time:.2f}"
             + (f", measured {measured:.2f} (of an estimate from single steps)" if measured is not None else ""),
         }
+        if self.in_use:
+            timed = {a["name"]: "" if a["factor"] is None else f", {a['factor']:.2f}" for a in self.accelerators}
+            said = (f"{a['name']} ({a['exactness']}{timed[a['name']]})" for a in self.accelerators)
+            rows["what made steps cheaper"] = ", ".join(said)
+        of = " on the samples that it picked" if self.plan.kept < 1 else ""
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        return (
-            "## Training data selection (DAREL)\n\nTrained with `darel_hf` on the samples that its losses picked.\n\n"
-            f"| | |\n| --- | --- |\n{table}\n"
-        )
+        return f"## Training data selection (DAREL)\n\nTrained with `darel_hf`{of}.\n\n| | |\n| --- | --- |\n{table}\n"
 
     def write_samples(self, path: str | os.PathLike) -> None:
         """Write one row a sample as parquet: id, kept or not, percentile, and all columns of the ledger."""

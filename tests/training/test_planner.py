@@ -295,6 +295,7 @@ def test_what_steps_took_in_the_run_is_reported(accumulation, tmp_path, measured
     assert report.left_out["cut=16"] == "the moon is full" and "fast_lora" in report.left_out
     assert stored["measured_step"] == pytest.approx(0.7) and stored["predicted_step"] == pytest.approx(0.4)
     assert "steps     0.70 of a plain one in the run, scoring left out (predicted 0.40)" in str(report)
+    assert "| share_prompts (exact, 0.80), cut (approximate, 0.50) |" in report.card()
     page = (tmp_path / "darel" / "report.html").read_text()
     for cell in ("share_prompts=1", "approximate", "0.50 of one without it", "the moon is full", "0.40 as planned"):
         assert cell in page
