@@ -189,7 +189,8 @@ class Report:
     def card(self) -> str:
         """Return a section for a model card, in Markdown."""
         numbers = self.to_dict()
-        settings = {k: v for k, v in self.config.to_dict().items() if v != getattr(DarelConfig(), k)}
+        default = type(self.config)()  # settings may be more than ours
+        settings = {k: v for k, v in self.config.to_dict().items() if v != getattr(default, k)}
         measured = numbers["measured_time"]
         rows = {
             "settings": ", ".join(f"`{name}={value!r}`" for name, value in settings.items()),
