@@ -190,7 +190,8 @@ class Planner:
         for name in self.config.budget_allows:
             without = list(self.accelerators)
             for value in ACCELERATOR_FACTS[name].mildest_first:
-                if self.plan.everything.predicted_time <= self.config.budget_time:
+                met = self.plan.everything.predicted_time <= self.config.budget_time
+                if met or self.plan.too_short(self.config.budget_time):  # then nothing is done for it
                     return
                 with self.clock.count("probe"):
                     reason = self._try_allowed(name, value, without, measure)
