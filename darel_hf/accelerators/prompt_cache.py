@@ -185,7 +185,7 @@ class PromptCache(unpad.PaddingFree):
             way = self._choose(few, folder)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
-            form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{str(self.base.dtype).removeprefix('torch.')}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
             return OnDisk(folder, key, trainer.args.process_index)
         return InMemory() if way == "ram" else Recompute()

@@ -1,5 +1,6 @@
 """The prompt cache: completions alone are computed, with the loss and gradients of the slow way; stores that hold."""
 
+import contextlib
 import json
 import logging
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import PromptCache, row_attention
+from darel_hf.accelerators import FastLora, PromptCache, row_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -407,6 +408,39 @@ def test_dora_and_frozen_adapters(tmp_path):
     model(**cache.transform(inputs)).loss.backward()
     assert cache.base.layers[0].linears == []
     assert distance(gradients(model), gradients(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_of_a_prompt(family, tmp_path):
+    """What layers read, and what becomes keys and values: no queries, also where one layer makes all three."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    cache = cache_for(adapted(family, ReaderLoraConfig), tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    cache.transform(inputs)
+    widths = [32, 64] if family == "gpt2" else [32, 16, 16]  # of d = 32; two of four heads are for keys
+    assert [layer.widths for layer in cache.base.layers] == [widths] * 2
+    assert cache.base.row_bytes == 2 * sum(widths) * 4
+    cache.detach()
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_peft_alone_adds(family, fast, tmp_path):
+    """A bias in adapters: PEFT's own layers make adapted keys and values of what is kept, beside fast ones as well."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    more = {"lora_bias": True} if not fast else {"rank_pattern": {"k_proj": 6}}
+    stock, model = adapted(family, **more), adapted(family, ReaderLoraConfig, **more).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    with FastLora(cache.trainer).attached() if fast else contextlib.nullcontext():
+        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+        found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    hooked = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    assert not any(module._forward_hooks for module in hooked if not hasattr(module, "base_layer"))  # for a call only
 
 
 def test_stock_lora_is_told_by_logging(tmp_path, caplog):
