@@ -18,7 +18,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import is_stream
+from ..data import count_prompts, is_stream
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -29,6 +29,10 @@ from .row_attention import rows_of_places
 
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
+#: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
+AGAIN = 1.25
+#: Seconds in which prompts are counted; where there are more, those that were read stand for all.
+COUNTING = 2.0
 
 
 @register_accelerator
@@ -178,10 +182,10 @@ class PromptCache(unpad.PaddingFree):
         return rows_of_places(rows, ends[-1]).to(rest.device)
 
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
-        """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
+        """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
-        if way == "auto":
+        if way in ("auto", "disk"):
             way = self._choose(few, folder)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
@@ -191,28 +195,52 @@ class PromptCache(unpad.PaddingFree):
         return InMemory() if way == "ram" else Recompute()
 
     def _choose(self, few: list[tuple[int, ...]], folder: Path) -> str:
-        """Choose where prompts are kept, by how much that is at most, and what it takes to read; say so."""
-        args, dataset = self.trainer.args, self.trainer.train_dataset
-        length = sum(map(len, few)) / len(few)
+        """Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so."""
+        world, dataset = self.trainer.args.world_size, self.trainer.train_dataset
+        # Every process keeps what it sees; a quarter of what is free, for a run needs memory for more than prompts.
+        room = psutil.virtual_memory().available / 4 / world
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2 / world
         if is_stream(dataset):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
-            size = len(dataset) * length * self.base.row_bytes
-            # Every process keeps what it sees; a quarter of what is free, for the estimate is of few rows.
-            room = psutil.virtual_memory().available / 4 / args.world_size
-            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            free = shutil.disk_usage(existing).free / 2 / args.world_size
-            way = "ram" if size <= room else "disk" if size <= free else "recompute"
-            why = f"{len(dataset)} prompts of about {length:.0f} tokens are at most {size / 2**30:.2f} GiB; "
-            why += f"{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
-            if way == "disk":
-                computing, loading = self._time(max(few, key=len), existing)
-                way = "disk" if loading < computing else "recompute"
-                why += (
-                    f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
-                )
-        self.trainer.accelerator.print(f"prompt_cache='auto' is {way!r}: {why}")
-        return way
+            prompts, tokens, why = self._count(few)
+            size, reads = tokens * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            why += f" are {size / 2**30:.2f} GiB, and each is read about {reads:.1f} times"
+            if reads < AGAIN:
+                way = "recompute"
+            else:
+                way = "ram" if size <= room else "disk" if size <= free else "recompute"
+                why += f"; {room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+        if self.value == "auto" and way == "disk":
+            computing, loading = self._time(max(few, key=len), existing)
+            way = "disk" if loading < computing else "recompute"
+            why += f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
+        is_way = f" is {way!r}" if self.value == "auto" else ""
+        self.trainer.accelerator.print(f"prompt_cache={self.value!r}{is_way}: {why}")
+        return way if self.value == "auto" else self.value
+
+    def _count(self, few: list[tuple[int, ...]]) -> tuple[int, int, str]:
+        """Return how many distinct prompts there are, at most, of how many tokens together, and a clause about it."""
+        dataset = self.trainer.train_dataset
+        n = len(dataset)
+        try:
+            found = count_prompts(dataset, COUNTING)
+        except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
+            length = sum(map(len, few)) / len(few)
+            return n, round(n * length), f"{n} prompts of about {length:.0f} tokens, if all rows have others,"
+        prompts, tokens = (round(count * n / found.read) for count in (found.distinct, found.tokens))
+        most = "" if found.read == n else f"at most (those of {found.read} rows were counted) "
+        return prompts, tokens, f"{most}{prompts} different prompts of {n} rows, {tokens} tokens together,"
+
+    def _rows_read(self) -> float:
+        """Return how many rows read their prompt in a run, those that are scored afresh twice."""
+        args, settings, n = self.trainer.args, self.trainer.darel, len(self.trainer.train_dataset)
+        rows = n * max(args.num_train_epochs - settings.finish_epochs, 0.0)
+        if args.max_steps > 0:
+            rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        scores = settings.online_keep < 1 and settings.rule("online").reads_losses
+        return rows * (2 if scores else 1)
 
     def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to write it to a disk and read it back."""

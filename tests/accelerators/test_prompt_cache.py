@@ -29,7 +29,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import FastLora, PromptCache, row_attention
+from darel_hf.accelerators import CheapScores, FastLora, PromptCache, row_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -232,6 +232,56 @@ def test_scores_are_those_of_the_oracle(family, monkeypatch):
     assert shared and scorer.head is not None
 
 
+@pytest.mark.parametrize(
+    ("config", "darel"),
+    [
+        (ReaderLoraConfig, {"prompt_cache": "ram"}),
+        (ReaderLoraConfig, {"prompt_cache": "recompute", "fast_lora": True}),
+        (LoraConfig, {"unpad": True, "last_block": True}),
+        (LoraConfig, {"share_prompts": 1}),
+    ],
+)
+def test_fresh_scores_are_those_of_padded_batches(config, darel, tmp_path, monkeypatch):
+    """Candidates are scored on the rows that steps get: no prompt is computed again, and no padding."""
+    found, call = [], CheapScores._found
+
+    def compare(self, inputs):
+        cheap = call(self, inputs)
+        found.append((cheap, self.scorer(inputs)))
+        return cheap
+
+    monkeypatch.setattr(CheapScores, "_found", compare)
+    darel |= {"online_keep": 0.5, "online_rule": "hardest", "offline_keep": 1.0}
+    more = {"per_device_train_batch_size": 3, "num_train_epochs": 2}
+    trained(DarelTrainer, tmp_path, adapted("llama", config), darel, **more)
+    assert len(found) >= 8  # of every step of the epochs in which they are fresh
+    for cheap, slow in found:
+        torch.testing.assert_close(cheap.losses, slow.losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cheap.n_tokens, slow.n_tokens)
+
+
+def test_scores_that_differ_are_not_taken(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    inputs, model = rows(LENGTHS), adapted("llama", ReaderLoraConfig)
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    scorer = BatchScorer(model, want_correct=True)
+    wanted = scorer(inputs)
+
+    class Wrong:
+        def transform(self, given):
+            row = dict(cache.transform(given))
+            row["input_ids"] = row["input_ids"].flip(1)
+            return row
+
+    wrong, right = CheapScores(scorer, [Wrong()]), CheapScores(scorer, [cache])
+    for _ in range(2):
+        assert torch.equal(wrong(inputs).losses, wanted.losses)
+        torch.testing.assert_close(tuple(right(inputs))[:3], tuple(wanted)[:3], rtol=1e-5, atol=0)
+    assert (wrong.alike, right.alike) == (False, True)
+    assert "candidates are scored the plain way: [" in caplog.text
+
+
 # ---- Stores ----
 
 
@@ -335,10 +385,38 @@ def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, caplog, after):
 
 
 def test_auto_says_what_it_takes(tmp_path, capsys):
-    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"}, num_train_epochs=3)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
-    assert len(told) == 1 and told[0].startswith("prompt_cache='auto' is 'ram': 24 prompts of about ")
+    distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
+    tokens = sum(map(len, distinct))
+    begin = (
+        f"prompt_cache='auto' is 'ram': {len(distinct)} different prompts of 24 rows, {tokens} tokens together"
+    )
+    assert len(told) == 1 and told[0].startswith(begin)
+    assert f"each is read about {3 * 24 / len(distinct):.1f} times" in told[0]
     assert not (tmp_path / "_prompts").exists()
+
+
+@pytest.mark.parametrize(("epochs", "way"), [(1, "recompute"), (2, "ram")])
+def test_auto_keeps_no_prompt_that_is_read_once(tmp_path, capsys, epochs, way):
+    """Rows whose prompts are all different gain nothing in one epoch; in two they do."""
+    table = items_of(rows([(5, 3)] * 8))
+    trained(
+        DarelTrainer,
+        tmp_path,
+        adapted("llama", ReaderLoraConfig),
+        {"prompt_cache": "auto"},
+        train_dataset=table,
+        num_train_epochs=epochs,
+    )
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
+    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: 8 different prompts of 8 rows, 32 tokens together")
+
+
+def test_how_much_a_disk_will_hold_is_said_first(tmp_path, capsys):
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='disk': ")]
+    assert len(told) == 1 and " GiB, and each is read about " in told[0]
 
 
 @pytest.mark.parametrize(("loading", "way"), [(0.0, "disk"), (1e9, "recompute")])
