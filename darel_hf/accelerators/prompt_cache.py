@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -27,10 +28,14 @@ from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 from .row_attention import rows_of_places
 
+logger = logging.getLogger(__name__)
+
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
 #: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
 AGAIN = 1.25
+#: Where more than this part of prompts is new after an epoch, of so many at least, prompts change.
+CHANGED, WATCHED = 0.25, 16
 #: Seconds in which prompts are counted; where there are more, those that were read stand for all.
 COUNTING = 2.0
 
@@ -54,6 +59,8 @@ class PromptCache(unpad.PaddingFree):
         self.base: FrozenBase | None = None
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store: Recompute | None = None
+        self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
+        self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
 
     @property
     def reading(self) -> bool:
@@ -168,6 +175,7 @@ class PromptCache(unpad.PaddingFree):
             int64 `[1, 1, B, L]`, for [`attend`]: where each row finds its prompt, and then itself.
         """
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+        self._watch(len(prompts), distinct)
         kept, positions = self.store.get(self.base, distinct, rest.device)
         widths = [sum(layer.widths) for layer in self.base.layers]
         parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
@@ -180,6 +188,33 @@ class PromptCache(unpad.PaddingFree):
             for prompt, length, end in zip(prompts, lengths, ends, strict=True)
         ]
         return rows_of_places(rows, ends[-1]).to(rest.device)
+
+    def _watch(self, rows: int, distinct: list[tuple[int, ...]]) -> None:
+        """Notice prompts that change from epoch to epoch, say so once, and keep no more of them."""
+        kept, dataset = self.store.kept(), self.trainer.train_dataset
+        if not self._in_loop or kept is None or self.store.full or is_stream(dataset):
+            return
+        # Of a run that begins, all rows have been seen after one epoch; from within an epoch on, after two.
+        if not self._rows:
+            self._settled = len(dataset) * (2 if self.trainer.state.global_step else 1)
+        self._rows += rows
+        whole = self.trainer.args.world_size == 1 and self.trainer.darel.online_keep == 1  # every row, every epoch
+        if whole and self._rows > self._settled:
+            self._asked += len(distinct)
+            self._missed += sum(prompt not in kept for prompt in distinct)
+        often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
+        if often or len(kept) > len(dataset):
+            self.store.full = True
+            logger.warning(
+                "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
+                "rows), by a collator or the data set, so what is kept is not used again; no more is kept. Set "
+                "'recompute', or let prompts be as they were",
+                self.value,
+                self._missed,
+                self._asked,
+                len(kept),
+                len(dataset),
+            )
 
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
         """Make where prompts are kept; `few`: those of a few rows."""
@@ -254,6 +289,10 @@ class PromptCache(unpad.PaddingFree):
             file.seek(0)
             file.read()
         return computed - started, time.perf_counter() - computed
+
+    def attach(self) -> None:
+        """Begin to look whether prompts stay as they are."""
+        self._in_loop, self._rows = True, 0
 
     def close(self) -> None:
         if self.base is not None:

@@ -8,9 +8,9 @@ import logging
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -41,6 +41,10 @@ class Recompute:
         kept = base.record(prompts) if prompts else torch.empty(0, 0, device=device)
         return kept, torch.arange(len(kept), device=device)
 
+    def kept(self) -> Mapping[Prompt, Any] | None:
+        """Return the prompts that are kept; `None`: none ever is."""
+        return None
+
     def close(self) -> None:
         """Let go of what is open."""
 
@@ -51,7 +55,12 @@ class Kept(Recompute):
 
     Each is computed alone, so that what is kept does not depend on the batch in which it came first: a run that is
     resumed ends bit for bit as one that was not stopped.
+
+    Attributes:
+        full (`bool`): whether further prompts are computed whenever they are needed.
     """
+
+    full = False
 
     @abstractmethod
     def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
@@ -75,9 +84,15 @@ class InMemory(Kept):
         self.known: dict[Prompt, torch.Tensor] = {}
 
     def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
-        if prompt not in self.known:
-            self.known[prompt] = base.record([prompt]).cpu()
-        return self.known[prompt]
+        found = self.known.get(prompt)
+        if found is None:
+            found = base.record([prompt]).cpu()
+            if not self.full:
+                self.known[prompt] = found
+        return found
+
+    def kept(self) -> dict[Prompt, torch.Tensor]:
+        return self.known
 
 
 class OnDisk(Kept):
@@ -98,7 +113,7 @@ class OnDisk(Kept):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.listed = folder / f"{key}-{rank}.bin", folder / f"{key}-{rank}.jsonl"
         self.places: dict[Prompt, tuple[int, int, int]] = {}  # where it begins, bytes, checksum
-        self.full, self._warned, self._files = False, False, None
+        self._warned, self._files = False, None
         end = self._read_list()
         for path, length in ((self.path, end[0]), (self.listed, end[1])):
             if path.exists() and path.stat().st_size > length:  # a line, or a prompt, that a kill has cut off
@@ -142,6 +157,9 @@ class OnDisk(Kept):
         if not self.full:
             self._write(prompt, kept)
         return kept
+
+    def kept(self) -> dict[Prompt, tuple[int, int, int]]:
+        return self.places
 
     def _write(self, prompt: Prompt, kept: torch.Tensor) -> None:
         data = kept.contiguous().view(torch.uint8).numpy().tobytes()

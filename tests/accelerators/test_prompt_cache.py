@@ -297,9 +297,10 @@ def computed(monkeypatch):
     return counted
 
 
-def test_each_prompt_is_computed_once(tmp_path, monkeypatch):
+def test_each_prompt_is_computed_once(tmp_path, monkeypatch, caplog):
     counted = computed(monkeypatch)
     trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, num_train_epochs=4)
+    assert "prompts change" not in caplog.text
     distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
     known = [prompt for prompt in counted if prompt in distinct]
     assert len(known) <= 2 * len(distinct) and set(known) == distinct  # once, and once more while it is tried out
@@ -336,6 +337,43 @@ def test_a_later_run_uses_the_file_again(tmp_path, monkeypatch, caplog):
     assert [r.message for r in caplog.records if "damaged" in r.message] == [
         f"{data_file} is damaged; what is wrong in it is computed again"
     ]
+
+
+class Changing(PadCollator):
+    """Begins each prompt with another word, every time."""
+
+    random = torch.Generator()
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["input_ids"][:, 0] = torch.randint(3, 60, (len(features),), generator=self.random)
+        return batch
+
+
+@pytest.mark.parametrize("way", ["ram", "disk"])
+def test_prompts_that_change_are_noticed(way, tmp_path, caplog):
+    trainer = DarelTrainer(
+        model=adapted("llama", ReaderLoraConfig),
+        args=arguments(tmp_path, **GENTLE, num_train_epochs=5),
+        train_dataset=items_of(rows([(5 + i % 3, 3) for i in range(24)])),
+        data_collator=Changing(),
+        darel=DarelConfig(prompt_cache=way),
+    )
+    trainer.train()
+    told = [record.message for record in caplog.records if "prompts change" in record.message]
+    assert len(told) == 1 and told[0].startswith(f"prompt_cache={way!r}: prompts change from epoch to epoch (")
+    kept = int(told[0].split(" were new, ")[1].split()[0])
+    assert 24 <= kept <= 3 * 24  # it does not grow for ever
+
+
+def test_a_run_that_is_resumed_sees_some_prompts_later(tmp_path, caplog):
+    """Half of an epoch and half of the next are not all rows: that prompts are new then says nothing."""
+    more = {"train_dataset": items_of(rows([(5, 2)] * 48)), "num_train_epochs": 3}
+    more |= {"save_strategy": "steps", "save_steps": 6}
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, **more)
+    resume = str(tmp_path / "checkpoint-6")
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, resume, **more)
+    assert "prompts change" not in caplog.text
 
 
 def test_another_base_has_another_file(tmp_path):
@@ -389,9 +427,7 @@ def test_auto_says_what_it_takes(tmp_path, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
     distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
     tokens = sum(map(len, distinct))
-    begin = (
-        f"prompt_cache='auto' is 'ram': {len(distinct)} different prompts of 24 rows, {tokens} tokens together"
-    )
+    begin = f"prompt_cache='auto' is 'ram': {len(distinct)} different prompts of 24 rows, {tokens} tokens together"
     assert len(told) == 1 and told[0].startswith(begin)
     assert f"each is read about {3 * 24 / len(distinct):.1f} times" in told[0]
     assert not (tmp_path / "_prompts").exists()
