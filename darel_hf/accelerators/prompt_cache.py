@@ -192,7 +192,7 @@ class PromptCache(unpad.PaddingFree):
     def _watch(self, rows: int, distinct: list[tuple[int, ...]]) -> None:
         """Notice prompts that change from epoch to epoch, say so once, and keep no more of them."""
         kept, dataset = self.store.kept(), self.trainer.train_dataset
-        if not self._in_loop or kept is None or self.store.full or is_stream(dataset):
+        if not self._in_loop or kept is None or self.store.full or dataset is None or is_stream(dataset):
             return
         # Of a run that begins, all rows have been seen after one epoch; from within an epoch on, after two.
         if not self._rows:
@@ -236,7 +236,7 @@ class PromptCache(unpad.PaddingFree):
         room = psutil.virtual_memory().available / 4 / world
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free / 2 / world
-        if is_stream(dataset):
+        if dataset is None or is_stream(dataset):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
             prompts, tokens, why = self._count(few)
