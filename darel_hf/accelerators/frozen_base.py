@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,9 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import base_alone
-from ..scoring import IGNORE, preserve_rng_state
+from ..scoring import preserve_rng_state
 from .fast_lora import added
-from .unpad import flatten
+from .share_prompts import put_once
 
 #: Attention modules that take part, and what is known of each.
 LAYERS: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
@@ -147,7 +148,7 @@ class FrozenBase:
         self._longest, self._is_table, self._refresh = 0, True, False
         FrozenBase.exploring = self
         try:
-            self._run([tuple(tokens)])
+            self._run(self._row([tuple(tokens)])[0])
         finally:
             FrozenBase.exploring = None
         if adapted:
@@ -158,7 +159,7 @@ class FrozenBase:
             with base_alone(model), preserve_rng_state():
                 for layer, read in zip(self.layers, list(self._read), strict=True):
                     self._sort_linears(layer, read)
-        probe = self.record([tuple(tokens)])
+        probe, _ = self.record([tuple(tokens)])
         self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
         kept = [[(linear.name, str(linear.columns)) for linear in layer.linears] for layer in self.layers]
         self.layout = f"{zlib.crc32(repr(kept).encode()):08x}"
@@ -240,49 +241,54 @@ class FrozenBase:
 
     # -- recording --
 
-    @torch.no_grad()
-    def _run(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def _row(self, prompts: Sequence[tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], list[np.ndarray]]:
+        """Put prompts into a row, what they begin with in common once; return where each is in it, too."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
-        row = flatten({"input_ids": ids, "attention_mask": mask.long(), "labels": torch.full_like(ids, IGNORE)})
-        del row["labels"]
-        with base_alone(self.model):
-            self.model.base_model(**{key: value.to(device) for key, value in row.items()}, use_cache=False)
+        row, places = put_once({"input_ids": ids}, mask)
+        return {key: value.to(device) for key, value in row.items()}, places
 
-    def record(self, prompts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    @torch.no_grad()
+    def _run(self, row: dict[str, torch.Tensor]) -> None:
+        with base_alone(self.model):
+            self.model.base_model(**row, use_cache=False)
+
+    def record(self, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """
-        Compute what is kept of prompts.
+        Compute what is kept of prompts, of what they begin with in common once.
 
         Args:
             prompts (`Sequence[tuple]`): token ids of each, none of them empty.
 
         Returns:
-            `[N, width]`, the positions of one prompt after the other, in the dtype in which the model computes.
+            `[N, width]`, in the dtype in which the model computes, the positions of a prompt in order; and where those
+            of each prompt are, int64 `[n]`.
         """
-        length = sum(map(len, prompts))
+        row, places = self._row(prompts)
+        length = row["input_ids"].shape[1]
         # Of one prompt, arguments such as rotary embeddings serve as a table by position for all that are shorter.
         self._refresh = len(prompts) > 1 or not self._is_table or length > self._longest
         if self._refresh:
             self._longest, self._is_table = length, len(prompts) == 1
         self._doing, self._read = "record", []
         try:
-            self._run(prompts)
+            self._run(row)
         finally:
             self._doing = None
         if not self.adapted:
             for layer, key, value in zip(self.layers, self._read[::2], self._read[1::2], strict=True):
                 layer.shapes = [key.shape[1:], value.shape[1:]]
                 layer.widths = [shape.numel() for shape in layer.shapes]
-            return torch.cat([states.flatten(1) for states in self._read], dim=-1)
+            return torch.cat([states.flatten(1) for states in self._read], dim=-1), places
         parts: list[torch.Tensor] = []
         for layer, read in zip(self.layers, self._read, strict=True):
             parts += [read, *(linear.output for linear in layer.linears)]
             for linear in layer.linears:
                 linear.forget()
-        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1)
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1), places
 
     def reach(self, prompt: tuple[int, ...]) -> None:
         """Get ready for a prompt that was recorded at another time: know the arguments of calls up to its end."""

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import count_prompts, is_stream
+from ..data import count_prompts, is_stream, prompt_of, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 BY_LENGTH = ("dynamic", "longrope")
 #: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
 AGAIN = 1.25
+#: Tokens that prompts must have in common to be kept once, and so many rows say what they are.
+LEAST_PREFIX, LOOKED_AT = 16, 256
 #: Where more than this part of prompts is new after an epoch, of so many at least, prompts change.
 CHANGED, WATCHED = 0.25, 16
 #: Seconds in which prompts are counted; where there are more, those that were read stand for all.
@@ -176,23 +178,23 @@ class PromptCache(unpad.PaddingFree):
         """
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         self._watch(len(prompts), distinct)
-        kept, positions = self.store.get(self.base, distinct, rest.device)
+        kept, positions, places = self.store.get(self.base, distinct, rest.device)
         widths = [sum(layer.widths) for layer in self.base.layers]
         parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
         self.base.step = Step({layer.module: part for layer, part in parts}, positions)
-        starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct)]).tolist(), strict=False)) | {(): 0}
+        where = dict(zip(distinct, places, strict=True)) | {(): np.empty(0, np.int64)}
         lengths = rest.sum(1).tolist()
-        ends = (sum(map(len, distinct)) + np.cumsum(lengths)).tolist()
+        ends = (len(positions) + np.cumsum(lengths)).tolist()
         rows = [
-            [*range(starts[prompt], starts[prompt] + len(prompt)), *range(end - length, end)]
+            np.concatenate([where[prompt], np.arange(end - length, end)])
             for prompt, length, end in zip(prompts, lengths, ends, strict=True)
         ]
         return rows_of_places(rows, ends[-1]).to(rest.device)
 
     def _watch(self, rows: int, distinct: list[tuple[int, ...]]) -> None:
         """Notice prompts that change from epoch to epoch, say so once, and keep no more of them."""
-        kept, dataset = self.store.kept(), self.trainer.train_dataset
-        if not self._in_loop or kept is None or self.store.full or dataset is None or is_stream(dataset):
+        store, dataset = self.store, self.trainer.train_dataset
+        if not self._in_loop or store.full or dataset is None or is_stream(dataset):
             return
         # Of a run that begins, all rows have been seen after one epoch; from within an epoch on, after two.
         if not self._rows:
@@ -201,10 +203,10 @@ class PromptCache(unpad.PaddingFree):
         whole = self.trainer.args.world_size == 1 and self.trainer.darel.online_keep == 1  # every row, every epoch
         if whole and self._rows > self._settled:
             self._asked += len(distinct)
-            self._missed += sum(prompt not in kept for prompt in distinct)
+            self._missed += sum(not store.knows(prompt) for prompt in distinct)
         often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
-        if often or len(kept) > len(dataset):
-            self.store.full = True
+        if often or len(store) > len(dataset) + 1:
+            store.full = True
             logger.warning(
                 "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
                 "rows), by a collator or the data set, so what is kept is not used again; no more is kept. Set "
@@ -212,7 +214,7 @@ class PromptCache(unpad.PaddingFree):
                 self.value,
                 self._missed,
                 self._asked,
-                len(kept),
+                len(store),
                 len(dataset),
             )
 
@@ -220,16 +222,31 @@ class PromptCache(unpad.PaddingFree):
         """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
+        prefix = self._prefix()
         if way in ("auto", "disk"):
-            way = self._choose(few, folder)
+            way = self._choose(few, folder, len(prefix))
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
             form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{str(self.base.dtype).removeprefix('torch.')}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
-            return OnDisk(folder, key, trainer.args.process_index)
-        return InMemory() if way == "ram" else Recompute()
+            return OnDisk(folder, key, trainer.args.process_index, prefix)
+        return InMemory(prefix) if way == "ram" else Recompute()
 
-    def _choose(self, few: list[tuple[int, ...]], folder: Path) -> str:
+    def _prefix(self) -> tuple[int, ...]:
+        """Return what prompts begin with: of some rows spread over the data set, the same in every run."""
+        dataset = self.trainer.train_dataset
+        if dataset is None or is_stream(dataset) or not len(dataset):
+            return ()
+        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
+        try:
+            prompts = [np.frombuffer(prompt_of(item), np.int64).tolist() for item in read_items(dataset, chosen)]
+        except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
+            return ()
+        first, last = min(prompts), max(prompts)  # what these have in common, those in between have as well
+        common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
+        return tuple(first[:common]) if common >= LEAST_PREFIX else ()
+
+    def _choose(self, few: list[tuple[int, ...]], folder: Path, common: int) -> str:
         """Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so."""
         world, dataset = self.trainer.args.world_size, self.trainer.train_dataset
         # Every process keeps what it sees; a quarter of what is free, for a run needs memory for more than prompts.
@@ -240,7 +257,8 @@ class PromptCache(unpad.PaddingFree):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
             prompts, tokens, why = self._count(few)
-            size, reads = tokens * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            size, reads = (tokens - common * (prompts - 1)) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            why += f" {common} of each in common and kept once," if common else ""
             why += f" are {size / 2**30:.2f} GiB, and each is read about {reads:.1f} times"
             if reads < AGAIN:
                 way = "recompute"
@@ -280,7 +298,7 @@ class PromptCache(unpad.PaddingFree):
     def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
         started = time.perf_counter()
-        data = self.base.record([prompt]).cpu().view(torch.uint8).numpy().tobytes()
+        data = self.base.record([prompt])[0].cpu().view(torch.uint8).numpy().tobytes()
         computed = time.perf_counter()
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(data)

@@ -114,6 +114,73 @@ def test_nested_prompts_one_group_and_none(tmp_path):
     assert lengths == [5, 5, 8]  # equal ones once, the empty one not at all
 
 
+def with_preamble(lengths, most=20):
+    """Rows that all begin with the same tokens, one of them with nothing else for a prompt."""
+    inputs = rows(lengths)
+    inputs["input_ids"][:, :most] = inputs["input_ids"][0, :most].clone()
+    return inputs
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_kept_once(family, way, tmp_path):
+    check_kept_once(family, way, tmp_path)
+
+
+def test_what_all_prompts_begin_with_in_rows(tmp_path, in_rows):
+    check_kept_once("mistral", "ram", tmp_path)
+
+
+def check_kept_once(family, way, folder):
+    inputs = with_preamble([(25, 4), (27, 3), (21, 5), (30, 2), (25, 4)])
+    inputs["input_ids"][4] = inputs["input_ids"][0]
+    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, folder, way, train_dataset=items_of(inputs))
+    assert cache.why_not(lambda: inputs) is None
+    for _ in range(2):
+        model.zero_grad()
+        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+        found.backward()
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+        assert distance(gradients(model), gradients(stock)) < 1e-5
+    once = 20 + 4 + 6 + 0 + 9  # the first 20 tokens, and what the four different prompts have besides
+    assert len(cache.base.step.positions) == once  # adapted keys and values are made once, too
+    if way == "ram":
+        assert sum(len(kept) for kept in cache.store.known.values()) == once
+    if way == "disk":
+        assert cache.store.path.stat().st_size == once * cache.base.row_bytes
+    cache.detach()
+
+
+def test_a_prompt_without_what_others_begin_with(tmp_path):
+    """A few rows say what prompts begin with; those that do not are kept whole."""
+    inputs = with_preamble([(25, 4), (27, 3), (30, 2)])
+    others = rows([(25, 4), (6, 3)], seed=1)
+    model, stock = adapted("llama", ReaderLoraConfig).train(), adapted("llama")
+    cache = cache_for(model, tmp_path, train_dataset=items_of(inputs))
+    assert cache.why_not(lambda: inputs) is None
+    both = PadCollator()([*items_of(others), *items_of(inputs)])
+    loss, _ = oracle(stock, both)
+    loss.backward()
+    found = model(**cache.transform(both)).loss * both["labels"].ne(-100).sum()
+    found.backward()
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    assert {len(kept) for kept in cache.store.known.values()} == {24, 5, 20, 4, 6, 9}
+
+
+def test_resume_with_what_prompts_begin_with(tmp_path):
+    more = {"train_dataset": items_of(with_preamble([(22 + i % 5, 3) for i in range(16)])), "num_train_epochs": 2}
+    more |= {"save_strategy": "steps", "save_steps": 3}
+    whole = trained(DarelTrainer, tmp_path, adapted("qwen3", ReaderLoraConfig), {"prompt_cache": "ram"}, **more)
+    resume = str(tmp_path / "checkpoint-3")
+    again = trained(
+        DarelTrainer, tmp_path, adapted("qwen3", ReaderLoraConfig), {"prompt_cache": "ram"}, resume, **more
+    )
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
 def test_completions_do_not_see_each_other(tmp_path):
     inputs = rows([(7, 5), (7, 6), (4, 5)], same_prompts=True)
     model = adapted("llama", ReaderLoraConfig).eval()
