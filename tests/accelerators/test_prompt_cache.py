@@ -604,6 +604,23 @@ def test_what_is_kept_of_a_prompt(family, tmp_path):
     cache.detach()
 
 
+def test_more_rank_for_what_reads_prompts(tmp_path):
+    """PEFT's patterns give keys and values a rank and a scale of their own; what is kept does not grow with it."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    more = {"rank_pattern": {"k_proj": 16, "v_proj": 16}, "alpha_pattern": {"k_proj": 32, "v_proj": 32}}
+    stock, model = adapted("qwen3", **more), adapted("qwen3", ReaderLoraConfig, **more).train()
+    ranks = {name.split(".")[-4]: len(p) for name, p in model.named_parameters() if "lora_A" in name}
+    assert ranks["k_proj"] == ranks["v_proj"] == 16 and ranks["q_proj"] == ranks["down_proj"] == 4
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+    found.backward()
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    assert [layer.widths for layer in cache.base.layers] == [[32, 16, 16]] * 2
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_what_peft_alone_adds(family, fast, tmp_path):
