@@ -19,6 +19,7 @@ from .base import (
 from .fast_lora import FastLinear, FastLora
 from .last_block import LastBlock
 from .prompt_cache import PromptCache
+from .scores import CheapScores
 from .share_prompts import SharePrompts, share
 from .shared_prefixes import shared_prefixes
 from .sliced import CannotSlice, SlicedStep

@@ -100,23 +100,52 @@ class FastLinear(Linear):
             return super().forward(x, *args, **kwargs)
         if x.numel() * self.out_features < SMALL:
             return super().forward(x)
-        name = next(name for name in self.active_adapters if name in self.lora_A)
-        base, device = self.base_layer, x.device.type
-        weight, bias, a, b = base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight
-        types = {x.dtype, weight.dtype, a.dtype, b.dtype} | ({bias.dtype} if bias is not None else set())
-        if torch.is_autocast_enabled(device):
-            if not types <= CASTS:
-                return super().forward(x)
-            dtype = torch.get_autocast_dtype(device)
-            x, a, b = x.to(dtype), a.to(dtype), b.to(dtype)
-        elif len(types) > 1:
+        base = self.base_layer
+        weight, bias = base.weight, base.bias
+        found = _operands(self, x, weight, bias)
+        if found is None:
             return super().forward(x)
-        scale = self.scaling[name]
+        x, a, b, scale = found
         if _is_called(base):
             output = base(x)
             return _Added.apply(output.to(x.dtype), x, a, b, scale).to(output.dtype)
         bias = None if bias is None else bias.to(x.dtype)
         return _Whole.apply(x, weight.to(x.dtype), bias, isinstance(base, Conv1D), a, b, scale)
+
+
+def added(layer: nn.Module, x: torch.Tensor, output: torch.Tensor, columns: slice) -> torch.Tensor | None:
+    """
+    Return what a LoRA layer makes of x where its base is known to have made `output` of it.
+
+    Args:
+        layer (`nn.Module`): any of PEFT's LoRA layers.
+        x (`torch.Tensor`): float `[..., i]`.
+        output (`torch.Tensor`): some columns of what the base makes of x, float `[..., c]`.
+        columns (`slice`): which these are.
+
+    Returns:
+        `[..., c]`; `None` where PEFT alone knows, see [`why_stock`], or types are mixed without autocast.
+    """
+    found = None if why_stock(layer) is not None else _operands(layer, x, output)
+    if found is None:
+        return None
+    x, a, b, scale = found
+    return _Added.apply(output.to(x.dtype), x, a, b[columns], scale)
+
+
+def _operands(
+    layer: nn.Module, x: torch.Tensor, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float] | None:
+    """Return x, A, B in the type in which a layer computes, and s; `None` where types are mixed without autocast."""
+    name, device = next(name for name in layer.active_adapters if name in layer.lora_A), x.device.type
+    a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    types = {tensor.dtype for tensor in (x, a, b, *others) if tensor is not None}
+    if not torch.is_autocast_enabled(device):
+        return (x, a, b, scale) if len(types) == 1 else None
+    if not types <= CASTS:
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), a.to(dtype), b.to(dtype), scale
 
 
 def _merges(tensor: torch.Tensor) -> bool:

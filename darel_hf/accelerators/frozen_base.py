@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -14,8 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 from ..adapters import base_alone
-from ..scoring import IGNORE, preserve_rng_state
-from .unpad import flatten
+from ..scoring import preserve_rng_state
+from .fast_lora import added
+from .share_prompts import put_once
 
 #: Attention modules that take part, and what is known of each.
 LAYERS: WeakKeyDictionary[nn.Module, Layer] = WeakKeyDictionary()
@@ -33,7 +36,7 @@ class Layer:
     Attributes:
         module (`nn.Module`): it.
         base ([`FrozenBase`]): to which it belongs.
-        linears (`list[nn.Module]`): frozen linear layers whose outputs make keys and values; these are kept.
+        linears (`list[FrozenLinear]`): frozen linear layers whose outputs make keys and values; these are kept.
         widths (`list[int]`): of what is kept at each position: what the module reads, then the outputs of `linears`;
             or of keys and values.
         shapes (`list[torch.Size]`): of keys and of values at a position, heads and their width, where they are kept.
@@ -42,10 +45,71 @@ class Layer:
 
     module: nn.Module
     base: FrozenBase
-    linears: list[nn.Module] = field(default_factory=list)
+    linears: list[FrozenLinear] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
     arguments: tuple[tuple, dict[str, Any]] = ((), {})
+
+
+class FrozenLinear:
+    """
+    A linear layer, PEFT's around it included, that is given what its frozen part once made, and adds what adapters do.
+
+    Args:
+        base ([`FrozenBase`]): says what is done.
+        linear (`nn.Module`): the layer.
+        columns (`slice`, *optional*): of its output, those that are kept; others are zero when it is given.
+        width (`int`): of its output.
+
+    Attributes:
+        name (`str`): of the layer in the model.
+        output (`torch.Tensor`, *optional*): `[N, columns]`, recorded, or to be given.
+    """
+
+    def __init__(self, base: FrozenBase, linear: nn.Module, columns: slice | None, width: int):
+        self.base, self.columns, self.width = base, columns, width
+        self.name = next(name for name, module in base.model.named_modules() if module is linear)
+        self.output: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
+        self._inside: list[Any] = []  # hooks on the frozen part, for as long as a call lasts
+        self.hooks = [linear.register_forward_pre_hook(self._skip), linear.register_forward_hook(self._give)]
+
+    def forget(self) -> None:
+        """Let go of tensors, and of the frozen part."""
+        for hook in self._inside:
+            hook.remove()
+        self.output, self._made, self._inside = None, None, []
+
+    def _skip(self, linear: nn.Module, args: tuple) -> tuple | None:
+        if self.base._doing != "replay":
+            return None
+        if self.output is not None:
+            output = self.output[None]
+            if isinstance(linear, BaseTunerLayer):
+                output = added(linear, args[0], output, self.columns)
+            if output is None:  # PEFT alone knows what adapters add
+                frozen, given = linear.base_layer, self._padded(self.output[None])
+                self._inside.append(frozen.register_forward_pre_hook(_without_positions))
+                self._inside.append(frozen.register_forward_hook(lambda *called: given))
+                return None
+            self._made = self._padded(output)
+        return _without_positions(linear, args)
+
+    def _give(self, linear: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        if self.base._doing == "record" and self.columns is not None:
+            self.output = output[0, :, self.columns]
+        if self.base._doing != "replay" or self._inside:
+            return None
+        return output.new_zeros(1, self.base._positions, self.width) if self._made is None else self._made
+
+    def _padded(self, output: torch.Tensor) -> torch.Tensor:
+        missing = self.columns.start, self.width - self.columns.stop
+        return nn.functional.pad(output, missing) if any(missing) else output
+
+
+def _without_positions(module: nn.Module, args: tuple) -> tuple:
+    """Leave a layer nothing to compute."""
+    return args[0][:, :0], *args[1:]
 
 
 class FrozenBase:
@@ -68,6 +132,7 @@ class FrozenBase:
     Attributes:
         layers (`list[Layer]`): attention modules in the order in which they run.
         dtype (`torch.dtype`), row_bytes (`int`): of what is kept, and of one position of it.
+        layout (`str`): a checksum of what each part of a position is.
         step (`Any`): what the attention function reads in the step in progress; `None`: nothing is to be read.
     """
 
@@ -77,13 +142,13 @@ class FrozenBase:
         self.model, self.adapted, self.layers, self.step = model, adapted, [], None
         self._doing: str | None = None  # "record" or "replay"; None: the model runs for somebody else
         self._read: list[torch.Tensor] = []  # what attention modules read, [N, D] each, while recording
-        self._outputs: dict[nn.Module, torch.Tensor] = {}  # of linear layers, recorded or to be given
+        self._positions = 0  # of the call that is replayed
         self._hooks: list[Any] = []
         # Positions that arguments of calls are known for; whether these are those of one prompt, from its beginning.
         self._longest, self._is_table, self._refresh = 0, True, False
         FrozenBase.exploring = self
         try:
-            self._run([tuple(tokens)])
+            self._run(self._row([tuple(tokens)])[0])
         finally:
             FrozenBase.exploring = None
         if adapted:
@@ -94,8 +159,10 @@ class FrozenBase:
             with base_alone(model), preserve_rng_state():
                 for layer, read in zip(self.layers, list(self._read), strict=True):
                     self._sort_linears(layer, read)
-        probe = self.record([tuple(tokens)])
+        probe, _ = self.record([tuple(tokens)])
         self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
+        kept = [[(linear.name, str(linear.columns)) for linear in layer.linears] for layer in self.layers]
+        self.layout = f"{zlib.crc32(repr(kept).encode()):08x}"
 
     def _sort_linears(self, layer: Layer, read: torch.Tensor) -> None:
         """Find out which linear layers make keys and values: those on whose outputs they depend, says autograd."""
@@ -109,35 +176,40 @@ class FrozenBase:
         try:
             with torch.enable_grad():
                 found = self._call(layer, read[None], torch.arange(len(read), device=read.device))
-                total = sum(states.float().sum() for states in found)
+                # Not the sum, which norms may leave without any.
+                total = sum((states.float() * torch.rand_like(states, dtype=torch.float)).sum() for states in found)
                 gradients = torch.autograd.grad(total, list(outputs.values()), allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
         layer.widths = [read.shape[-1]]
         for (linear, output), gradient in zip(outputs.items(), gradients, strict=True):
+            width = output.shape[-1]
             if gradient is None:  # it makes queries, which a prompt has no use for
-                self._hook(linear, output.shape[-1])
+                self._hooks += FrozenLinear(self, linear, None, width).hooks
             elif _is_plain(linear):  # others, such as DoRA, need more of their base than its output: it is run again
-                frozen = getattr(linear, "base_layer", linear)
-                layer.linears.append(frozen)
-                layer.widths.append(output.shape[-1])
-                self._hook(frozen)
+                columns = self._columns(layer, read, linear, gradient)
+                layer.linears.append(FrozenLinear(self, linear, columns, width))
+                layer.widths.append(columns.stop - columns.start)
+                self._hooks += layer.linears[-1].hooks
 
-    def _hook(self, linear: nn.Module, zeros: int | None = None) -> None:
-        """Let a linear layer give what is known in place of computing it, or so many zeros a position."""
+    def _columns(self, layer: Layer, read: torch.Tensor, linear: nn.Module, gradient: torch.Tensor) -> slice:
+        """Find out which outputs of a linear layer make keys and values: others, say of queries, can be NaN."""
+        used = gradient.flatten(0, -2).ne(0).any(0).nonzero()
+        every = slice(0, gradient.shape[-1])
+        columns = slice(int(used.min()), int(used.max()) + 1) if len(used) else every
 
-        def skip(module: nn.Module, args: tuple) -> tuple | None:
-            return (args[0][:, :0], *args[1:]) if self._doing == "replay" else None
+        def spoil(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            spoiled = torch.full_like(output, torch.nan)
+            spoiled[..., columns] = output[..., columns]
+            return spoiled
 
-        def give(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-            if self._doing == "replay":
-                return self._outputs[module] if zeros is None else output.new_zeros(1, self._positions, zeros)
-            if self._doing == "record":
-                self._outputs[module] = output[0]
-            return None
-
-        self._hooks += [linear.register_forward_pre_hook(skip), linear.register_forward_hook(give)]
+        hook = linear.register_forward_hook(spoil)
+        try:
+            found = self._call(layer, read[None], torch.arange(len(read), device=read.device))
+        finally:
+            hook.remove()
+        return columns if all(states.isfinite().all() for states in found) else every
 
     def close(self) -> None:
         """Take all hooks off the model."""
@@ -169,47 +241,54 @@ class FrozenBase:
 
     # -- recording --
 
-    @torch.no_grad()
-    def _run(self, prompts: Sequence[tuple[int, ...]]) -> None:
+    def _row(self, prompts: Sequence[tuple[int, ...]]) -> tuple[dict[str, torch.Tensor], list[np.ndarray]]:
+        """Put prompts into a row, what they begin with in common once; return where each is in it, too."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
-        row = flatten({"input_ids": ids, "attention_mask": mask.long(), "labels": torch.full_like(ids, IGNORE)})
-        del row["labels"]
-        with base_alone(self.model):
-            self.model.base_model(**{key: value.to(device) for key, value in row.items()}, use_cache=False)
+        row, places = put_once({"input_ids": ids}, mask)
+        return {key: value.to(device) for key, value in row.items()}, places
 
-    def record(self, prompts: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    @torch.no_grad()
+    def _run(self, row: dict[str, torch.Tensor]) -> None:
+        with base_alone(self.model):
+            self.model.base_model(**row, use_cache=False)
+
+    def record(self, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, list[np.ndarray]]:
         """
-        Compute what is kept of prompts.
+        Compute what is kept of prompts, of what they begin with in common once.
 
         Args:
             prompts (`Sequence[tuple]`): token ids of each, none of them empty.
 
         Returns:
-            `[N, width]`, the positions of one prompt after the other, in the dtype in which the model computes.
+            `[N, width]`, in the dtype in which the model computes, the positions of a prompt in order; and where those
+            of each prompt are, int64 `[n]`.
         """
-        length = sum(map(len, prompts))
+        row, places = self._row(prompts)
+        length = row["input_ids"].shape[1]
         # Of one prompt, arguments such as rotary embeddings serve as a table by position for all that are shorter.
         self._refresh = len(prompts) > 1 or not self._is_table or length > self._longest
         if self._refresh:
             self._longest, self._is_table = length, len(prompts) == 1
-        self._doing, self._outputs, self._read = "record", {}, []
+        self._doing, self._read = "record", []
         try:
-            self._run(prompts)
+            self._run(row)
         finally:
             self._doing = None
         if not self.adapted:
             for layer, key, value in zip(self.layers, self._read[::2], self._read[1::2], strict=True):
                 layer.shapes = [key.shape[1:], value.shape[1:]]
                 layer.widths = [shape.numel() for shape in layer.shapes]
-            return torch.cat([states.flatten(1) for states in self._read], dim=-1)
+            return torch.cat([states.flatten(1) for states in self._read], dim=-1), places
         parts: list[torch.Tensor] = []
         for layer, read in zip(self.layers, self._read, strict=True):
-            parts += [read, *(self._outputs[linear] for linear in layer.linears)]
-        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1)
+            parts += [read, *(linear.output for linear in layer.linears)]
+            for linear in layer.linears:
+                linear.forget()
+        return torch.cat([part.to(parts[-1].dtype) for part in parts], dim=-1), places
 
     def reach(self, prompt: tuple[int, ...]) -> None:
         """Get ready for a prompt that was recorded at another time: know the arguments of calls up to its end."""
@@ -246,11 +325,9 @@ class FrozenBase:
             states = zip(kept.split(layer.widths, dim=-1), layer.shapes, strict=True)
             return tuple(part.unflatten(1, shape).transpose(0, 1)[None] for part, shape in states)
         read, *outputs = kept.split(layer.widths, dim=-1)
-        self._outputs = {linear: output[None] for linear, output in zip(layer.linears, outputs, strict=True)}
-        try:
-            return self._call(layer, read[None], positions)
-        finally:
-            self._outputs = {}
+        for linear, output in zip(layer.linears, outputs, strict=True):
+            linear.output = output
+        return self._call(layer, read[None], positions)
 
     def _call(self, layer: Layer, read: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         args, kwargs = take_positions(layer.arguments, positions, self._longest)
@@ -261,6 +338,8 @@ class FrozenBase:
             return enough.args
         finally:
             self._doing = None
+            for linear in layer.linears:
+                linear.forget()
         raise RuntimeError(f"{type(layer.module).__name__} has called no attention function")
 
 

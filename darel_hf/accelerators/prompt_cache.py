@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import is_stream
+from ..data import count_prompts, is_stream, prompt_of, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -27,8 +28,18 @@ from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 from .row_attention import rows_of_places
 
+logger = logging.getLogger(__name__)
+
 #: Rotary embeddings that depend on how long a row is: a prompt alone has others than with its completion.
 BY_LENGTH = ("dynamic", "longrope")
+#: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
+AGAIN = 1.25
+#: Tokens that prompts must have in common to be kept once, and so many rows say what they are.
+LEAST_PREFIX, LOOKED_AT = 16, 256
+#: Where more than this part of prompts is new after an epoch, of so many at least, prompts change.
+CHANGED, WATCHED = 0.25, 16
+#: Seconds in which prompts are counted; where there are more, those that were read stand for all.
+COUNTING = 2.0
 
 
 @register_accelerator
@@ -50,6 +61,8 @@ class PromptCache(unpad.PaddingFree):
         self.base: FrozenBase | None = None
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store: Recompute | None = None
+        self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
+        self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
 
     @property
     def reading(self) -> bool:
@@ -164,60 +177,128 @@ class PromptCache(unpad.PaddingFree):
             int64 `[1, 1, B, L]`, for [`attend`]: where each row finds its prompt, and then itself.
         """
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
-        kept, positions = self.store.get(self.base, distinct, rest.device)
+        self._watch(len(prompts), distinct)
+        kept, positions, places = self.store.get(self.base, distinct, rest.device)
         widths = [sum(layer.widths) for layer in self.base.layers]
         parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
         self.base.step = Step({layer.module: part for layer, part in parts}, positions)
-        starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct)]).tolist(), strict=False)) | {(): 0}
+        where = dict(zip(distinct, places, strict=True)) | {(): np.empty(0, np.int64)}
         lengths = rest.sum(1).tolist()
-        ends = (sum(map(len, distinct)) + np.cumsum(lengths)).tolist()
+        ends = (len(positions) + np.cumsum(lengths)).tolist()
         rows = [
-            [*range(starts[prompt], starts[prompt] + len(prompt)), *range(end - length, end)]
+            np.concatenate([where[prompt], np.arange(end - length, end)])
             for prompt, length, end in zip(prompts, lengths, ends, strict=True)
         ]
         return rows_of_places(rows, ends[-1]).to(rest.device)
 
+    def _watch(self, rows: int, distinct: list[tuple[int, ...]]) -> None:
+        """Notice prompts that change from epoch to epoch, say so once, and keep no more of them."""
+        store, dataset = self.store, self.trainer.train_dataset
+        if not self._in_loop or store.full or dataset is None or is_stream(dataset):
+            return
+        # Of a run that begins, all rows have been seen after one epoch; from within an epoch on, after two.
+        if not self._rows:
+            self._settled = len(dataset) * (2 if self.trainer.state.global_step else 1)
+        self._rows += rows
+        whole = self.trainer.args.world_size == 1 and self.trainer.darel.online_keep == 1  # every row, every epoch
+        if whole and self._rows > self._settled:
+            self._asked += len(distinct)
+            self._missed += sum(not store.knows(prompt) for prompt in distinct)
+        often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
+        if often or len(store) > len(dataset) + 1:
+            store.full = True
+            logger.warning(
+                "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
+                "rows), by a collator or the data set, so what is kept is not used again; no more is kept. Set "
+                "'recompute', or let prompts be as they were",
+                self.value,
+                self._missed,
+                self._asked,
+                len(store),
+                len(dataset),
+            )
+
     def _make_store(self, few: list[tuple[int, ...]]) -> Recompute:
-        """Make where prompts are kept; `few`: those of a few rows, by which `"auto"` decides."""
+        """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
-        if way == "auto":
-            way = self._choose(few, folder)
+        prefix = self._prefix()
+        if way in ("auto", "disk"):
+            way = self._choose(few, folder, len(prefix))
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
-            form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{str(self.base.dtype).removeprefix('torch.')}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
-            return OnDisk(folder, key, trainer.args.process_index)
-        return InMemory() if way == "ram" else Recompute()
+            return OnDisk(folder, key, trainer.args.process_index, prefix)
+        return InMemory(prefix) if way == "ram" else Recompute()
 
-    def _choose(self, few: list[tuple[int, ...]], folder: Path) -> str:
-        """Choose where prompts are kept, by how much that is at most, and what it takes to read; say so."""
-        args, dataset = self.trainer.args, self.trainer.train_dataset
-        length = sum(map(len, few)) / len(few)
-        if is_stream(dataset):
+    def _prefix(self) -> tuple[int, ...]:
+        """Return what prompts begin with: of some rows spread over the data set, the same in every run."""
+        dataset = self.trainer.train_dataset
+        if dataset is None or is_stream(dataset) or not len(dataset):
+            return ()
+        chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
+        try:
+            prompts = [np.frombuffer(prompt_of(item), np.int64).tolist() for item in read_items(dataset, chosen)]
+        except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
+            return ()
+        first, last = min(prompts), max(prompts)  # what these have in common, those in between have as well
+        common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
+        return tuple(first[:common]) if common >= LEAST_PREFIX else ()
+
+    def _choose(self, few: list[tuple[int, ...]], folder: Path, common: int) -> str:
+        """Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so."""
+        world, dataset = self.trainer.args.world_size, self.trainer.train_dataset
+        # Every process keeps what it sees; a quarter of what is free, for a run needs memory for more than prompts.
+        room = psutil.virtual_memory().available / 4 / world
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 2 / world
+        if dataset is None or is_stream(dataset):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
-            size = len(dataset) * length * self.base.row_bytes
-            # Every process keeps what it sees; a quarter of what is free, for the estimate is of few rows.
-            room = psutil.virtual_memory().available / 4 / args.world_size
-            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            free = shutil.disk_usage(existing).free / 2 / args.world_size
-            way = "ram" if size <= room else "disk" if size <= free else "recompute"
-            why = f"{len(dataset)} prompts of about {length:.0f} tokens are at most {size / 2**30:.2f} GiB; "
-            why += f"{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
-            if way == "disk":
-                computing, loading = self._time(max(few, key=len), existing)
-                way = "disk" if loading < computing else "recompute"
-                why += (
-                    f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
-                )
-        self.trainer.accelerator.print(f"prompt_cache='auto' is {way!r}: {why}")
-        return way
+            prompts, tokens, why = self._count(few)
+            size, reads = (tokens - common * (prompts - 1)) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            why += f" {common} of each in common and kept once," if common else ""
+            why += f" are {size / 2**30:.2f} GiB, and each is read about {reads:.1f} times"
+            if reads < AGAIN:
+                way = "recompute"
+            else:
+                way = "ram" if size <= room else "disk" if size <= free else "recompute"
+                why += f"; {room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+        if self.value == "auto" and way == "disk":
+            computing, loading = self._time(max(few, key=len), existing)
+            way = "disk" if loading < computing else "recompute"
+            why += f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
+        is_way = f" is {way!r}" if self.value == "auto" else ""
+        self.trainer.accelerator.print(f"prompt_cache={self.value!r}{is_way}: {why}")
+        return way if self.value == "auto" else self.value
+
+    def _count(self, few: list[tuple[int, ...]]) -> tuple[int, int, str]:
+        """Return how many distinct prompts there are, at most, of how many tokens together, and a clause about it."""
+        dataset = self.trainer.train_dataset
+        n = len(dataset)
+        try:
+            found = count_prompts(dataset, COUNTING)
+        except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
+            length = sum(map(len, few)) / len(few)
+            return n, round(n * length), f"{n} prompts of about {length:.0f} tokens, if all rows have others,"
+        prompts, tokens = (round(count * n / found.read) for count in (found.distinct, found.tokens))
+        most = "" if found.read == n else f"at most (those of {found.read} rows were counted) "
+        return prompts, tokens, f"{most}{prompts} different prompts of {n} rows, {tokens} tokens together,"
+
+    def _rows_read(self) -> float:
+        """Return how many rows read their prompt in a run, those that are scored afresh twice."""
+        args, settings, n = self.trainer.args, self.trainer.darel, len(self.trainer.train_dataset)
+        rows = n * max(args.num_train_epochs - settings.finish_epochs, 0.0)
+        if args.max_steps > 0:
+            rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        scores = settings.online_keep < 1 and settings.rule("online").reads_losses
+        return rows * (2 if scores else 1)
 
     def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
         started = time.perf_counter()
-        data = self.base.record([prompt]).cpu().view(torch.uint8).numpy().tobytes()
+        data = self.base.record([prompt])[0].cpu().view(torch.uint8).numpy().tobytes()
         computed = time.perf_counter()
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(data)
@@ -226,6 +307,10 @@ class PromptCache(unpad.PaddingFree):
             file.seek(0)
             file.read()
         return computed - started, time.perf_counter() - computed
+
+    def attach(self) -> None:
+        """Begin to look whether prompts stay as they are."""
+        self._in_loop, self._rows = True, 0
 
     def close(self) -> None:
         if self.base is not None:

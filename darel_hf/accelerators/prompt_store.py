@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 
 from .frozen_base import FrozenBase
@@ -23,11 +24,13 @@ Prompt = tuple[int, ...]
 class Recompute:
     """Keep nothing: the distinct prompts of a batch are run in every step, without gradient."""
 
+    full = True  # whether further prompts are computed whenever they are needed
+
     def get(
         self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
         """
-        Return what is kept of some prompts.
+        Return what is kept of some prompts, that of a beginning which they have in common once.
 
         Args:
             base ([`FrozenBase`]): computes what is not known.
@@ -35,11 +38,11 @@ class Recompute:
             device (`torch.device`): where it is needed.
 
         Returns:
-            `[N, width]`, one prompt after the other, and the positions, int64 `[N]`, that
-            [`FrozenBase.keys_and_values`] takes with it.
+            `[N, width]`; the positions, int64 `[N]`, that [`FrozenBase.keys_and_values`] takes with it; and where
+            those of each prompt are among them, int64 `[n]`, ascending.
         """
-        kept = base.record(prompts) if prompts else torch.empty(0, 0, device=device)
-        return kept, torch.arange(len(kept), device=device)
+        kept, places = base.record(prompts) if prompts else (torch.empty(0, 0, device=device), [])
+        return kept, torch.arange(len(kept), device=device), places
 
     def close(self) -> None:
         """Let go of what is open."""
@@ -47,37 +50,75 @@ class Recompute:
 
 class Kept(Recompute):
     """
-    Keep prompts from when they are first needed, one by one.
+    Keep prompts from when they are first needed, one by one; a beginning that many have in common once.
 
-    Each is computed alone, so that what is kept does not depend on the batch in which it came first: a run that is
-    resumed ends bit for bit as one that was not stopped.
+    Each is computed alone, and so is the beginning, so that what is kept does not depend on the batch in which it came
+    first: a run that is resumed ends bit for bit as one that was not stopped.
+
+    Args:
+        prefix (`tuple`): what prompts begin with; those that do not are kept whole.
     """
 
+    full = False
+
+    def __init__(self, prefix: Prompt = ()):
+        self.prefix = prefix
+
     @abstractmethod
-    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
-        """Return what is kept of a prompt, `[len(prompt), width]`, on the CPU."""
+    def knows(self, prompt: Prompt) -> bool:
+        """Whether a prompt is kept."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many prompts are kept."""
+
+    @abstractmethod
+    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
+        """Return what is kept of a prompt from a position on, `[len(prompt) - start, width]`, on the CPU."""
+
+    def start(self, prompt: Prompt) -> int:
+        """Return from where on a prompt is kept by itself."""
+        return len(self.prefix) if prompt[: len(self.prefix)] == self.prefix else 0
 
     def get(
         self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
         """Return what is kept of some prompts, as [`Recompute.get`] does."""
         if not prompts:
-            return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device)
-        kept = torch.cat([self._one(base, prompt) for prompt in prompts]).to(device, non_blocking=True)
+            return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device), []
+        starts = [self.start(prompt) for prompt in prompts]
+        asked = [(self.prefix, 0)] if any(starts) else []
+        size, places = len(self.prefix) if any(starts) else 0, []
+        for prompt, start in zip(prompts, starts, strict=True):
+            own = len(prompt) - start
+            places.append(np.concatenate([np.arange(start), np.arange(size, size + own)]))
+            asked += [(prompt, start)] if own else []
+            size += own
+        kept = torch.cat([self._one(base, *one) for one in asked]).to(device, non_blocking=True)
         base.reach(max(prompts, key=len))
-        return kept, torch.cat([torch.arange(len(prompt)) for prompt in prompts]).to(device)
+        return kept, torch.cat([torch.arange(start, len(prompt)) for prompt, start in asked]).to(device), places
 
 
 class InMemory(Kept):
     """Keep prompts in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: Prompt = ()):
+        super().__init__(prefix)
         self.known: dict[Prompt, torch.Tensor] = {}
 
-    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
-        if prompt not in self.known:
-            self.known[prompt] = base.record([prompt]).cpu()
-        return self.known[prompt]
+    def knows(self, prompt: Prompt) -> bool:
+        return prompt in self.known or prompt == self.prefix
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
+        found = self.known.get(prompt)
+        if found is None:
+            found = base.record([prompt])[0][start:].cpu().clone()
+            if not self.full:
+                self.known[prompt] = found
+        return found
 
 
 class OnDisk(Kept):
@@ -92,13 +133,16 @@ class OnDisk(Kept):
         folder (`Path`): where; it is made.
         key (`str`): names the base and the dtype; other bases have other files.
         rank (`int`): of the process: each has a file of its own.
+        prefix (`tuple`): see [`Kept`].
     """
 
-    def __init__(self, folder: Path, key: str, rank: int = 0):
+    def __init__(self, folder: Path, key: str, rank: int = 0, prefix: Prompt = ()):
+        super().__init__(prefix)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.listed = folder / f"{key}-{rank}.bin", folder / f"{key}-{rank}.jsonl"
-        self.places: dict[Prompt, tuple[int, int, int]] = {}  # where it begins, bytes, checksum
-        self.full, self._warned, self._files = False, False, None
+        # By prompt, and from where on it is kept: where that begins, bytes, checksum.
+        self.places: dict[tuple[Prompt, int], tuple[int, int, int]] = {}
+        self._warned, self._files = False, None
         end = self._read_list()
         for path, length in ((self.path, end[0]), (self.listed, end[1])):
             if path.exists() and path.stat().st_size > length:  # a line, or a prompt, that a kill has cut off
@@ -114,7 +158,7 @@ class OnDisk(Kept):
                     try:
                         entry = json.loads(line)
                         begin, length, checksum = entry["place"]
-                        prompt = tuple(entry["tokens"])
+                        prompt = tuple(entry["tokens"]), entry["start"]
                     except (ValueError, KeyError, TypeError):
                         break
                     if not line.endswith(b"\n") or begin + length > size:
@@ -128,22 +172,29 @@ class OnDisk(Kept):
             self._files = open(self.path, "a+b"), open(self.listed, "ab")  # noqa: SIM115 - open as long as the run
         return self._files
 
-    def _one(self, base: FrozenBase, prompt: Prompt) -> torch.Tensor:
-        if prompt in self.places:
-            begin, length, checksum = self.places[prompt]
+    def knows(self, prompt: Prompt) -> bool:
+        return (prompt, self.start(prompt)) in self.places or prompt == self.prefix
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
+        if (prompt, start) in self.places:
+            begin, length, checksum = self.places[prompt, start]
             data = bytearray(os.pread(self._open()[0].fileno(), length, begin))
-            if len(data) == length == len(prompt) * base.row_bytes and zlib.crc32(data) == checksum:
-                return torch.frombuffer(data, dtype=base.dtype).reshape(len(prompt), -1)
-            del self.places[prompt]
+            whole = (len(prompt) - start) * base.row_bytes
+            if len(data) == length == whole and zlib.crc32(data) == checksum:
+                return torch.frombuffer(data, dtype=base.dtype).reshape(len(prompt) - start, -1)
+            del self.places[prompt, start]
             if not self._warned:
                 logger.warning("%s is damaged; what is wrong in it is computed again", self.path)
             self._warned = True
-        kept = base.record([prompt]).cpu()
+        kept = base.record([prompt])[0][start:].cpu()
         if not self.full:
-            self._write(prompt, kept)
+            self._write(prompt, start, kept)
         return kept
 
-    def _write(self, prompt: Prompt, kept: torch.Tensor) -> None:
+    def _write(self, prompt: Prompt, start: int, kept: torch.Tensor) -> None:
         data = kept.contiguous().view(torch.uint8).numpy().tobytes()
         begin = self.path.stat().st_size if self.path.exists() else 0
         try:
@@ -151,7 +202,7 @@ class OnDisk(Kept):
             file.write(data)
             file.flush()
             place = begin, len(data), zlib.crc32(data)
-            listed.write(json.dumps({"tokens": prompt, "place": place}).encode() + b"\n")
+            listed.write(json.dumps({"tokens": prompt, "start": start, "place": place}).encode() + b"\n")
             listed.flush()
         except OSError as error:
             self.full = True
@@ -162,7 +213,7 @@ class OnDisk(Kept):
                 error.strerror or error,
             )
             return
-        self.places[prompt] = place
+        self.places[prompt, start] = place
 
     def close(self) -> None:
         """Close the files."""

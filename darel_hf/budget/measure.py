@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from ..accelerators import Accelerator, first_line
+from ..accelerators import Accelerator, CheapScores, first_line
 from ..data import ID_KEY, feature_length, token_batches
 from ..scoring import (
     BatchScorer,
@@ -155,7 +155,8 @@ def measure_costs(
 
             # The first call of each kind warms up caches and allocators. Scoring comes first: it names what lacks.
             pass_seconds = _offline_seconds(trainer, first, dataset, collator, rows) if offline else 0.0
-            forwards = [_seconds(lambda batch=batch: scorer(batch).losses.cpu(), device) for batch in scored][1:]
+            score = CheapScores(scorer, accelerators)
+            forwards = [_seconds(lambda batch=batch: score(batch).losses.cpu(), device) for batch in scored][1:]
             trains = True
             steps: list[float] = []
             with_it: list[list[float]] = [[] for _ in accelerators]

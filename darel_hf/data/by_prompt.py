@@ -1,15 +1,17 @@
-"""Batches of several samples of the same prompt, for training that computes what they have in common once."""
+"""Samples by prompt: how many have the same one, and batches of them, for training that computes it once."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..files import require
+from .columns import read_items
 
 
 def prompt_length(taught: np.ndarray) -> int:
@@ -39,6 +41,43 @@ def prompt_tokens(item: Any) -> np.ndarray:
     require(told, "share_prompts", sorted(item) if isinstance(item, Mapping) else type(item).__name__, remedy)
     tokens, taught = np.asarray(item["input_ids"], np.int64), np.asarray(taught)
     return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))]
+
+
+class PromptCount(NamedTuple):
+    """How many prompts there are: `read` samples of all have `distinct` ones, of so many `tokens` together."""
+
+    read: int
+    distinct: int
+    tokens: int
+
+
+def count_prompts(dataset: Any, seconds: float) -> PromptCount:
+    """
+    Count the distinct prompts of samples: of all, or of some at random, where reading takes too long.
+
+    Args:
+        dataset: map-style, see [`prompt_of`].
+        seconds (`float`): begin to read no more after so long.
+
+    Raises:
+        ValueError: where nothing says which tokens are prompt.
+
+    Example:
+
+    ```python
+    >>> rows = [{"input_ids": [5, 6, end], "labels": [-100, -100, end]} for end in (7, 8)]
+    >>> count_prompts(rows, seconds=1.0)
+    PromptCount(read=2, distinct=1, tokens=1)
+    ```
+    """
+    order, began = np.random.default_rng(0).permutation(len(dataset)).tolist(), time.perf_counter()
+    found: set[bytes] = set()
+    read = 0
+    while read < len(order) and (not read or time.perf_counter() - began < seconds):
+        part = order[read : read + 256]
+        found.update(map(prompt_of, read_items(dataset, part)))
+        read += len(part)
+    return PromptCount(read, len(found), sum(map(len, found)) // np.dtype(np.int64).itemsize)
 
 
 class ShuffledByPrompt(torch.utils.data.Sampler[int]):

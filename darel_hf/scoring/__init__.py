@@ -5,7 +5,7 @@ Stands on `data/` and `selection/`.
 """
 
 from .dataset import default_max_tokens, read_window, rows_without_tokens, score_dataset
-from .losses import IGNORE, SampleLosses, per_sample_losses, weighted_loss
+from .losses import IGNORE, SampleLosses, per_sample_losses, shift_labels, token_losses, weighted_loss
 from .prompts import SharedPrompts, share_prompts
 from .saved import (
     check_rows,

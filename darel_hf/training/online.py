@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Sampler
 
-from ..accelerators import Accelerator, CannotAccelerate
+from ..accelerators import Accelerator, CannotAccelerate, CheapScores
 from ..data import ID_KEY, WEIGHT_KEY, take_rows
 from ..files import require
 from ..scoring import (
@@ -125,6 +125,7 @@ class OnlineStage:
         steps = self.args.max_steps if self.streams else math.ceil(len(loader) / accumulation)
         self.steps_per_epoch = max(steps, 1)
         self.scorer = scorer_for(self.trainer, stage="online")
+        self._score = CheapScores(self.scorer, self.accelerators)
         # Batch normalization cannot do a single row, which is all that may be left of a last batch.
         self._least = 2 if any(isinstance(m, _BatchNorm) for m in self.trainer.model.modules()) else 1
         if self.config.track and self._hook is None:
@@ -243,7 +244,7 @@ class OnlineStage:
                 part = batch
                 if not unknown.all():
                     part = take_rows(batch, np.flatnonzero(unknown), len(ids), shared=self.shared_keys)
-                scored = self.scorer(self.trainer._prepare_inputs(part))
+                scored = self._score(self.trainer._prepare_inputs(part))
                 ledger.record_scores(
                     ids[unknown],
                     scored.losses.cpu().numpy(),

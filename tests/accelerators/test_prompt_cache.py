@@ -1,5 +1,6 @@
 """The prompt cache: completions alone are computed, with the loss and gradients of the slow way; stores that hold."""
 
+import contextlib
 import json
 import logging
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import PromptCache, row_attention
+from darel_hf.accelerators import CheapScores, FastLora, PromptCache, row_attention
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -111,6 +112,73 @@ def test_nested_prompts_one_group_and_none(tmp_path):
     assert distance(gradients(model), gradients(stock)) < 1e-5
     lengths = sorted(map(len, cache.store.known))
     assert lengths == [5, 5, 8]  # equal ones once, the empty one not at all
+
+
+def with_preamble(lengths, most=20):
+    """Rows that all begin with the same tokens, one of them with nothing else for a prompt."""
+    inputs = rows(lengths)
+    inputs["input_ids"][:, :most] = inputs["input_ids"][0, :most].clone()
+    return inputs
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_kept_once(family, way, tmp_path):
+    check_kept_once(family, way, tmp_path)
+
+
+def test_what_all_prompts_begin_with_in_rows(tmp_path, in_rows):
+    check_kept_once("mistral", "ram", tmp_path)
+
+
+def check_kept_once(family, way, folder):
+    inputs = with_preamble([(25, 4), (27, 3), (21, 5), (30, 2), (25, 4)])
+    inputs["input_ids"][4] = inputs["input_ids"][0]
+    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, folder, way, train_dataset=items_of(inputs))
+    assert cache.why_not(lambda: inputs) is None
+    for _ in range(2):
+        model.zero_grad()
+        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+        found.backward()
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+        assert distance(gradients(model), gradients(stock)) < 1e-5
+    once = 20 + 4 + 6 + 0 + 9  # the first 20 tokens, and what the four different prompts have besides
+    assert len(cache.base.step.positions) == once  # adapted keys and values are made once, too
+    if way == "ram":
+        assert sum(len(kept) for kept in cache.store.known.values()) == once
+    if way == "disk":
+        assert cache.store.path.stat().st_size == once * cache.base.row_bytes
+    cache.detach()
+
+
+def test_a_prompt_without_what_others_begin_with(tmp_path):
+    """A few rows say what prompts begin with; those that do not are kept whole."""
+    inputs = with_preamble([(25, 4), (27, 3), (30, 2)])
+    others = rows([(25, 4), (6, 3)], seed=1)
+    model, stock = adapted("llama", ReaderLoraConfig).train(), adapted("llama")
+    cache = cache_for(model, tmp_path, train_dataset=items_of(inputs))
+    assert cache.why_not(lambda: inputs) is None
+    both = PadCollator()([*items_of(others), *items_of(inputs)])
+    loss, _ = oracle(stock, both)
+    loss.backward()
+    found = model(**cache.transform(both)).loss * both["labels"].ne(-100).sum()
+    found.backward()
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    assert {len(kept) for kept in cache.store.known.values()} == {24, 5, 20, 4, 6, 9}
+
+
+def test_resume_with_what_prompts_begin_with(tmp_path):
+    more = {"train_dataset": items_of(with_preamble([(22 + i % 5, 3) for i in range(16)])), "num_train_epochs": 2}
+    more |= {"save_strategy": "steps", "save_steps": 3}
+    whole = trained(DarelTrainer, tmp_path, adapted("qwen3", ReaderLoraConfig), {"prompt_cache": "ram"}, **more)
+    resume = str(tmp_path / "checkpoint-3")
+    again = trained(
+        DarelTrainer, tmp_path, adapted("qwen3", ReaderLoraConfig), {"prompt_cache": "ram"}, resume, **more
+    )
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_completions_do_not_see_each_other(tmp_path):
@@ -231,6 +299,56 @@ def test_scores_are_those_of_the_oracle(family, monkeypatch):
     assert shared and scorer.head is not None
 
 
+@pytest.mark.parametrize(
+    ("config", "darel"),
+    [
+        (ReaderLoraConfig, {"prompt_cache": "ram"}),
+        (ReaderLoraConfig, {"prompt_cache": "recompute", "fast_lora": True}),
+        (LoraConfig, {"unpad": True, "last_block": True}),
+        (LoraConfig, {"share_prompts": 1}),
+    ],
+)
+def test_fresh_scores_are_those_of_padded_batches(config, darel, tmp_path, monkeypatch):
+    """Candidates are scored on the rows that steps get: no prompt is computed again, and no padding."""
+    found, call = [], CheapScores._found
+
+    def compare(self, inputs):
+        cheap = call(self, inputs)
+        found.append((cheap, self.scorer(inputs)))
+        return cheap
+
+    monkeypatch.setattr(CheapScores, "_found", compare)
+    darel |= {"online_keep": 0.5, "online_rule": "hardest", "offline_keep": 1.0}
+    more = {"per_device_train_batch_size": 3, "num_train_epochs": 2}
+    trained(DarelTrainer, tmp_path, adapted("llama", config), darel, **more)
+    assert len(found) >= 8  # of every step of the epochs in which they are fresh
+    for cheap, slow in found:
+        torch.testing.assert_close(cheap.losses, slow.losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(cheap.n_tokens, slow.n_tokens)
+
+
+def test_scores_that_differ_are_not_taken(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    inputs, model = rows(LENGTHS), adapted("llama", ReaderLoraConfig)
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    scorer = BatchScorer(model, want_correct=True)
+    wanted = scorer(inputs)
+
+    class Wrong:
+        def transform(self, given):
+            row = dict(cache.transform(given))
+            row["input_ids"] = row["input_ids"].flip(1)
+            return row
+
+    wrong, right = CheapScores(scorer, [Wrong()]), CheapScores(scorer, [cache])
+    for _ in range(2):
+        assert torch.equal(wrong(inputs).losses, wanted.losses)
+        torch.testing.assert_close(tuple(right(inputs))[:3], tuple(wanted)[:3], rtol=1e-5, atol=0)
+    assert (wrong.alike, right.alike) == (False, True)
+    assert "candidates are scored the plain way: [" in caplog.text
+
+
 # ---- Stores ----
 
 
@@ -246,9 +364,10 @@ def computed(monkeypatch):
     return counted
 
 
-def test_each_prompt_is_computed_once(tmp_path, monkeypatch):
+def test_each_prompt_is_computed_once(tmp_path, monkeypatch, caplog):
     counted = computed(monkeypatch)
     trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, num_train_epochs=4)
+    assert "prompts change" not in caplog.text
     distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
     known = [prompt for prompt in counted if prompt in distinct]
     assert len(known) <= 2 * len(distinct) and set(known) == distinct  # once, and once more while it is tried out
@@ -285,6 +404,43 @@ def test_a_later_run_uses_the_file_again(tmp_path, monkeypatch, caplog):
     assert [r.message for r in caplog.records if "damaged" in r.message] == [
         f"{data_file} is damaged; what is wrong in it is computed again"
     ]
+
+
+class Changing(PadCollator):
+    """Begins each prompt with another word, every time."""
+
+    random = torch.Generator()
+
+    def __call__(self, features):
+        batch = super().__call__(features)
+        batch["input_ids"][:, 0] = torch.randint(3, 60, (len(features),), generator=self.random)
+        return batch
+
+
+@pytest.mark.parametrize("way", ["ram", "disk"])
+def test_prompts_that_change_are_noticed(way, tmp_path, caplog):
+    trainer = DarelTrainer(
+        model=adapted("llama", ReaderLoraConfig),
+        args=arguments(tmp_path, **GENTLE, num_train_epochs=5),
+        train_dataset=items_of(rows([(5 + i % 3, 3) for i in range(24)])),
+        data_collator=Changing(),
+        darel=DarelConfig(prompt_cache=way),
+    )
+    trainer.train()
+    told = [record.message for record in caplog.records if "prompts change" in record.message]
+    assert len(told) == 1 and told[0].startswith(f"prompt_cache={way!r}: prompts change from epoch to epoch (")
+    kept = int(told[0].split(" were new, ")[1].split()[0])
+    assert 24 <= kept <= 3 * 24  # it does not grow for ever
+
+
+def test_a_run_that_is_resumed_sees_some_prompts_later(tmp_path, caplog):
+    """Half of an epoch and half of the next are not all rows: that prompts are new then says nothing."""
+    more = {"train_dataset": items_of(rows([(5, 2)] * 48)), "num_train_epochs": 3}
+    more |= {"save_strategy": "steps", "save_steps": 6}
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, **more)
+    resume = str(tmp_path / "checkpoint-6")
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "ram"}, resume, **more)
+    assert "prompts change" not in caplog.text
 
 
 def test_another_base_has_another_file(tmp_path):
@@ -334,10 +490,36 @@ def test_a_full_disk_ends_nothing(tmp_path, monkeypatch, caplog, after):
 
 
 def test_auto_says_what_it_takes(tmp_path, capsys):
-    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"})
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "auto"}, num_train_epochs=3)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
-    assert len(told) == 1 and told[0].startswith("prompt_cache='auto' is 'ram': 24 prompts of about ")
+    distinct = {tuple(row["input_ids"][: row["labels"].count(-100) - 1]) for row in data()}
+    tokens = sum(map(len, distinct))
+    begin = f"prompt_cache='auto' is 'ram': {len(distinct)} different prompts of 24 rows, {tokens} tokens together"
+    assert len(told) == 1 and told[0].startswith(begin)
+    assert f"each is read about {3 * 24 / len(distinct):.1f} times" in told[0]
     assert not (tmp_path / "_prompts").exists()
+
+
+@pytest.mark.parametrize(("epochs", "way"), [(1, "recompute"), (2, "ram")])
+def test_auto_keeps_no_prompt_that_is_read_once(tmp_path, capsys, epochs, way):
+    """Rows whose prompts are all different gain nothing in one epoch; in two they do."""
+    table = items_of(rows([(5, 3)] * 8))
+    trained(
+        DarelTrainer,
+        tmp_path,
+        adapted("llama", ReaderLoraConfig),
+        {"prompt_cache": "auto"},
+        train_dataset=table,
+        num_train_epochs=epochs,
+    )
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='auto'")]
+    assert told[0].startswith(f"prompt_cache='auto' is {way!r}: 8 different prompts of 8 rows, 32 tokens together")
+
+
+def test_how_much_a_disk_will_hold_is_said_first(tmp_path, capsys):
+    trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompt_cache='disk': ")]
+    assert len(told) == 1 and " GiB, and each is read about " in told[0]
 
 
 @pytest.mark.parametrize(("loading", "way"), [(0.0, "disk"), (1e9, "recompute")])
@@ -407,6 +589,56 @@ def test_dora_and_frozen_adapters(tmp_path):
     model(**cache.transform(inputs)).loss.backward()
     assert cache.base.layers[0].linears == []
     assert distance(gradients(model), gradients(wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_of_a_prompt(family, tmp_path):
+    """What layers read, and what becomes keys and values: no queries, also where one layer makes all three."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    cache = cache_for(adapted(family, ReaderLoraConfig), tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    cache.transform(inputs)
+    widths = [32, 64] if family == "gpt2" else [32, 16, 16]  # of d = 32; two of four heads are for keys
+    assert [layer.widths for layer in cache.base.layers] == [widths] * 2
+    assert cache.base.row_bytes == 2 * sum(widths) * 4
+    cache.detach()
+
+
+def test_more_rank_for_what_reads_prompts(tmp_path):
+    """PEFT's patterns give keys and values a rank and a scale of their own; what is kept does not grow with it."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    more = {"rank_pattern": {"k_proj": 16, "v_proj": 16}, "alpha_pattern": {"k_proj": 32, "v_proj": 32}}
+    stock, model = adapted("qwen3", **more), adapted("qwen3", ReaderLoraConfig, **more).train()
+    ranks = {name.split(".")[-4]: len(p) for name, p in model.named_parameters() if "lora_A" in name}
+    assert ranks["k_proj"] == ranks["v_proj"] == 16 and ranks["q_proj"] == ranks["down_proj"] == 4
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+    found.backward()
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    assert [layer.widths for layer in cache.base.layers] == [[32, 16, 16]] * 2
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_peft_alone_adds(family, fast, tmp_path):
+    """A bias in adapters: PEFT's own layers make adapted keys and values of what is kept, beside fast ones as well."""
+    inputs = rows(LENGTHS, same_prompts=True)
+    more = {"lora_bias": True} if not fast else {"rank_pattern": {"k_proj": 6}}
+    stock, model = adapted(family, **more), adapted(family, ReaderLoraConfig, **more).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, tmp_path)
+    assert cache.why_not(lambda: inputs) is None
+    with FastLora(cache.trainer).attached() if fast else contextlib.nullcontext():
+        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+        found.backward()
+    torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+    assert distance(gradients(model), gradients(stock)) < 1e-5
+    hooked = [module for module in model.modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    assert not any(module._forward_hooks for module in hooked if not hasattr(module, "base_layer"))  # for a call only
 
 
 def test_stock_lora_is_told_by_logging(tmp_path, caplog):
