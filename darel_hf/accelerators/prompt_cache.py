@@ -22,7 +22,7 @@ from ..data import is_stream
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
-from .frozen_base import FrozenBase
+from .frozen_base import FrozenBase, autocast_dtype
 from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 from .row_attention import rows_of_places
@@ -50,6 +50,7 @@ class PromptCache(unpad.PaddingFree):
         self.base: FrozenBase | None = None
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store: Recompute | None = None
+        self.precision: torch.dtype | None = None  # in which what is stored was computed
 
     @property
     def reading(self) -> bool:
@@ -128,7 +129,7 @@ class PromptCache(unpad.PaddingFree):
         else:
             masked = labels.masked_fill(~rest, IGNORE)
             row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
-        with self.trainer.accelerator.autocast():
+        with self.trainer.autocast():
             self._find_base(ids, used, prompts)
             row["attention_mask"] = self._prepare(prompts, rest)
         # Nothing in the row is prompt, and all of it is adapted.
@@ -150,9 +151,11 @@ class PromptCache(unpad.PaddingFree):
 
     def _find_base(self, ids: torch.Tensor, used: torch.Tensor, prompts: list[tuple[int, ...]]) -> None:
         """Explore the base with a first batch, and make where its prompts are kept."""
-        model = base_model(self.trainer.model)
-        if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
-            self.close()
+        model, precision = base_model(self.trainer.model), autocast_dtype(ids.device)
+        if self.base is None or self.base.model is not model or self.base.precision != precision:
+            self.close()  # Trainer may have made the model anew, or it computes in another precision from now on
+            if self.precision != precision:
+                self.store, self.precision = None, precision
             self.base = FrozenBase(model, max(_rows(ids, used), key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store(prompts)
 
@@ -185,7 +188,9 @@ class PromptCache(unpad.PaddingFree):
             way = self._choose(few, folder)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
-            form = f"{kind}-{self.base.row_bytes}-{str(self.base.dtype).removeprefix('torch.')}"
+            form = f"{kind}-{self.base.row_bytes}-{_name(self.base.dtype)}"
+            if self.precision is not None:  # keys can be kept in float32 though they were computed in less
+                form += f"-{_name(self.precision)}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
             return OnDisk(folder, key, trainer.args.process_index)
         return InMemory() if way == "ram" else Recompute()
@@ -239,6 +244,10 @@ class PromptCache(unpad.PaddingFree):
         super().detach()
         self.finish.detach()
         self.close()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rows(ids: torch.Tensor, taken: torch.Tensor) -> list[list[int]]:

@@ -71,7 +71,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
-    with trainer.accelerator.autocast():
+    with trainer.autocast():
         return trainer.compute_loss(trainer.model, dict(batch))
 
 
@@ -165,12 +165,14 @@ def measure_costs(
                         plain.enter_context(accelerator.plain())
                     steps.append(seconds(lambda batch=batch: batch))
                 made = 0.0  # seconds that those before it take to transform a batch
-                for accelerator, found in zip(accelerators, with_it, strict=True):
-                    measured = accelerator.measure(seconds, inputs)
-                    found.append(None if measured is None else made + measured)
-                    started = clock(device)
-                    inputs = accelerator.transform(inputs)
-                    made += clock(device) - started
+                with contextlib.ExitStack() as attached:
+                    for accelerator, found in zip(accelerators, with_it, strict=True):
+                        measured = accelerator.measure(seconds, inputs)
+                        found.append(None if measured is None else made + measured)
+                        attached.enter_context(accelerator.attached())  # those after it come on top of it
+                        started = clock(device)
+                        inputs = accelerator.transform(inputs)
+                        made += clock(device) - started
             del inputs
             trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
             optimizer_step = _optimizer_step(trainer)
