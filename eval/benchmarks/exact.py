@@ -24,6 +24,7 @@ width 16 takes: Python, the calling of operators, and the softmax of the head.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import resource
 import statistics
@@ -75,10 +76,11 @@ def _memory(device: torch.device, reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated(device)
     try:
         if reset:
+            ctypes.CDLL(None).malloc_trim(0)  # what measuring has left behind is not in use
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    except OSError:
+    except (OSError, AttributeError):  # no Linux, or another C library
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -187,7 +189,11 @@ def main() -> None:
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
     apart_from = ("ways", "parts", "lengths", "same")
-    settings = {k: v for k, v in {**runs.task.settings, "targets": ",".join(TARGETS)}.items() if k not in apart_from}
+    settings = {
+        k: v
+        for k, v in {**runs.task.settings, "lora_r": 8, "targets": ",".join(TARGETS)}.items()
+        if k not in apart_from
+    }
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.parts:

@@ -48,7 +48,7 @@ def test_steps_are_those_of_bf16(tmp_path, family):
     assert_same_weights(ours, half)
     assert_same_weights(both, half)
     start = {name: p.detach() for name, p in adapted(family).named_parameters() if p.requires_grad}
-    assert 1e-4 < distance(ours, full, start) < 0.1
+    assert 1e-3 < distance(ours, full, start) < 0.2
 
 
 def test_what_is_in_bfloat16_meanwhile(tmp_path):
@@ -125,7 +125,7 @@ def test_with_others(tmp_path, others, monkeypatch):
     alone = trained(DarelTrainer, tmp_path / "alone", adapted("llama"), BF16)
     start = {name: p.detach() for name, p in adapted("llama").named_parameters() if p.requires_grad}
     both = trained(DarelTrainer, tmp_path / "both", adapted("llama"), {**BF16, **others})
-    assert distance(both, alone, start) < 0.1
+    assert distance(both, alone, start) < 0.2
 
 
 def reader():
@@ -153,7 +153,7 @@ def test_stored_prompts_follow_the_precision(tmp_path, monkeypatch):
     assert_same_weights(run(BF16), ours)
     assert recorded.count(torch.bfloat16) <= first - 5  # what was there, was read
     start = {name: p.detach() for name, p in reader().named_parameters() if p.requires_grad}
-    assert 1e-4 < distance(ours, full, start) < 0.1
+    assert 1e-3 < distance(ours, full, start) < 0.2
 
 
 def test_what_is_kept_is_what_bf16_would_keep(tmp_path):
