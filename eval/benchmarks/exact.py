@@ -188,12 +188,8 @@ def main() -> None:
         options.threads, options.ways = 1, "plain,whole"
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
-    apart_from = ("ways", "parts", "lengths", "same")
-    settings = {
-        k: v
-        for k, v in {**runs.task.settings, "lora_r": 8, "targets": ",".join(TARGETS)}.items()
-        if k not in apart_from
-    }
+    settings = {**runs.task.settings, "lora_r": None if options.full else 8, "targets": ",".join(TARGETS)}
+    settings = {key: value for key, value in settings.items() if key not in ("ways", "parts", "lengths", "same")}
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.parts:
