@@ -232,7 +232,7 @@ def attend(
     if rows is None or rows.stored != before:
         rows = _FOUND[mask] = Rows.find(mask[0, 0], before + query.shape[2], before)
     if on_cpu(query):
-        if not {states.dtype for states in (query, *keys)} & NARROW:
+        if not {states.dtype for states in (query, *keys, *(stored or ()))} & NARROW:
             return rows.one_by_one(call, query, keys, stored, window)
         with torch.autocast(query.device.type, enabled=False):
             wide = [None if pair is None else tuple(states.float() for states in pair) for pair in (keys, stored)]
