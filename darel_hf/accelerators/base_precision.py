@@ -21,9 +21,10 @@ LOSS_ROUNDING, GRADIENT_ROUNDING = 2e-2, 0.5
 
 
 def frozen_matrices(model: nn.Module) -> list[nn.Module]:
-    """Return the linear layers of a model whose weights are plain parameters that nobody trains."""
-    layers = (module for module in model.modules() if type(module) in (nn.Linear, Conv1D))
-    return [layer for layer in layers if type(layer.weight) is nn.Parameter and not layer.weight.requires_grad]
+    """Return the linear layers of a model whose weights are plain parameters that nobody trains, and are at hand."""
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    layers = [layer for layer in layers if type(layer.weight) is nn.Parameter and not layer.weight.requires_grad]
+    return [layer for layer in layers if layer.weight.device.type != "meta"]  # else they are offloaded
 
 
 @register_accelerator
@@ -89,11 +90,17 @@ class BasePrecision(Accelerator):
 
     def attach(self) -> None:
         """Give frozen layers rounded weights, and let the model compute under autocast."""
-        model, inner = self.trainer.model, base_model(self.trainer.model)
-        if self._model is model:
-            return
-        self.detach()
-        self._model, rounded = model, {}
+        if self._model is not self.trainer.model:  # Trainer may have made it anew
+            self.detach()
+            try:
+                self._round(self.trainer.model)
+            except BaseException:  # memory that is short, say: not half of it
+                self.detach()
+                raise
+
+    def _round(self, model: nn.Module) -> None:
+        inner, rounded = base_model(model), {}
+        self._model = model
         for layer in frozen_matrices(model):
             weight = layer.weight
             if weight.dtype == torch.float32:

@@ -99,6 +99,24 @@ def test_the_base_comes_back_after_an_error(tmp_path):
     assert trainer.computing is None and not any(m._forward_pre_hooks for m in trainer.model.modules())
 
 
+def test_the_base_comes_back_where_memory_ends_halfway(tmp_path, monkeypatch):
+    trainer, made = trainer_for(tmp_path), []
+    before = {name: (p, p.detach().clone()) for name, p in trainer.model.named_parameters()}
+
+    def short(layer, hook):
+        made.append(layer)
+        if len(made) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return register(layer, hook)
+
+    register = nn.Module.register_state_dict_post_hook
+    monkeypatch.setattr(nn.Module, "register_state_dict_post_hook", short)
+    with pytest.raises(ValueError, match="trying it out takes more memory than there is"):
+        trainer.train()
+    for name, found in trainer.model.named_parameters():
+        assert found is before[name][0] and torch.equal(found, before[name][1])
+
+
 def test_whole_models_are_saved_as_they_were(tmp_path):
     """Without PEFT, with some weights frozen by hand: checkpoints have these in float32, unchanged."""
 
