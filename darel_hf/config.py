@@ -85,6 +85,13 @@ ACCELERATOR_FACTS = {
     facts.name: facts
     for facts in (
         AcceleratorFacts(
+            "base_precision",  # first: the others compute with what it leaves
+            setting="base_precision",
+            exactness="approximate",
+            phrase="with frozen weights in bfloat16",
+            mildest_first=("bf16",),
+        ),
+        AcceleratorFacts(
             "unpad",
             setting="unpad",
             exactness="exact",
@@ -161,6 +168,7 @@ ACCELERATOR_FACTS = {
 #: What may be typed where a setting is one of a few words; of the backwards, the second takes one forward pass.
 BACKWARDS = ("subset", "sliced")
 CHOICES = {
+    "base_precision": (None, "bf16"),
     "budget_method": ("measured", "paper"),
     "budget_spend": ("time", "quality"),
     "online_backward": BACKWARDS,
@@ -264,6 +272,10 @@ class DarelConfig:
             Beside `unpad` or `share_prompts`: compute what follows attention in the last block only at positions that
             predict a label: the same losses and gradients (but for rounding and dropout) in less time. Left out where
             it cannot be had or does not pay. See [`darel_hf.accelerators.LastBlock`].
+        base_precision (`str`, *optional*):
+            `"bf16"`: keep the frozen weights of linear layers in bfloat16 while training lasts, and compute under
+            autocast; what is trained stays in float32. What `bf16=True` computes, without rounding these weights in
+            every step. Approximate, so `fast` never takes it. See [`darel_hf.accelerators.BasePrecision`].
         finish_epochs (`float`, defaults to 0.0):
             The last epochs, in which the adapters of a reader act everywhere: what is saved then is stock LoRA.
         id_column (`str`, *optional*):
@@ -310,6 +322,9 @@ class DarelConfig:
     finish_epochs: float = field(default=0.0, metadata={"help": "last epochs in which a reader acts everywhere"})
     prompt_cache: str | None = field(
         default=None, metadata={"help": "'ram', 'disk', 'recompute' or 'auto': compute completions only (a reader's)"}
+    )
+    base_precision: str | None = field(
+        default=None, metadata={"help": "'bf16': frozen weights in bfloat16 while training; approximate"}
     )
     share_prompts: int = field(
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}

@@ -16,6 +16,7 @@ from .base import (
     make_allowed,
     register_accelerator,
 )
+from .base_precision import BasePrecision
 from .fast_lora import FastLinear, FastLora
 from .last_block import LastBlock
 from .prompt_cache import PromptCache

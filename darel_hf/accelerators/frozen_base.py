@@ -133,6 +133,7 @@ class FrozenBase:
         layers (`list[Layer]`): attention modules in the order in which they run.
         dtype (`torch.dtype`), row_bytes (`int`): of what is kept, and of one position of it.
         layout (`str`): a checksum of what each part of a position is.
+        precision (`torch.dtype`, *optional*): that of autocast when all this was found out, see [`autocast_dtype`].
         step (`Any`): what the attention function reads in the step in progress; `None`: nothing is to be read.
     """
 
@@ -140,6 +141,7 @@ class FrozenBase:
 
     def __init__(self, model: nn.Module, tokens: Sequence[int], adapted: bool = True):
         self.model, self.adapted, self.layers, self.step = model, adapted, [], None
+        self.precision = autocast_dtype(next(model.parameters()).device)
         self._doing: str | None = None  # "record" or "replay"; None: the model runs for somebody else
         self._read: list[torch.Tensor] = []  # what attention modules read, [N, D] each, while recording
         self._positions = 0  # of the call that is replayed
@@ -341,6 +343,11 @@ class FrozenBase:
             for linear in layer.linears:
                 linear.forget()
         raise RuntimeError(f"{type(layer.module).__name__} has called no attention function")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what matrix products are computed in just now, whatever the types of weights; `None`: by these."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def linears_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -23,7 +23,7 @@ from ..data import count_prompts, is_stream, prompt_of, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
-from .frozen_base import FrozenBase
+from .frozen_base import FrozenBase, autocast_dtype
 from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
 from .row_attention import rows_of_places
@@ -63,6 +63,7 @@ class PromptCache(unpad.PaddingFree):
         self.store: Recompute | None = None
         self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
         self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
+        self.precision: torch.dtype | None = None  # in which what is stored was computed
 
     @property
     def reading(self) -> bool:
@@ -141,7 +142,7 @@ class PromptCache(unpad.PaddingFree):
         else:
             masked = labels.masked_fill(~rest, IGNORE)
             row = unpad.flatten({**parts, "attention_mask": rest.long(), "labels": masked})
-        with self.trainer.accelerator.autocast():
+        with self.trainer.autocast():
             self._find_base(ids, used, prompts)
             row["attention_mask"] = self._prepare(prompts, rest)
         # Nothing in the row is prompt, and all of it is adapted.
@@ -163,9 +164,11 @@ class PromptCache(unpad.PaddingFree):
 
     def _find_base(self, ids: torch.Tensor, used: torch.Tensor, prompts: list[tuple[int, ...]]) -> None:
         """Explore the base with a first batch, and make where its prompts are kept."""
-        model = base_model(self.trainer.model)
-        if self.base is None or self.base.model is not model:  # Trainer may have made the model anew
-            self.close()
+        model, precision = base_model(self.trainer.model), autocast_dtype(ids.device)
+        if self.base is None or self.base.model is not model or self.base.precision != precision:
+            self.close()  # Trainer may have made the model anew, or it computes in another precision from now on
+            if self.precision != precision:
+                self.store, self.precision = None, precision
             self.base = FrozenBase(model, max(_rows(ids, used), key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store(prompts)
 
@@ -227,7 +230,9 @@ class PromptCache(unpad.PaddingFree):
             way = self._choose(few, folder, len(prefix))
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
-            form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{str(self.base.dtype).removeprefix('torch.')}"
+            form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{_name(self.base.dtype)}"
+            if self.precision is not None:  # keys can be kept in float32 though they were computed in less
+                form += f"-{_name(self.precision)}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
             return OnDisk(folder, key, trainer.args.process_index, prefix)
         return InMemory(prefix) if way == "ram" else Recompute()
@@ -324,6 +329,10 @@ class PromptCache(unpad.PaddingFree):
         super().detach()
         self.finish.detach()
         self.close()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _rows(ids: torch.Tensor, taken: torch.Tensor) -> list[list[int]]:

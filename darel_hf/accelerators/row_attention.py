@@ -13,6 +13,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 #: Keys and values, `[1, heads, N, d]` each.
 Pair = tuple[torch.Tensor, torch.Tensor]
+#: Types in which CPUs attend to one sample after the other in several times as long as in float32: for every new
+#: length a kernel is made first. So they don't.
+NARROW = {torch.bfloat16, torch.float16}
 #: `(query, key, value, mask, is_causal) -> [B, T, heads, d]`, where mask is `None` or `[B or 1, 1, T, L]`.
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
 
@@ -229,5 +232,9 @@ def attend(
     if rows is None or rows.stored != before:
         rows = _FOUND[mask] = Rows.find(mask[0, 0], before + query.shape[2], before)
     if on_cpu(query):
-        return rows.one_by_one(call, query, keys, stored, window)
+        if not {states.dtype for states in (query, *keys, *(stored or ()))} & NARROW:
+            return rows.one_by_one(call, query, keys, stored, window)
+        with torch.autocast(query.device.type, enabled=False):
+            wide = [None if pair is None else tuple(states.float() for states in pair) for pair in (keys, stored)]
+            return rows.one_by_one(call, query.float(), *wide, window).to(keys[1].dtype)
     return rows.at_once(call, query, keys, stored, window, mask[0, 0])

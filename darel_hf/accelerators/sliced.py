@@ -548,7 +548,7 @@ class SlicedTraining(Choosing):
 
     def score(self, inputs: Mapping[str, Any]) -> tuple[SampleLosses, torch.Tensor]:
         """Compute the losses of all candidates, and what ranks them, in the precision that the trainer trains in."""
-        with self.trainer.accelerator.autocast():
+        with self.trainer.autocast():
             samples = self.step(inputs)
         return samples, self.step.ranking
 

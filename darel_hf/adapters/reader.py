@@ -234,8 +234,10 @@ class ReaderModel(LoraModel):
     def _end(self, model: nn.Module, *called: Any) -> None:
         if not self._recording:
             self._inside = False
-            # What is checkpointed is computed again in the backward pass, by some transformers with these hooks.
-            if not (model.training and torch.is_grad_enabled() and _checkpoints(model)):
+            # What is checkpointed is computed again in the backward pass, by some transformers with these hooks. To
+            # ask a model whether anything is takes as long as a layer of a small one.
+            again = self._prompt is not None and model.training and torch.is_grad_enabled() and _checkpoints(model)
+            if not again:
                 self._prompt, self._states = None, {}
 
     def _blank(self, model: nn.Module, args: tuple, output: Any) -> Any:

@@ -71,7 +71,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
-    with trainer.accelerator.autocast():
+    with trainer.autocast():
         return trainer.compute_loss(trainer.model, dict(batch))
 
 

@@ -457,7 +457,7 @@ def scorer_for(trainer: Any, model: nn.Module | None = None, stage: str | None =
     return BatchScorer(
         model,
         trainer.per_sample_loss,
-        autocast=trainer.accelerator.autocast,
+        autocast=trainer.autocast,
         examples=trainer.examples,
         **wanted,
         **known,

@@ -54,12 +54,12 @@ class Trial:
 
     def __init__(self, trainer: Any, wanted: Callable[[], torch.Tensor]):
         self.trainer, self.model = trainer, trainer.model
-        self.loss_rounding, self.gradient_rounding = ROUNDING[precision(trainer.model, trainer.accelerator.autocast)]
+        self.loss_rounding, self.gradient_rounding = ROUNDING[precision(trainer.model, trainer.autocast)]
         self.loss, self.gradients = self._step(wanted)
 
     def _step(self, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         model = self.model
-        with untouched(model), preserve_rng_state(), moved(model), self.trainer.accelerator.autocast():
+        with untouched(model), preserve_rng_state(), moved(model), self.trainer.autocast():
             model.eval()
             model.zero_grad(set_to_none=True)
             loss = call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -241,6 +242,13 @@ class DarelMixin:
     _reading: Reading | None = None
     _looked_at: nn.Module | None = None  # the model of which is known
     _reads: bool = False  # whether it is a reader
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the context in which the model computes: Trainer's own, or what an accelerator has put there."""
+        return (self.computing or self.accelerator.autocast)()
+
+    #: What an accelerator that is attached makes the model compute in; `None`: the precision of the arguments.
+    computing: Callable[[], contextlib.AbstractContextManager] | None = None
 
     def losses_of_outputs(self, outputs: Any) -> torch.Tensor | None:
         """Return the losses of samples (float `[B]`) that a model's outputs hold already; `None`: they hold none."""

@@ -34,6 +34,7 @@ from common import RESULTS, Task, parser, seconds_of, store
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -103,11 +104,17 @@ class Runs:
             heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256)}
             base = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **shape, **heads))
         elif self.options.layers:
-            shape = {"n_layer": self.options.layers, "n_embd": self.options.width, "n_head": self.options.width // 64}
+            width = self.options.width
+            shape = {"n_layer": self.options.layers, "n_embd": width, "n_head": max(width // 64, 4)}
             base = GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
         else:
             base = AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
-        return get_peft_model(base, config)
+        return base if getattr(self.options, "full", False) else get_peft_model(base, config)
+
+    @property
+    def layers(self) -> int:
+        """How many the model has that is given."""
+        return AutoConfig.from_pretrained(self.task.args.model_name_or_path).num_hidden_layers
 
     def trainer(self, way: str) -> Trainer:
         """Return a fresh trainer of a way."""
@@ -133,7 +140,10 @@ class Runs:
             data = datasets.Dataset.from_dict(columns)
             return SFTTrainer(self.model(way), args=args, train_dataset=data, processing_class=self.tokenizer)
         name, *besides = way.split("+")
-        more = dict(parse_setting(one if "=" in one else f"{one}=true", "ways") for one in besides)
+        more = dict(
+            parse_setting(one if "=" in one else f"{one}={'bf16' if one == 'base_precision' else 'true'}", "ways")
+            for one in besides
+        )
         settings |= {key: value for key, value in more.items() if key not in DAREL}
         more = {key: value for key, value in more.items() if key in DAREL}
         cls: Any = Trainer if name in ("plain", "slow") and not more else DarelTrainer
@@ -237,31 +247,34 @@ def main() -> None:
             row |= {f"{key}_of_plain": costs[name][key] / costs["plain"][key] for key in ("flops", "saved_bytes")}
             row["stored_bytes"] = costs[name]["stored_bytes"]
         store("prompts", settings, row)
-    summarize()
+    shares = {"FLOPs": "flops_of_plain", "saved for backward": "saved_bytes_of_plain"}
+    (RESULTS / "prompts.md").write_text(tables_of("prompts", shares, stored=True), encoding="utf-8")
 
 
-def summarize() -> None:
-    """Write a table for all settings that there are rows of; the latest row of a way counts."""
+def tables_of(name: str, shares: dict[str, str], stored: bool = False) -> str:
+    """Return a table for all settings that there are rows of; `shares`: results by column; the latest row counts."""
     tables: dict[str, dict[str, Any]] = {}
-    for line in (RESULTS / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         gpu = {"gpu": row["hardware"]["gpu"]} if row["hardware"]["gpu"] else {}
         tables.setdefault(json.dumps({**row["settings"], **gpu}), {})[row["arm"]] = row
     parts = []
     for key, rows in tables.items():
-        lines = ["| way | time, median (span) | as fast | predicted | FLOPs | saved for backward | stored |"]
-        lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-        for name, row in rows.items():
+        columns = ["way", "time, median (span)", "as fast", "predicted", *shares, *(["stored"] if stored else [])]
+        lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+        for arm, row in rows.items():
             time = statistics.median(row["times"])
-            cells = [name, f"{time:.3f} ({min(row['times']):.3f} to {max(row['times']):.3f})", f"{1 / time:.2f}"]
+            cells = [arm, f"{time:.3f} ({min(row['times']):.3f} to {max(row['times']):.3f})", f"{1 / time:.2f}"]
             cells.append(f"{statistics.median(row['predicted']):.3f}" if row["predicted"] else "-")
-            for share in ("flops_of_plain", "saved_bytes_of_plain"):
-                cells.append(f"{row[share]:.2f}" if share in row else "-")
-            cells.append(f"{row['stored_bytes'] / 2**20:.1f} MiB" if row.get("stored_bytes") else "-")
+            cells += [f"{row[share]:.2f}" if share in row else "-" for share in shares.values()]
+            if stored:
+                cells.append(f"{row['stored_bytes'] / 2**20:.1f} MiB" if row.get("stored_bytes") else "-")
             lines.append(f"| {' | '.join(cells)} |")
-        said = ", ".join(f"{name} {value}" for name, value in json.loads(key).items() if value not in (None, False))
+        said = ", ".join(
+            f"{setting} {value}" for setting, value in json.loads(key).items() if value not in (None, False)
+        )
         parts.append("\n".join(lines) + f"\n\nSettings: {said}.\n")
-    (RESULTS / "prompts.md").write_text("\n".join(parts), encoding="utf-8")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

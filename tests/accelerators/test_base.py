@@ -40,7 +40,7 @@ def shorter():
 
         def __init__(self, trainer):
             super().__init__(trainer)
-            self.calls, self.attached = [], 0
+            self.calls, self.times_attached = [], 0
             self.made.append(self)
 
         def why_not(self, few_rows):
@@ -52,10 +52,10 @@ def shorter():
             return self.in_the_way
 
         def attach(self):
-            self.attached += 1
+            self.times_attached += 1
 
         def detach(self):
-            self.attached = 0
+            self.times_attached = 0
 
         def transform(self, inputs):
             self.calls.append(tuple(inputs["input_ids"].shape))
@@ -92,7 +92,7 @@ def test_a_new_one_trains_is_planned_and_reported(tmp_path, shorter, capsys):
         torch.testing.assert_close(weights(ours.model)[name], wanted, rtol=1e-4, atol=1e-6)
     assert len(widths) > ours.state.global_step and max(widths[-ours.state.global_step :]) < 32
     (accelerator,) = shorter.made
-    assert accelerator.calls[-1][1] == 32 and accelerator.attached == 0
+    assert accelerator.calls[-1][1] == 32 and accelerator.times_attached == 0
     assert "cut to their longest row (exact): a step takes" in capsys.readouterr().out
     factors = ours.report.plan.costs.factors
     assert list(factors) == ["shorter"] and factors["shorter"] > 0

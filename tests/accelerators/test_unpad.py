@@ -426,3 +426,25 @@ def test_a_model_that_mixes_samples_is_found_out(tmp_path):
     torch.manual_seed(0)
     assert "would change by" in refused(tmp_path, Leaky(tiny_gpt2().config))
     assert "sdpa" in ALL_ATTENTION_FUNCTIONS
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cpu_attends_to_samples_in_float32(autocast):
+    """Also in bfloat16: what it gives is what all digits of the products give, rounded once."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 9, 8).bfloat16().requires_grad_() for _ in range(3))
+    used = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]).bool()
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def call(q, k, v, mask, causal):
+        return sdpa(q, k, v, mask, is_causal=causal).transpose(1, 2)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = row_attention.attend(call, query, (key, value), row_attention.places_of(used), None)
+    parts = [
+        [states.detach().float()[:, :, part] for states in (query, key, value)] for part in (slice(4), slice(4, 9))
+    ]
+    wanted = torch.cat([sdpa(*part, is_causal=True).transpose(1, 2) for part in parts], dim=1)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wanted.bfloat16())
+    found.float().sum().backward()
+    assert all(states.grad.dtype == torch.bfloat16 for states in (query, key, value))
