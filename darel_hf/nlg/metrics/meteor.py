@@ -173,7 +173,7 @@ def find_wordnet(folder: str | os.PathLike | None = None) -> str | None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # nltk's downloader has no time-out of its own
     try:
-        nltk.download("wordnet", quiet=True)
+        nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
     except OSError:
         pass
     finally:
