@@ -64,7 +64,7 @@ def row_of(way: Way) -> dict[str, Any]:
 
 def table() -> str:
     """Return README's table, in Markdown."""
-    lines = ["| what changes | on | time of the whole run (of the rounds) | gradients |", "| --- | --- | --- | --- |"]
+    lines = ["| what changes | on | time of the whole run (rounds) | gradients |", "| --- | --- | --- | --- |"]
     lines.append("| nothing: plain Trainer | | 1 | |")
     for way in WAYS:
         times = row_of(way)["times"]
@@ -78,7 +78,7 @@ def draw(path: Path) -> None:
     from darel_hf.report import DROPPED, KEPT, chart
 
     names = ["plain Trainer", *(f"{way.change.replace('`', '')} ({way.on})" for way in WAYS)]
-    with chart(path, (8, 2.4), xlabel="time of the whole run, plain Trainer's = 1; dots: rounds") as axes:
+    with chart(path, (8, 2.4), xlabel="time of the whole run, plain Trainer's = 1; dots: single rounds") as axes:
         axes.barh(0, 1, color="#9a9a9a")
         for place, way in enumerate(WAYS, 1):
             times = row_of(way)["times"]
