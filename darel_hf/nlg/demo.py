@@ -229,8 +229,8 @@ def warm_up(folder: Path, settings: DemoSettings, texts: list[str]) -> float:
     pairs = make_pairs(MARKETS, settings.warm_up_representations, (3, 4), generator, TASK)
     bpe = ByteLevelBPETokenizer()
     lines = [f"{prompt_of(str(pair['mr']))} {pair['ref']}" for pair in pairs]
-    bpe.train_from_iterator([*lines, *texts], vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"])
     end = "<|endoftext|>"
+    bpe.train_from_iterator([*lines, *texts], vocab_size=VOCABULARY, special_tokens=[end], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=end, eos_token=end, pad_token=end)
     set_seed(settings.seed)
     width = settings.width
