@@ -48,11 +48,13 @@ def demo(
     with clear_errors():
         from .nlg.demo import NOTE, run_demo, table
 
-        out.print(f"A small GPT-2 is warmed up, then fine-tuned with LoRA six ways; all goes to {output_dir}/.")
+        out.print(
+            f"A small GPT-2 is warmed up, then fine-tuned with LoRA six ways; see {output_dir}/.", soft_wrap=True
+        )
         results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", soft_wrap=True))
         Console(width=max(out.width, 100), highlight=False).print(table(results))
-        out.print(NOTE)
-        out.print(f"Chart: {output_dir}/quality_time.png; plan and account of each: {output_dir}/*/darel/report.html")
+        out.print(NOTE, soft_wrap=True)
+        out.print(f"Chart: {output_dir}/quality_time.png; plans: {output_dir}/*/darel/report.html", soft_wrap=True)
 
 
 @app.command()
