@@ -78,7 +78,7 @@ ARMS = {
     "fast=True": Arm("plain's gradients in less time", {"fast": True}),
     READER: Arm("prompts stay frozen, computed once", {"fast": True}, "reader"),
     "reader, finished": Arm("its last epoch everywhere: stock LoRA", {"fast": True, "finish_epochs": 1}, "reader"),
-    "reader, budget": Arm("told to take 0.2 of plain's time", {"fast": True, "budget_time": 0.2}, "reader"),
+    "reader, budget": Arm("told to take 0.25 of plain's time", {"fast": True, "budget_time": 0.25}, "reader"),
 }
 
 
