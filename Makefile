@@ -39,7 +39,7 @@ ON_TEXTS := $(QUICK) $(if $(TEXTS),--data_dir $(TEXTS)) $(if $(MODEL),--model_na
 bench: $(STAMP)  ## run the benchmarks (hours); QUICK=--quick: minutes, no claim rests on it
 	for name in overhead savings planner scores quality; do \
 		$(BIN)/python eval/benchmarks/$$name.py $(ON_TEXTS) || exit 1; done
-	for name in steps scale metrics faults; do $(BIN)/python eval/benchmarks/$$name.py $(QUICK) || exit 1; done
+	for name in steps scale metrics faults hypercomplex; do $(BIN)/python eval/benchmarks/$$name.py $(QUICK) || exit 1; done
 	$(if $(QUICK)$(IMAGES),$(BIN)/python eval/benchmarks/vision.py $(QUICK) $(if $(IMAGES),--data_dir $(IMAGES)))
 
 clean:  ## remove build products (the environment stays)

@@ -284,10 +284,12 @@ class Comparison:
     def __str__(self) -> str:
         heads, lines = self._cells()
         widths = [max(len(line[i]) for line in [heads, *lines]) for i in range(len(heads))]
+        widths[0] = max(8, min(widths[0], WIDTH - sum(width + 2 for width in widths[1:])))  # names are folded
         text = [*textwrap.wrap(self._head, WIDTH), ""]
         for line in [heads, *lines]:
-            cells = [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
-            text.append("  ".join(cells).rstrip())
+            name, *folded = textwrap.wrap(line[0], widths[0]) or [""]
+            cells = [name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            text += ["  ".join(cells).rstrip(), *folded]
         text.append("")
         for note in self.notes:
             text += textwrap.wrap(note, WIDTH, initial_indent="- ", subsequent_indent="  ")

@@ -137,10 +137,10 @@ def _print(result: dict[str, Any], out: Any) -> None:
     out.print(score_table(result))
     for name, system in result["systems"].items():
         texts = system["texts"]
-        line = (
-            f"{name}: {texts['words']:.1f} words a text (references {texts['reference_words']:.1f}), distinct words "
-            f"{texts['distinct_1']:.4f}, pairs {texts['distinct_2']:.4f}, texts {texts['distinct_texts']:.4f}"
-        )
+        shares = {"words": "distinct_1", "pairs": "distinct_2", "texts": "distinct_texts"}
+        distinct = ", ".join(f"{texts[key]:.1%} of {what}" for what, key in shares.items())
+        lengths = f"{texts['words']:.1f} words a text (references {texts['reference_words']:.1f})"
+        line = f"{name}: {lengths}, distinct: {distinct}"
         line += f", {texts['empty']:.0f} empty" if texts["empty"] else ""
         out.print(line, highlight=False, markup=False)
     for module, systems in result.get("extra", {}).items():

@@ -69,6 +69,7 @@ class _Hypercomplex(nn.Module):
             for k in range(self.n)
         ]
         self.terms, self.dense = terms, all(len(terms_of) == self.n for terms_of in terms)
+        self.splits = algebra == "double"  # into two algebras of real numbers, see `_split`
         self.reset_parameters()
 
     def reset_parameters(self, gain: float = math.sqrt(2)) -> None:
@@ -81,7 +82,20 @@ class _Hypercomplex(nn.Module):
         """Return the real weight of output component k: `[outputs / n, inputs / n * terms, ...]`."""
         return torch.cat([self.weight[i] if sign > 0 else -self.weight[i] for _, i, sign in self.terms[k]], dim=1)
 
+    def _split(self, x: torch.Tensor, apply: Any) -> torch.Tensor:
+        """
+        Multiply double numbers by their coordinates along (1 + e) / 2 and (1 - e) / 2, whose products do not mix.
+
+        (a + b e)(c + d e) has the coordinates (a + b)(c + d) and (a - b)(c - d): two block products in place of four.
+        """
+        (a, b), (first, second) = self.weight * 0.5, x.chunk(2, dim=1)
+        plus, minus = apply(first + second, a + b, None), apply(first - second, a - b, None)
+        y = torch.cat([plus + minus, plus - minus], dim=1)
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * (y.dim() - 2))
+
     def _apply_blocks(self, x: torch.Tensor, apply: Any) -> torch.Tensor:
+        if self.splits:
+            return self._split(x, apply)
         if self.dense:
             return apply(x, torch.cat([self.block(k) for k in range(self.n)]), self.bias)
         size, biases = x.shape[1] // self.n, [None] * self.n if self.bias is None else self.bias.chunk(self.n)
@@ -149,6 +163,52 @@ class HyperLinear(_Hypercomplex):
         return self._apply_blocks(x, F.linear)
 
 
+class _NormalizeTogether(torch.autograd.Function):
+    """
+    Scale `x` by `weight / sqrt(var + eps)`, less its means; var is the mean of the variances of its components.
+
+    What torch does to real channels in one kernel takes a dozen passes over `x` by its single operations. The kernel
+    gives the statistics here, too, and two passes do the rest: as it is linear in x for given statistics, its gradient
+    is a combination of x and the gradient of the output, with factors of a channel.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, n: int, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, mean, inverse = torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps)
+        parts = inverse.square().reciprocal() - eps
+        var = parts.view(n, -1).mean(0)
+        scale = weight * torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, weight, mean, inverse, parts, var)
+        ctx.n, ctx.eps = n, eps
+        ctx.mark_non_differentiable(mean, var)
+        scales = scale.repeat(n)
+        return torch.addcmul(_of_channels(bias - mean * scales), x, _of_channels(scales)), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        x, weight, mean, inverse, parts, var = ctx.saved_tensors
+        sums = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, None, mean, parts, mean, inverse, False, ctx.eps, [False, True, True]
+        )
+        products, total = sums[1] / inverse, sums[2]  # sums over samples and pixels: of g (x - mean), and of g
+        product = products.view(ctx.n, -1).sum(0)
+        root, count = torch.rsqrt(var + ctx.eps), x.numel() / x.shape[1]
+        of_gradient = (weight * root).repeat(ctx.n)
+        of_x = (weight * root**3 * product).repeat(ctx.n) / (-ctx.n * count)
+        constant = -of_gradient * total / count - of_x * mean
+        to_x = torch.addcmul(_of_channels(constant), x, _of_channels(of_x)).addcmul_(
+            gradient, _of_channels(of_gradient)
+        )
+        return to_x, root * product, total, None, None
+
+
+def _of_channels(factors: torch.Tensor) -> torch.Tensor:
+    return factors.view(1, -1, 1, 1)
+
+
 class HyperBatchNorm2d(nn.Module):
     """
     Normalize each hypercomplex channel: every component to mean 0, all components together to variance 1.
@@ -175,18 +235,18 @@ class HyperBatchNorm2d(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `[B, num_features, H, W]` to the same shape."""
-        mean, var = self.running_mean, self.running_var
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training:
             # `batch_norm` of the whole layer would give statistics a component; what is shared is their mean variance.
-            var_parts, mean = torch.var_mean(x.float(), dim=(0, 2, 3), correction=0)
-            var = var_parts.view(self.n, -1).mean(0)
+            y, mean, var = _NormalizeTogether.apply(wide, self.weight, self.bias, self.n, self.eps)
             count = x.numel() / x.shape[1]
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * (count / max(count - 1, 1)), self.momentum)
-        scale = (self.weight * torch.rsqrt(var + self.eps)).repeat(self.n)
-        shift = self.bias - mean * scale
-        return torch.addcmul(shift.view(1, -1, 1, 1), x.float(), scale.view(1, -1, 1, 1)).to(x.dtype)
+            return y.to(x.dtype)
+        scale = (self.weight * torch.rsqrt(self.running_var + self.eps)).repeat(self.n)
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(_of_channels(shift), wide, _of_channels(scale)).to(x.dtype)
 
 
 def to_hypercomplex(network: nn.Module, algebra: str = "dual", image_size: int = 32) -> nn.Module:
@@ -198,7 +258,8 @@ def to_hypercomplex(network: nn.Module, algebra: str = "dual", image_size: int =
     linear layer, which gives the logits, stay real; activations and pooling work on components.
 
     The DAREL poster trains a hypercomplex ResNet18 and does not say over which algebra. Dual numbers are the default:
-    half of the weights, and with e_1 e_1 = 0 three block products where the other two-dimensional ones have four.
+    half of the weights, and with e_1 e_1 = 0 three block products where complex numbers have four. (Double
+    numbers take two: their algebra is that of pairs of real numbers, in other coordinates.)
 
     Args:
         network (`nn.Module`): a torchvision ResNet, or another network of convolutions without groups.

@@ -1,42 +1,43 @@
 """
-What the scores cost, against sacrebleu and nltk as they come, one after the other, in one process.
+What the scores cost, in time and memory, against sacrebleu and nltk as they come, one after the other.
 
     python eval/benchmarks/metrics.py --predictions predictions.txt --references testset_w_refs.csv
+    python eval/benchmarks/metrics.py --large 100000 --references trainset.csv    # so many instances, drawn from these
     python eval/benchmarks/metrics.py --long 1000      # TER alone, pairs of 100 words
-    python eval/benchmarks/metrics.py --large 100000 --references trainset.csv    # time and memory of many instances
 
-NIST, ROUGE-L and CIDEr, which neither library has as the challenge has them, are ours on both sides. Without files:
-the test set of the generated corpus, each prediction the first reference with some of its words replaced. A row goes
-to results/metrics.jsonl: seconds of both (medians of interleaved runs), their ratio, whether all numbers are equal,
-and what 1,000 bootstrap resamples cost beside scoring once. The libraries take too long for the other two: they get a
-part (`plain_instances`), their seconds are scaled, and equality is that of the part's TER.
+NIST, ROUGE-L and CIDEr, which neither library has as the challenge has them, are ours on both sides. Without
+predictions each is the first reference with a fifth of its words drawn from all; without references, those of the
+generated corpus. Every run is a process of its own, whose clock starts when modules are imported and texts are read:
+the start of workers is in it. A row goes to results/metrics.jsonl: seconds and CPU seconds, workers counted (medians
+of interleaved runs), the largest memory of the process and of a worker, whether all numbers are equal, and the CPU
+seconds of 1,000 resamples in addition. For `--long` the libraries get a part (`plain_instances`), and their seconds
+are scaled.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from common import add_quick, store
 from joblib.externals.loky import get_reusable_executor
 from nltk.translate.meteor_score import meteor_score
 from sacrebleu.metrics import BLEU, CHRF, TER
-from sacrebleu.metrics.lib_ter import translation_edit_rate
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from darel_hf.nlg.corpus import make_corpus
-from darel_hf.nlg.metrics import NIST, CIDEr, NLGMetrics, RougeL, open_wordnet
-from darel_hf.nlg.texts import match, read_predictions, read_references
+from darel_hf.nlg.metrics import NIST, CIDEr, NLGMetrics, RougeL, find_wordnet, open_wordnet
 
-RESAMPLES = 1000  # measured on ten times as many: their cost is lost in the noise of scoring otherwise
+RESAMPLES = 1000
+ONLY = ["bleu", "ter", "meteor", "nist", "rouge_l", "cider", "chrf", "chrf++"]
 
 
 def plainly(predictions: list[str], references: list[list[str]], wordnet: Any) -> dict[str, float]:
@@ -64,160 +65,160 @@ def corrupted(references: list[list[str]]) -> list[str]:
     ]
 
 
-def timed(call: Callable[[], dict[str, Any]]) -> tuple[float, dict[str, Any]]:
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
+# ---- One run, in a process of its own, which imports nothing that scoring does not ----
 
 
-def cpu_seconds() -> float:
-    """Return what this process and its workers, which are ended for that, have used: load of others is not in it."""
-    get_reusable_executor().shutdown(wait=True)
-    uses = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(use.ru_utime + use.ru_stime for use in uses)
-
-
-def large(options: argparse.Namespace) -> None:
-    """Score `options.large` instances of one reference each, and compare 1,000 resamples and memory."""
-    texts = [text for instance in read_references(options.references) for text in instance.texts]
-    draw = random.Random(0)
-    references = [[draw.choice(texts)] for _ in range(options.large)]
-    predictions = corrupted(references)
-    only = ["bleu", "ter", "meteor", "nist", "rouge_l", "cider", "chrf", "chrf++"]
-    started = cpu_seconds()
-    ours, scores = timed(lambda: NLGMetrics(wordnet="none", only=only, progress=True)(predictions, references))
-    our_cpu = cpu_seconds() - started
-    with_intervals, _ = timed(
-        lambda: NLGMetrics(wordnet="none", bootstrap=RESAMPLES, only=only, progress=True)(predictions, references)
-    )
-    memory = {
-        "main_peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "largest_worker_peak_gb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20,
+def run(arm: str, texts: Path) -> None:
+    """Score, and print as JSON the scores and what they cost."""
+    given = json.loads(texts.read_text(encoding="utf-8"))
+    predictions, references, only, wordnet = (given[key] for key in ("predictions", "references", "only", "wordnet"))
+    reader = SimpleNamespace(synsets=lambda word: []) if wordnet == "none" else open_wordnet(wordnet)
+    reader.synsets("inn")  # opened before the clock starts, on both sides
+    before = cost()
+    if arm == "plain" and only == ["ter"]:
+        scores = {"ter": TER().corpus_score(predictions, [[group[0] for group in references]]).score}
+    elif arm == "plain":
+        scores = plainly(predictions, references, reader)
+    else:
+        bootstrap = RESAMPLES if arm == "resampled" else 0
+        scores = NLGMetrics(wordnet=wordnet, only=only, bootstrap=bootstrap)(predictions, references)
+    seconds = time.perf_counter() - before["started"]
+    get_reusable_executor().shutdown(wait=True)  # what workers have used is known when they have ended
+    after = cost()
+    found = {
+        "scores": {name: scores[name] for name in only},
+        "seconds": seconds,
+        "cpu_seconds": after["cpu_seconds"] - before["cpu_seconds"],
+        "start_gb": before["peak_gb"],
+        "peak_gb": after["peak_gb"],
+        "worker_peak_gb": after["worker_peak_gb"],
     }
-    part = options.plain
-    started = cpu_seconds()
-    plain, expected = timed(
-        lambda: plainly(predictions[:part], references[:part], SimpleNamespace(synsets=lambda word: []))
-    )
-    plain_cpu = (cpu_seconds() - started) * options.large / part
-    check = NLGMetrics(wordnet="none", only=["ter", "bleu"])(predictions[:part], references[:part])
-    store(
-        "metrics",
-        {
-            "instances": options.large,
-            "references": options.large,
-            "predictions": "corrupted references, drawn with replacement",
-            "bootstrap": RESAMPLES,
-            "wordnet": "none",
-            "plain_instances": part,
-        },
-        {
-            "scores": {name: scores[name] for name in only},
-            "equal_to_the_last_digit": {name: check[name] == expected[name] for name in ("ter", "bleu")},
-            "our_seconds": ours,
-            "our_cpu_seconds": our_cpu,
-            "with_intervals_seconds": with_intervals,
-            "plain_seconds": plain * options.large / part,
-            "plain_cpu_seconds": plain_cpu,
-            "cpu_ratio": plain_cpu / our_cpu,
-            **memory,
-        },
-    )
+    print(json.dumps(found))
 
 
-def long(options: argparse.Namespace) -> None:
-    """Compute the TER of `options.long` pairs of 100 words, half of them unrelated."""
+def cost() -> dict[str, float]:
+    """Return what this process, and workers that have ended, have used so far."""
+    own, workers = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    # A process's ru_maxrss begins with that of whoever started it.
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {
+        "started": time.perf_counter(),
+        "cpu_seconds": sum(use.ru_utime + use.ru_stime for use in (own, workers)),
+        "peak_gb": int(peak.split()[1]) / 2**20,
+        "worker_peak_gb": workers.ru_maxrss / 2**20,
+    }
+
+
+def run_apart(arm: str, texts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "texts.json"
+    path.write_text(json.dumps(texts), encoding="utf-8")
+    command = [sys.executable, __file__, "--run", arm, str(path)]
+    answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    shown = {name: round(value, 2) for name, value in answer.items() if name != "scores"}
+    print(arm, len(texts["predictions"]), shown, flush=True)
+    return answer
+
+
+# ---- All of them ----
+
+
+def drawn(options: argparse.Namespace) -> tuple[list[str], list[list[str]], dict[str, Any]]:
+    """Return predictions, references, and what a row says of them."""
+    from darel_hf.nlg.corpus import make_corpus
+    from darel_hf.nlg.texts import match, read_predictions, read_references
+
     draw = random.Random(0)
-    words = [f"w{i}" for i in range(200)]
-    references = [[" ".join(draw.choices(words, k=100))] for _ in range(options.long)]
-    predictions = corrupted(references)
-    predictions = [" ".join(draw.choices(words, k=100)) if i % 2 else text for i, text in enumerate(predictions)]
-    ours, scores = timed(lambda: NLGMetrics(only=["ter"])(predictions, references))
-    part = min(options.plain, 20)
-    pairs = list(zip(predictions, references, strict=True))[:part]
-    plain, expected = timed(lambda: [translation_edit_rate(a.split(), b[0].split())[0] for a, b in pairs])
-    check = NLGMetrics(only=["ter"])(predictions[:part], references[:part])["ter"]
-    store(
-        "metrics",
-        {
-            "instances": options.long,
-            "words": 100,
-            "predictions": "half corrupted, half unrelated",
-            "plain_instances": part,
-        },
-        {
-            "scores": {"ter": scores["ter"]},
-            "equal_to_the_last_digit": {"ter": check == 100 * (sum(expected) / (100.0 * part))},
-            "our_seconds": ours,
-            "plain_seconds": plain * options.long / part,
-            "ratio": plain * options.long / part / ours,
-        },
-    )
+    if options.long:
+        words = [f"w{i}" for i in range(200)]
+        references = [[" ".join(draw.choices(words, k=100))] for _ in range(options.long)]
+        predictions = corrupted(references)
+        predictions = [" ".join(draw.choices(words, k=100)) if i % 2 else text for i, text in enumerate(predictions)]
+        return predictions, references, {"words": 100, "predictions": "half corrupted, half unrelated"}
+    if options.references is None:
+        folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+        make_corpus(folder)
+        options.references = folder / "testset_w_refs.csv"
+    if options.predictions is not None:
+        predictions, references = match(read_predictions(options.predictions), read_references(options.references))
+        return predictions, references, {"predictions": "of a system"}
+    references = [instance.texts for instance in read_references(options.references)]
+    if options.large:
+        texts = [text for group in references for text in group]
+        references = [[draw.choice(texts)] for _ in range(options.large)]
+    return corrupted(references), references, {"predictions": "corrupted first references"}
 
 
 def main() -> None:
+    from common import add_quick, store
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--predictions")
     parser.add_argument("--references")
     parser.add_argument("--wordnet", help="folder; default: wherever it is found; none: exact and stems only")
-    parser.add_argument("--pairs", type=int, default=3, help="interleaved pairs of runs")
-    parser.add_argument("--large", type=int, help="score so many instances of one reference instead")
-    parser.add_argument("--long", type=int, help="compute TER of so many pairs of 100 words instead")
-    parser.add_argument("--plain", type=int, default=500, help="instances that the libraries get of these")
+    parser.add_argument("--pairs", type=int, default=3, help="interleaved rounds of runs")
+    parser.add_argument("--large", type=int, help="score so many instances of one reference, once")
+    parser.add_argument("--long", type=int, help="compute TER of so many pairs of 100 words, once")
+    parser.add_argument("--plain", type=int, help="instances that the libraries get; default: all, 20 of --long")
     add_quick(parser)
     options = parser.parse_args()
-    if options.long:
-        return long(options)
-    if options.large:
-        return large(options)
     if options.quick:
         options.pairs, options.wordnet = 1, options.wordnet or "none"
-    if options.references is None:
-        folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
-        make_corpus(folder)
-        references = [instance.texts for instance in read_references(folder / "testset_w_refs.csv")]
-        predictions = corrupted(references)
-    else:
-        predictions, references = match(read_predictions(options.predictions), read_references(options.references))
-    metrics = NLGMetrics(wordnet=options.wordnet)
-    if "meteor" not in metrics.metrics:
-        raise SystemExit(metrics.notes[0])
-    folder = metrics.metrics["meteor"].wordnet
-    wordnet = open_wordnet(folder) if folder else SimpleNamespace(synsets=lambda word: [])
-    resampled = NLGMetrics(wordnet=options.wordnet, bootstrap=10 * RESAMPLES)
-    rows = []
-    for number in range(options.pairs):
-        arms = {
-            "plain": lambda: plainly(predictions, references, wordnet),
-            "ours": lambda: metrics(predictions, references),
-            "bootstrap": lambda: resampled(predictions, references),
-        }
-        row, results = {}, {}
-        for name in sorted(arms, reverse=bool(number % 2)):
-            row[name], results[name] = timed(arms[name])
-        rows.append(row)
-        print({name: round(seconds, 2) for name, seconds in row.items()}, flush=True)
-    equal = {name: results["ours"][name] == results["plain"][name] for name in results["plain"]}
-    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    store(
-        "metrics",
-        {
-            "instances": len(references),
-            "references": sum(map(len, references)),
-            "predictions": "corrupted first references" if options.references is None else "of a system",
-            "pairs": options.pairs,
+    if options.large or options.long:
+        options.pairs, options.wordnet = 1, "none"
+    wordnet = "none" if options.wordnet == "none" else find_wordnet(options.wordnet)
+    if wordnet is None:
+        raise SystemExit("no WordNet was found: name its folder by --wordnet, or none")
+    predictions, references, settings = drawn(options)
+    part = min(len(predictions), options.plain or (20 if options.long else len(predictions)))
+    texts = {"only": ["ter"] if options.long else ONLY, "wordnet": wordnet}
+    whole = {"predictions": predictions, "references": references, **texts}
+    some = {"predictions": predictions[:part], "references": references[:part], **texts}
+    arms = {"ours": whole, "plain": some} | ({} if options.long else {"resampled": whole})
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    with tempfile.TemporaryDirectory(prefix="darel-bench-") as folder:
+        for number in range(options.pairs):
+            for arm in sorted(arms, reverse=bool(number % 2)):
+                found[arm].append(run_apart(arm, arms[arm], Path(folder)))
+        check = found["ours"][0] if part == len(predictions) else run_apart("ours", some, Path(folder))
+
+    def median(arm: str, what: str) -> float:
+        return statistics.median(one[what] for one in found[arm])
+
+    scale = len(predictions) / part
+    row = {
+        "scores": found["ours"][0]["scores"],
+        "equal_to_the_last_digit": {
+            name: check["scores"][name] == value for name, value in found["plain"][0]["scores"].items()
         },
-        {
-            "scores": {name: results["ours"][name] for name in results["plain"]},
-            "equal_to_the_last_digit": equal,
-            "plain_seconds": median["plain"],
-            "our_seconds": median["ours"],
-            "ratio": statistics.median(row["plain"] / row["ours"] for row in rows),
-            "ratios": [row["plain"] / row["ours"] for row in rows],
-            "bootstrap_1000_seconds": statistics.median(row["bootstrap"] - row["ours"] for row in rows) / 10,
-        },
-    )
+    }
+    for arm in ("ours", "plain"):
+        times = scale if arm == "plain" else 1
+        row |= {f"{arm}_seconds": times * median(arm, "seconds")}
+        row |= {f"{arm}_cpu_seconds": times * median(arm, "cpu_seconds")}
+        row |= {f"{arm}_{what}": median(arm, what) for what in ("start_gb", "peak_gb", "worker_peak_gb")}
+    pairs = list(zip(found["plain"], found["ours"], strict=True))
+    row |= {"ratio": statistics.median(scale * a["seconds"] / b["seconds"] for a, b in pairs)}
+    row |= {
+        "cpu_ratio": statistics.median(scale * plain["cpu_seconds"] / ours["cpu_seconds"] for plain, ours in pairs)
+    }
+    if "resampled" in found:
+        gained = zip(found["resampled"], found["ours"], strict=True)
+        gains = [more["cpu_seconds"] - one["cpu_seconds"] for more, one in gained]
+        row |= {"bootstrap_1000_cpu_seconds": statistics.median(gains)}
+        row |= {"resampled_peak_gb": median("resampled", "peak_gb")}
+    settings = {
+        "instances": len(predictions),
+        "references": sum(map(len, references)),
+        **settings,
+        "pairs": options.pairs,
+        "wordnet": "none" if wordnet == "none" else "found",
+        "plain_instances": part,
+    }
+    store("metrics", settings, row)
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--run"]:
+        run(sys.argv[2], Path(sys.argv[3]))
+    else:
+        main()

@@ -72,7 +72,7 @@ class Runs:
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
-            bf16=False,
+            bf16=options.bf16,
         )
         lora = LoraConfig(r=8, lora_alpha=16, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
         model = GPT2LMHeadModel(config)
@@ -94,6 +94,7 @@ def main() -> None:
     made.add_argument("--lengths", default="256,64", help="tokens of prompts and answers")
     made.add_argument("--layers", type=int, default=6)
     made.add_argument("--width", type=int, default=256)
+    made.add_argument("--bf16", action="store_true")
     options = made.parse_args()
     torch.set_num_threads(options.threads)
     runs, names = Runs(options), options.ways.split(",")
@@ -106,12 +107,14 @@ def main() -> None:
         key: getattr(options, key) for key in ("lengths", "samples", "epochs", "batch_size", "layers", "width")
     }
     settings["threads"] = options.threads
+    settings |= {"bf16": True} if options.bf16 else {}
     for name in names:
         store("preferences", settings, {"arm": name, "seed": 0, "full_seconds": full, "times": times[name]})
     lines = ["| way | time, median (span) | settings |", "| --- | --- | --- |"]
     rows = map(json.loads, (RESULTS / "preferences.jsonl").read_text(encoding="utf-8").splitlines())
-    for row in {(row["arm"], json.dumps(row["settings"])): row for row in rows}.values():
+    for row in {(row["arm"], json.dumps([row["settings"], row["hardware"]["gpu"]])): row for row in rows}.values():
         said = ", ".join(f"{key} {value}" for key, value in row["settings"].items())
+        said += f", {row['hardware']['gpu']}" if row["hardware"]["gpu"] else ""
         span = f"{min(row['times']):.3f} to {max(row['times']):.3f}"
         lines.append(f"| {row['arm']} | {statistics.median(row['times']):.3f} ({span}) | {said} |")
     (RESULTS / "preferences.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

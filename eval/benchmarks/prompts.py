@@ -11,9 +11,9 @@ What a step costs when prompts are not computed again: whole runs, interleaved, 
 under plain Trainer, `sft_packing` and `sft_padding_free` trl's SFTTrainer with LoRA everywhere (on a CPU trl says that
 its rows see each other there: the times are those of its steps). The samples are all references of a seeded part of
 the representations, or with --lengths P,C random tokens, every prompt another or --same samples with each; with
---layers and --width the model is a GPT-2 of that shape with random weights. Any way but trl's may be
-followed by settings that it has besides: `plain+fast_lora`, `unpad+last_block+fast_lora`, `reader+fast_lora`. Times
-are relative to the plain run of the same round.
+--layers and --width the model is a GPT-2 (or --family llama) of that shape with random weights. Any way but trl's may
+be followed by settings that it has besides, DAREL's or those of TrainingArguments: `unpad+last_block+fast_lora`,
+`reader+fast`, `plain+budget_time=0.5`, `unpad+torch_compile`. Times are relative to the plain run of the same round.
 Beside them, of one batch: FLOPs, and bytes that are saved for the backward pass, relative to plain; bytes that are
 stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
 """
@@ -21,6 +21,7 @@ stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tempfile
 from contextlib import suppress
@@ -38,12 +39,16 @@ from transformers import (
     DataCollatorForSeq2Seq,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 from darel_hf.adapters import completion_lora
+from darel_hf.comparison.arms import DAREL, parse_setting
+from darel_hf.config import ACCELERATOR_FACTS
 from darel_hf.nlg.task import tokenize_pairs
 
 READERS: dict[str, dict[str, Any]] = {
@@ -55,7 +60,7 @@ READERS: dict[str, dict[str, Any]] = {
     "slow": {},
 }
 SFT = {"sft_packing": {"packing": True}, "sft_padding_free": {"padding_free": True, "max_length": None}}
-TARGETS = ["c_attn", "c_proj", "c_fc"]
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": "all-linear"}
 
 
 class Runs:
@@ -86,12 +91,18 @@ class Runs:
     def model(self, way: str) -> torch.nn.Module:
         """Return a model with adapters on attention and MLP, of the kind that a way trains."""
         way = way.partition("+")[0]
-        settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+        settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
+        settings["target_modules"] = TARGETS[self.options.family]
         config = LoraConfig(**settings) if way not in READERS else ReaderLoraConfig(**settings)
         if way == "alora":
             config = completion_lora(LoraConfig(**settings), self.data, self.tokenizer)
         torch.manual_seed(0)
-        if self.options.layers:
+        if self.options.family == "llama":
+            width = self.options.width
+            shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": self.options.layers}
+            heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256)}
+            base = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **shape, **heads))
+        elif self.options.layers:
             shape = {"n_layer": self.options.layers, "n_embd": self.options.width, "n_head": self.options.width // 64}
             base = GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
         else:
@@ -121,12 +132,15 @@ class Runs:
             columns["completion_mask"] = [[int(x != -100) for x in row] for row in self.data["labels"]]
             data = datasets.Dataset.from_dict(columns)
             return SFTTrainer(self.model(way), args=args, train_dataset=data, processing_class=self.tokenizer)
-        cls: Any = Trainer if way in ("plain", "slow") else DarelTrainer
         name, *besides = way.split("+")
+        more = dict(parse_setting(one if "=" in one else f"{one}=true", "ways") for one in besides)
+        settings |= {key: value for key, value in more.items() if key not in DAREL}
+        more = {key: value for key, value in more.items() if key in DAREL}
+        cls: Any = Trainer if name in ("plain", "slow") and not more else DarelTrainer
         darel = {"plain": {}, **READERS}.get(name, {"unpad": True})
         if name.startswith("share_"):
             darel = {"share_prompts": int(name.removeprefix("share_"))}
-        darel = {**darel, **dict.fromkeys(besides, True)}
+        darel = {**darel, **more}
         return cls(
             model=self.model(way),
             args=TrainingArguments(**settings),
@@ -186,6 +200,7 @@ def main() -> None:
     made.add_argument("--same", type=int, default=1, help="samples of each random prompt")
     made.add_argument("--layers", type=int, help="a GPT-2 of this depth with random weights")
     made.add_argument("--width", type=int, default=256)
+    made.add_argument("--family", choices=sorted(TARGETS), default="gpt2", help="of a model with random weights")
     made.add_argument("--bf16", action="store_true")
     runs = Runs(made.parse_args())
     options = runs.options
@@ -195,9 +210,9 @@ def main() -> None:
     costs = {}
     for way in ("plain", *names):  # warms up, too
         with suppress(ImportError):
-            costs[way] = (
-                runs.one_batch(way) if way not in SFT and way != "slow" and "fast" not in way.split("+") else {}
-            )
+            # What is chosen while training is prepared (`fast`, budgets) is not known of a batch.
+            known = way not in (*SFT, "slow") and set(way.split("+")[1:]) <= set(ACCELERATOR_FACTS)
+            costs[way] = runs.one_batch(way) if known else {}
     for _ in range(options.pairs):
         full.append(seconds_of(runs.trainer("plain")))
         for name in names:
@@ -205,12 +220,17 @@ def main() -> None:
             times[name].append(seconds_of(trainer) / full[-1])
             if getattr(trainer, "report", None) is not None:
                 predicted[name].append(trainer.report.plan.predicted_time)
-    settings = {**runs.task.settings, "lora_r": 8, "targets": ",".join(TARGETS)}
-    settings = {key: value for key, value in settings.items() if key != "ways" and (key, value) != ("same", 1)}
+    targets = TARGETS[options.family]
+    settings = {**runs.task.settings, "lora_r": 8, "targets": targets if type(targets) is str else ",".join(targets)}
+    usual = (("same", 1), ("family", "gpt2"))
+    settings = {key: value for key, value in settings.items() if key != "ways" and (key, value) not in usual}
     if options.layers:
-        settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
+        kind = {"gpt2": "GPT-2", "llama": "Llama"}[options.family]
+        settings["model"] = f"{kind} of {options.layers} layers and width {options.width}, random"
     if options.lengths:
         settings["data"] = "random tokens"
+    if "WORLD_SIZE" in os.environ:  # by a launcher: what DistributedDataParallel adds is in all times
+        settings["processes"] = int(os.environ["WORLD_SIZE"])
     for name in names:
         row = {"arm": name, "seed": 0, "full_seconds": full, "times": times[name], "predicted": predicted[name]}
         if costs.get(name):
@@ -225,7 +245,8 @@ def summarize() -> None:
     tables: dict[str, dict[str, Any]] = {}
     for line in (RESULTS / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        tables.setdefault(json.dumps(row["settings"]), {})[row["arm"]] = row
+        gpu = {"gpu": row["hardware"]["gpu"]} if row["hardware"]["gpu"] else {}
+        tables.setdefault(json.dumps({**row["settings"], **gpu}), {})[row["arm"]] = row
     parts = []
     for key, rows in tables.items():
         lines = ["| way | time, median (span) | as fast | predicted | FLOPs | saved for backward | stored |"]

@@ -1,7 +1,7 @@
 """
 The cost of a step: plain, scored and then trained, from a refreshed ledger, and with one forward pass.
 
-    python eval/benchmarks/steps.py [--layers 6 --width 768] [--backends eager,inductor] [--quick]
+    python eval/benchmarks/steps.py [--layers 6 --width 768] [--backends eager,inductor] [--bf16] [--quick]
 
 A GPT-2 of the given shape with random weights (cost does not depend on them), full and with LoRA, on random tokens.
 For each fraction A the candidate batch has `rows` rows, A of which are trained on. Ways of a step, all interleaved,
@@ -20,6 +20,7 @@ A row a setting goes to results/steps.jsonl; steps.md and steps.png are made of 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from darel_hf.accelerators.sliced import SlicedStep
 from darel_hf.scoring import BatchScorer
 from darel_hf.scoring.losses import per_sample_losses
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ETA = 3  # of `ledger`: every third epoch is scored afresh
 
 
@@ -48,7 +50,7 @@ def build(options: argparse.Namespace, lora: bool) -> torch.nn.Module:
     if lora:
         adapters = LoraConfig(r=8, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         model = get_peft_model(model, adapters)
-    return model.train()
+    return model.train().to(DEVICE)
 
 
 def clock() -> float:
@@ -60,9 +62,10 @@ def clock() -> float:
 class Ways:
     """The ways of a step for one model, backend and batch; each is called with the number of kept rows."""
 
-    def __init__(self, model: torch.nn.Module, backend: str, inputs: dict[str, torch.Tensor]):
+    def __init__(self, model: torch.nn.Module, backend: str, inputs: dict[str, torch.Tensor], bf16: bool):
         self.model, self.inputs = model, inputs
-        self.scorer = BatchScorer(model)
+        self.autocast = functools.partial(torch.autocast, DEVICE, torch.bfloat16, enabled=bf16)
+        self.scorer = BatchScorer(model, autocast=self.autocast)
         self.one = SlicedStep(model, backend=backend)
 
         def losses(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -71,18 +74,21 @@ class Ways:
         self.losses = torch.compile(losses, dynamic=True) if backend == "inductor" else losses
 
     def train(self, rows: int) -> None:
-        losses = self.losses(self.inputs["input_ids"][:rows], self.inputs["labels"][:rows])
+        with self.autocast():
+            losses = self.losses(self.inputs["input_ids"][:rows], self.inputs["labels"][:rows])
         losses.mean().backward()
 
     def forward(self, rows: int) -> None:
-        self.losses(self.inputs["input_ids"][:rows], self.inputs["labels"][:rows])
+        with self.autocast():
+            self.losses(self.inputs["input_ids"][:rows], self.inputs["labels"][:rows])
 
     def score(self, rows: int) -> None:
         self.scorer(self.inputs).losses.argsort()
         self.train(rows)
 
     def sliced(self, rows: int) -> None:
-        samples = self.one(self.inputs)
+        with self.autocast():
+            samples = self.one(self.inputs)
         kept = samples.losses.detach().argsort(descending=True)[:rows].tolist()
         self.one.keep(kept)
         samples.losses[kept].mean().backward()
@@ -133,6 +139,7 @@ def main() -> None:
     parser.add_argument("--tuning", default="lora,full")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="autocast")
     add_quick(parser)
     parser.add_argument("--name", default="steps", help="of the files of results")
     options = parser.parse_args()
@@ -141,14 +148,15 @@ def main() -> None:
         options.keeps, options.backends, options.rounds = "0.5,1.0", "eager", 1
     torch.set_num_threads(options.threads)
     what_is_run = ("lengths", "keeps", "backends", "tuning", "name", "quick")
-    settings = {k: v for k, v in vars(options).items() if k not in what_is_run}
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not False}
     for tuning in options.tuning.split(","):
         for backend in options.backends.split(","):
             for length in map(int, options.lengths.split(",")):
                 torch.manual_seed(0)
                 torch._dynamo.reset()
-                ids = torch.randint(1, options.vocabulary, (options.rows, length))
-                ways = Ways(build(options, tuning == "lora"), backend, {"input_ids": ids, "labels": ids.clone()})
+                ids = torch.randint(1, options.vocabulary, (options.rows, length)).to(DEVICE)
+                model, inputs = build(options, tuning == "lora"), {"input_ids": ids, "labels": ids.clone()}
+                ways = Ways(model, backend, inputs, options.bf16)
                 for row in measured(ways, [float(keep) for keep in options.keeps.split(",")], options):
                     row = {"arm": f"{tuning} {backend} {length} {row['keep']}", "seed": 0, **row}
                     row |= {"tuning": tuning, "backend": backend, "length": length}
@@ -172,7 +180,7 @@ def measured(ways: Ways, keeps: list[float], options: argparse.Namespace) -> lis
     seconds = timed(calls, options.rounds, ways.model)
     plain, forward = seconds["plain"], seconds["forward"]
     f = forward / plain
-    eager = Ways(ways.model, "eager", ways.inputs)
+    eager = Ways(ways.model, "eager", ways.inputs, options.bf16)
     eager.scorer(eager.inputs)  # its first call looks whether the model's own loss is the same
     plain_flops, forward_flops = flops(lambda: eager.train(everything)), flops(lambda: eager.forward(everything))
     scoring_flops = flops(lambda: eager.scorer(eager.inputs))

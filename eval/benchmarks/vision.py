@@ -83,21 +83,24 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="vision", help="of the files of results")
+    parser.add_argument("--made_up", type=int, help="so many made-up images in place of --data_dir")
     add_quick(parser)
     options = parser.parse_args()
     if options.quick:
         options.arms, options.seeds, options.epochs, options.max_train_samples = "full,darel_0.8,wide_dual", 1, 2, 200
-    elif options.data_dir is None:
-        parser.error("--data_dir: give a folder with images")
+    elif options.data_dir is None and not options.made_up:
+        parser.error("--data_dir: give a folder with images, or --made_up their number, where only times count")
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
     if options.data_dir is None:
-        made_up_images(folder / "images")
-        options.data_dir = str(folder / "images")
+        made_up_images(folder / "made_up", options.made_up or 200)
+        options.data_dir = str(folder / "made_up")
     known = arms(options.offline_rule, options.online_rule, options.narrow)
     names = options.arms.split(",")
     what_is_run = ("data_dir", "arms", "seeds", "first_seed", "name", "plain", "quick")
-    settings = {k: v for k, v in vars(options).items() if k not in what_is_run} | {"data": Path(options.data_dir).name}
+    settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None} | {
+        "data": Path(options.data_dir).name
+    }
     data = None
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         plain = None
@@ -148,11 +151,11 @@ def main() -> None:
         summarize(options.name, settings, options.plain)
 
 
-def made_up_images(folder: Path) -> None:
+def made_up_images(folder: Path, count: int) -> None:
     """Write images of noise, brighter from class to class: enough to show that everything runs."""
     folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    for split, n in (("train", 200), ("test", 50)):
+    for split, n in (("train", count), ("test", count // 4)):
         labels = draw.integers(0, 10, n)
         pixels = (draw.integers(0, 128, (n, 32, 32, 3)) + 12 * labels[:, None, None, None]).astype(np.uint8)
         features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(10)})

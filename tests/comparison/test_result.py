@@ -118,6 +118,11 @@ def test_forms(tmp_path):
     text = (tmp_path / "comparison.txt").read_text()
     assert text == f"{found}\n" and max(len(line) for line in text.splitlines() if "xxx" not in line) <= 80
     assert "2 runs at a time" in text
+    long = "a-name-that-people-give-an-arm-" * 3
+    folded = str(made({"plain": PLAIN, long: moved(-0.5, 2)}, times={"plain": 100.0, long: 50.0}))
+    table = folded[: folded.index("\n- ")].splitlines()
+    assert max(map(len, table)) <= 80
+    assert long.rstrip("-") in "".join(line.split()[0] for line in table[4:] if line)
     data = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
     assert data == json.loads(json.dumps(found.to_dict()))
     assert data["arms"][1]["difference"]["mean"] == pytest.approx(-3) and data["advice"] == found.advice

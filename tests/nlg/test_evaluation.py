@@ -436,9 +436,12 @@ def test_tables_fit_80_columns(systems):
         done = darel("eval", *arguments, *common, columns_=80)
         assert done.exit_code == 0
         table = done.output[: done.output.index("words a text")].splitlines()[:-1]
-        assert (max(map(len, table)) <= 80 and "…" in done.output) or arguments[0] == "--predictions"
+        assert max(map(len, table)) <= 80 and "…" not in done.output
         shown = "\n".join(table)
-        assert all(name in shown for name in NAMES.values())
+        assert all(name in shown for name in NAMES.values()) and "↓" in shown
+        if arguments[0] == "--systems":  # names are folded, numbers stand as a whole
+            assert all(column in table[2] for column in ("score", "spread", "95 % interval", "p rand", "rank"))
+            assert re.search(r" \d\.\d{4} +0\.\d{4} +\d\.\d{4} to \d\.\d{4} ", shown) and "(3 runs)" in shown
 
 
 def test_formats(systems):
@@ -507,6 +510,7 @@ def test_page_and_instances(files, tmp_path):
     found = Check(page)
     assert not found.tags & {"script", "img", "link", "iframe"} and "http" not in page
     assert EVIL.split()[0] in " ".join(found.text) and "food[French] is missing" in " ".join(found.text)
+    assert "95 % interval over instances (50 resamples), the difference to a, and p" in " ".join(found.text)
     rows = [json.loads(line) for line in (tmp_path / "i.jsonl").read_text().splitlines()]
     assert [row["instance"] for row in rows] == [1, 2] and rows[0]["mr"] == "name[The Inn], food[French]"
     first, second = rows[0]["systems"]["a"][0], rows[0]["systems"]["b"][0]

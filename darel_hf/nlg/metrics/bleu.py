@@ -1,21 +1,38 @@
-"""BLEU as the E2E scripts compute it with `-p`, which LoRA's paper and its followers report."""
+"""BLEU: sacrebleu's, and as the E2E scripts compute it with `-p`, which LoRA's paper and its followers report."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
+from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.base import Score, Signature
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from ..._version import __version__
-from .base import SummedMetric
-from .nist import ngrams
+from .base import PartMetric, SummedMetric
+from .grams import Encoded, orders, sums
+from .part import Part
 
 
-class ScriptBLEU(SummedMetric):
+class FastBLEU(PartMetric, BLEU):
+    """sacrebleu's BLEU with its default tokenizer, in lower case, to the last digit; counts are made on arrays."""
+
+    def __init__(self) -> None:
+        super().__init__(lowercase=True, tokenize="13a")
+
+    def statistics(self, part: Part) -> list[np.ndarray]:
+        """Return the lengths of each text and of the closest reference, matches and n-grams per order."""
+        encoded = part.encoded(part.words)
+        matched = matches(encoded, part.systems, self.max_ngram_order)
+        found = []
+        for k in range(part.systems):
+            totals = [encoded.counts(k, n) for n in range(1, self.max_ngram_order + 1)]
+            found.append(np.stack([encoded.counts(k, 1), encoded.closest(k), *matched[k], *totals], axis=1))
+        return found
+
+
+class ScriptBLEU(PartMetric, SummedMetric):
     """
     BLEU of `measure_scores.py -p` in github.com/tuetschek/e2e-metrics, times 100.
 
@@ -33,30 +50,28 @@ class ScriptBLEU(SummedMetric):
 
     _SIGNATURE_TYPE = _Signature
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokenizer = Tokenizer13a()
-
-    def _preprocess_segment(self, sent: str) -> str:
-        return self.tokenizer(sent).lower()
-
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        return {"words": [ref.split() or [""] for ref in refs]}
-
-    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
+    def statistics(self, part: Part) -> list[np.ndarray]:
         """Return matches and n-grams per order, and the length of the closest reference (of two, the shorter)."""
-        words, references = hypothesis.split() or [""], ref_kwargs["words"]
-        matches = []
-        for n in range(1, self.ORDER + 1):
-            most: Counter = Counter()
-            for ref in references:
-                most |= Counter(ngrams(ref, n))
-            matches.append((Counter(ngrams(words, n)) & most).total())
-        closest = min((abs(len(ref) - len(words)), len(ref)) for ref in references)[1]
-        return [*matches, *(len(words) - n for n in range(self.ORDER)), closest]
+        encoded = part.encoded([words or [""] for words in part.script_words])
+        matched = matches(encoded, part.systems, self.ORDER)
+        found = []
+        for k in range(part.systems):
+            totals = [encoded.counts(k, 1) - n for n in range(self.ORDER)]
+            found.append(np.stack([*matched[k], *totals, encoded.closest(k)], axis=1))
+        return found
 
     def _compute_score_from_stats(self, stats: Sequence[float]) -> Score:
         matches, totals, reference = stats[: self.ORDER], stats[self.ORDER : -1], stats[-1]
         logs = [math.log(max(m, 1e-15) / max(t, 1e-9)) for m, t in zip(matches, totals, strict=True)]
         penalty = math.exp(1.0 - reference / (totals[0] or 1e-5)) if totals[0] <= reference else 1.0
         return Score("BLEU", 100 * penalty * math.exp(sum(logs) / self.ORDER))
+
+
+def matches(encoded: Encoded, systems: int, most: int) -> list[list[np.ndarray]]:
+    """Return for each system and order how many n-grams of each text are in a reference, clipped."""
+    found: list[list[np.ndarray]] = [[] for _ in range(systems)]
+    for order in orders(encoded, most):
+        for k, of_system in enumerate(found):
+            own = order.of(k)
+            of_system.append(sums(encoded.instance[own.text], order.clipped(own), encoded.instances).astype(np.int64))
+    return found

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 from sacrebleu.metrics.base import Signature
 
 from ..._version import __version__
-from .base import SegmentMean
-from .nist import ngrams
-from .ptb import ptb_words
+from .base import CorpusMetric, Mean
+from .grams import REFERENCE, Cells, Encoded, Order, by_value, distinct_of, orders, sums
+from .part import Part
 
 
-class CIDEr(SegmentMean):
+class CIDEr(CorpusMetric, Mean):
     """
     CIDEr-D as the scripts compute it: ten times the mean similarity of n-grams, n = 1..4, to each reference.
 
@@ -37,42 +35,42 @@ class CIDEr(SegmentMean):
 
     _SIGNATURE_TYPE = _Signature
 
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        return {"references": [ptb_words(ref) for ref in refs]}
+    def encode(self, part: Part) -> Encoded:
+        return part.encoded(part.ptb)
 
-    def _cache_references(self, references: Sequence[Sequence[str]]) -> list[Any]:
-        cache = super()._cache_references(references)
-        frequency: Counter[tuple[str, ...]] = Counter()
-        for info in cache:
-            orders = range(1, self.ORDER + 1)
-            frequency.update({gram for words in info["references"] for n in orders for gram in ngrams(words, n)})
-        self.instances = math.log(len(cache))
-        # What one instance alone has weighs as what none has.
-        self.frequency = {gram: math.log(count) for gram, count in frequency.items() if count > 1}
-        return cache
+    def statistics_of(self, encoded: Encoded) -> list[np.ndarray]:
+        refs, systems = encoded.references, int(encoded.system.max()) + 1
+        instance = encoded.instance[refs]
+        # A text's length is the number of its pairs of words.
+        lengths = [encoded.counts(k, 2) for k in range(systems)]
+        gaps = [length[instance] - encoded.counts(REFERENCE, 2) for length in lengths]
+        penalties = [by_value(gap, lambda gap: math.exp(-(gap**2) / (2 * self.SIGMA**2))) for gap in gaps]
+        totals = np.zeros((systems, self.ORDER, encoded.instances))
+        for order in orders(encoded, self.ORDER, dense=True, places=True):
+            rare = math.log(encoded.instances) - by_value(self._frequency(order), math.log)
+            theirs = order.references
+            their_weights = theirs.count * rare[theirs.gram]
+            norms = _norms(encoded, theirs, their_weights)
+            for k in range(systems):
+                own = order.of(k)
+                weights = own.count * rare[own.gram]
+                shared = order.shared(own)
+                mine, their = weights[shared.own], their_weights[shared.reference]
+                text = theirs.text[shared.reference]
+                value = sums(text, np.minimum(mine, their) * their, len(encoded.lengths))[refs]
+                both = _norms(encoded, own, weights)[encoded.texts(k)][instance] * norms[refs]
+                value = np.divide(value, both, out=value, where=both != 0)
+                totals[k, order.n - 1] = sums(instance, value * penalties[k], encoded.instances)
+        numbers = np.bincount(instance)
+        return [np.stack([10 * sum(total) / self.ORDER / numbers, np.ones(len(numbers))], axis=1) for total in totals]
 
-    def segment(self, hypothesis: str, references: list[list[str]]) -> float:
-        own, norms, length = self._vector(ptb_words(hypothesis))
-        total = [0.0] * self.ORDER
-        for reference in references:
-            other, other_norms, other_length = self._vector(reference)
-            penalty = math.exp(-((length - other_length) ** 2) / (2 * self.SIGMA**2))
-            for n in range(self.ORDER):
-                value = sum(
-                    min(weight, other[n][gram]) * other[n][gram] for gram, weight in own[n].items() if gram in other[n]
-                )
-                if norms[n] != 0 and other_norms[n] != 0:
-                    value /= norms[n] * other_norms[n]
-                total[n] += value * penalty
-        return 10 * sum(total) / self.ORDER / len(references)
+    def _frequency(self, order: Order) -> np.ndarray:
+        """Return for each n-gram in how many instances a reference has it; what none has weighs as what one has."""
+        cells = order.references
+        seen = distinct_of(order.encoded.instance[cells.text].astype(np.int64) * order.bound + cells.gram)
+        return np.maximum(np.bincount(seen % order.bound, minlength=order.bound), 1)
 
-    def _vector(self, words: list[str]) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
-        """Return weights by n-gram and their norm, for each order, and the length."""
-        vectors = []
-        for n in range(1, self.ORDER + 1):
-            counts = Counter(ngrams(words, n))
-            vectors.append(
-                {gram: count * (self.instances - self.frequency.get(gram, 0.0)) for gram, count in counts.items()}
-            )
-        norms = [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-        return vectors, norms, max(0, len(words) - 1)
+
+def _norms(encoded: Encoded, cells: Cells, weights: np.ndarray) -> np.ndarray:
+    """Return the norm of every text's weights."""
+    return np.sqrt(cells.total(weights**2, len(encoded.lengths)))

@@ -83,7 +83,7 @@ def _one_table(result: dict[str, Any]) -> Any:
     for column in ["score", *extra, *(["95 % interval"] if intervals else [])]:
         table.add_column(column, justify="right")
     for name, value in system["scores"].items():
-        row = [NAMES[name], number(name, value)]
+        row = [_heading(name), number(name, value)]
         if spread:
             row.append(number(name, spread[name]))
         if intervals:
@@ -94,6 +94,7 @@ def _one_table(result: dict[str, Any]) -> Any:
 
 def _systems_table(result: dict[str, Any]) -> Any:
     from rich import box
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -104,7 +105,7 @@ def _systems_table(result: dict[str, Any]) -> Any:
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False
     )
-    table.add_column("", min_width=8, overflow="ellipsis", no_wrap=True)
+    table.add_column("", min_width=8, overflow="fold")  # the one column that gives way: no digit is cut off
     ranked = any("ranks" in system for system in systems.values())
     spread = any("spread" in system for system in systems.values())
     tested = any(system["intervals"] for system in systems.values())
@@ -114,10 +115,10 @@ def _systems_table(result: dict[str, Any]) -> Any:
         table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     metrics = next(iter(systems.values()))["scores"]
     for metric in [name for name in metrics if metrics[name] is not None]:
-        table.add_row(Text(NAMES[metric] + (" ↓" if metric in LOWER_IS_BETTER else ""), style="bold"))
+        table.add_row(Text(_heading(metric), style="bold"))
         for name, system in systems.items():
-            runs = f" ({system['runs']})" if system["runs"] > 1 else ""
-            row: list[Any] = [Text(" " + name + runs), number(metric, system["scores"][metric])]
+            runs = f"\n({system['runs']} runs)" if system["runs"] > 1 else ""
+            row: list[Any] = [Padding(Text(name + runs), (0, 0, 0, 1)), number(metric, system["scores"][metric])]
             if spread:
                 row.append(number(metric, system["spread"][metric]) if "spread" in system else "")
             if tested:
@@ -129,6 +130,10 @@ def _systems_table(result: dict[str, Any]) -> Any:
             table.add_row(*row)
         table.add_section()
     return table
+
+
+def _heading(metric: str) -> str:
+    return NAMES[metric] + (" ↓" if metric in LOWER_IS_BETTER else "")
 
 
 def _difference(metric: str, difference: dict[str, Any]) -> list[str]:

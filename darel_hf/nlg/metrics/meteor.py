@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
 import shutil
 import socket
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sacrebleu.metrics.base import Score, Signature
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from ...files import require
 from .base import SegmentMean, SummedMetric
+from .part import Part
 from .ptb import ptb_words
 
 DEBIAN_WORDNET = "/usr/share/wordnet"
@@ -57,35 +58,73 @@ class METEOR(SegmentMean):
     def __init__(self, wordnet: str | None):
         super().__init__()
         self.wordnet = wordnet
-        self.tokenizer = Tokenizer13a()
 
-    def _preprocess_segment(self, sent: str) -> str:
-        return self.tokenizer(sent.lower())
+    def words(self, part: Part) -> list[list[str]]:
+        return part.words
 
-    def segment(self, hypothesis: str, references: list[str]) -> float:
-        from nltk.translate.meteor_score import meteor_score
+    def segment(self, hypothesis: list[str], references: Sequence[list[str]]) -> float:
+        return max(self._score(hypothesis, reference) for reference in references)
 
-        synonyms = _Synonyms(self.wordnet)
-        return meteor_score([ref.split() for ref in references], hypothesis.split(), stemmer=_Stems, wordnet=synonyms)
+    def _score(self, hypothesis: list[str], reference: list[str]) -> float:
+        matches = self._align(hypothesis, reference)
+        if not matches:
+            return 0.0
+        precision, recall = len(matches) / len(hypothesis), len(matches) / len(reference)
+        mean = (precision * recall) / (0.9 * precision + (1 - 0.9) * recall)
+        following = sum(b == a + 1 and d == c + 1 for (a, c), (b, d) in itertools.pairwise(matches))
+        return (1 - 0.5 * ((len(matches) - following) / len(matches)) ** 3.0) * mean
+
+    def _align(self, hypothesis: list[str], reference: list[str]) -> list[tuple[int, int]]:
+        """
+        Return which words go together, in order: equal ones, then those of equal stems, then synonyms.
+
+        As nltk does: from the last word of the hypothesis, each takes the last word of the reference that is left.
+        """
+        own, left = range(len(hypothesis)), range(len(reference))
+        matches: list[tuple[int, int]] = []
+        own, left = _match(matches, own, hypothesis, left, reference)
+        if own and left:
+            stems = {i: _stem(hypothesis[i]) for i in own}, {j: _stem(reference[j]) for j in left}
+            own, left = _match(matches, own, stems[0], left, stems[1])
+        if own and left and self.wordnet is not None:  # without synonyms nothing more can match
+            places: dict[str, list[int]] = {}
+            for j in left:
+                places.setdefault(reference[j], []).append(j)
+            for i in reversed(own):
+                known = [places[word] for word in _synonyms(self.wordnet, hypothesis[i]) if places.get(word)]
+                if known:
+                    matches.append((i, max(known, key=lambda found: found[-1]).pop()))
+        return sorted(matches)
 
 
-class _Stems:
-    """nltk's Porter stemmer, each word once: nearly all of METEOR's time goes into stems and synonyms."""
+def _match(
+    matches: list[tuple[int, int]], own: Sequence[int], words: Any, left: Sequence[int], reference: Any
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Add places of equal words to `matches`; return those that are left, of both sides."""
+    places: dict[str, list[int]] = {}
+    for j in left:
+        places.setdefault(reference[j], []).append(j)
+    alone = []
+    for i in reversed(own):
+        found = places.get(words[i])
+        if found:
+            matches.append((i, found.pop()))
+        else:
+            alone.append(i)
+    return alone[::-1], sorted(itertools.chain.from_iterable(places.values()))
 
-    @staticmethod
-    @functools.cache
-    def stem(word: str) -> str:
-        return _porter().stem(word)
+
+@functools.cache
+def _stem(word: str) -> str:
+    """nltk's Porter stemmer, each word once."""
+    return _porter().stem(word)
 
 
-class _Synonyms:
-    """The part of WordNet's reader that METEOR asks for, each word once."""
-
-    def __init__(self, wordnet: str | None):
-        self.wordnet = wordnet
-
-    def synsets(self, word: str) -> list[Any]:
-        return [] if self.wordnet is None else _synsets(self.wordnet, word)
+@functools.cache
+def _synonyms(wordnet: str, word: str) -> frozenset[str]:
+    """Return a word and its synonyms of one word, each once."""
+    lemmas = (lemma.name() for synset in open_wordnet(wordnet).synsets(word) for lemma in synset.lemmas())
+    return frozenset([word, *(name for name in lemmas if "_" not in name)])
 
 
 @functools.cache
@@ -93,11 +132,6 @@ def _porter() -> Any:
     from nltk.stem.porter import PorterStemmer
 
     return PorterStemmer()
-
-
-@functools.cache
-def _synsets(wordnet: str, word: str) -> list[Any]:
-    return open_wordnet(wordnet).synsets(word)
 
 
 @functools.cache
@@ -173,7 +207,7 @@ def find_wordnet(folder: str | os.PathLike | None = None) -> str | None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(5)  # nltk's downloader has no time-out of its own
     try:
-        nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())
+        nltk.download("wordnet", quiet=True, print_error_to=io.StringIO())  # the note says what to do
     except OSError:
         pass
     finally:

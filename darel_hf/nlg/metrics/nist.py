@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from sacrebleu.metrics.base import Score, Signature
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from ..._version import __version__
 from ...files import require
-from .base import SummedMetric
+from .base import CorpusMetric
+from .grams import Encoded, Order, by_value, orders, sums
+from .part import Part
 
 READINGS = ("mteval", "pymteval", "nltk")
 
 
-class NIST(SummedMetric):
+class NIST(CorpusMetric):
     """
     The NIST score over several references, on sacrebleu's frame.
 
@@ -57,70 +58,65 @@ class NIST(SummedMetric):
         require(reading in READINGS, "reading", reading, f"give one of {', '.join(READINGS)}")
         self.reading = reading
         self.lowercase = lowercase
-        self.tokenizer = Tokenizer13a()
 
-    def _preprocess_segment(self, sent: str) -> str:
-        words = self.tokenizer(sent)  # before case: `&QUOT;` is no entity
-        return words.lower() if self.lowercase else words
+    def encode(self, part: Part) -> Encoded:
+        words = part.script_words if self.lowercase else part.cased_words
+        return part.encoded([text or [""] for text in words] if self.reading == "pymteval" else words)
 
-    def _extract_reference_info(self, refs: Sequence[str]) -> dict[str, Any]:
-        return {"words": [self._split(ref) for ref in refs]}
+    def statistics_of(self, encoded: Encoded) -> list[np.ndarray]:
+        """Return information per order, n-grams per order, words of the text, of all references, references, 1."""
+        refs, systems = encoded.references, int(encoded.system.max()) + 1
+        words = encoded.lengths[refs].astype(np.int64)
+        shorter = np.array([words.sum()], np.float64)  # how often what n-grams begin with is in references
+        of = self._nltk_gains if self.reading == "nltk" else self._gains
+        gains: list[list[Any]] = [[] for _ in range(systems)]
+        for order in orders(encoded, self.ORDER, dense=True, places=True):
+            cells = order.references
+            counts = sums(cells.gram, cells.count, order.bound)
+            prefix = order.prefix if order.n > 1 else np.zeros(order.bound, np.int64)
+            ratio = np.divide(shorter[prefix], counts, out=np.ones(order.bound), where=counts > 0)
+            # log(x, 2), as nltk has it and not log2: its choice among equally good references hangs on the last bit.
+            information = by_value(ratio, lambda ratio: math.log(ratio, 2))
+            for k, found in enumerate(gains):
+                found.append(of(order, k, information))
+            shorter = counts
+        return [self._fields(encoded, k, words, gains[k]) for k in range(systems)]
 
-    def _split(self, text: str) -> list[str]:
-        return text.split() or ([""] if self.reading == "pymteval" else [])
+    def _gains(self, order: Order, k: int, information: np.ndarray) -> np.ndarray:
+        """Return the information that each text has in common with its references, clipped."""
+        own = order.of(k)
+        gain = information[own.gram] * order.clipped(own)
+        return own.total(gain, len(order.encoded.lengths))[order.encoded.texts(k)]
 
-    def _cache_references(self, references: Sequence[Sequence[str]]) -> list[Any]:
-        cache = super()._cache_references(references)
-        total: Counter[tuple[str, ...]] = Counter()
-        for info in cache:
-            for ref in info["words"]:
-                for n in range(1, self.ORDER + 1):
-                    total.update(ngrams(ref, n))
-        total[()] = sum(len(ref) for info in cache for ref in info["words"])
-        # log(x, 2), as nltk has it and not log2: its choice among equally good references hangs on the last bit.
-        self.information = {gram: math.log(total[gram[:-1]] / count, 2) for gram, count in total.items() if gram}
-        return cache
+    def _nltk_gains(self, order: Order, k: int, information: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same with the one reference that gives most for each n-gram, and the length of that one."""
+        encoded, own = order.encoded, order.of(k)
+        shared, refs = order.shared(own), encoded.references
+        text = order.references.text[shared.reference]
+        gain = information[own.gram[shared.own]] * shared.count
+        gains = sums(text, gain, len(encoded.lengths))[refs]
+        instance = encoded.instance[refs]
+        total = encoded.counts(k, order.n)[instance]
+        rate = np.divide(gains, total, out=np.zeros(len(refs)), where=total > 0)
+        words = encoded.lengths[refs]
+        last = np.append(encoded.groups[1:], len(refs)) - 1
+        best = np.lexsort((words, gains, rate, instance))[last]
+        return gains[best], words[best]
 
-    def _compute_segment_statistics(self, hypothesis: str, ref_kwargs: dict) -> list[float]:
-        words = self._split(hypothesis)
-        orders = range(1, self.ORDER + 1)
-        of = self._nltk_statistics if self.reading == "nltk" else self._mteval_statistics
-        counted = [[Counter(ngrams(ref, n)) for n in orders] for ref in ref_kwargs["words"]]
-        return of(words, [Counter(ngrams(words, n)) for n in orders], ref_kwargs["words"], counted)
-
-    def _gain(self, hypothesis: Counter, reference: Counter) -> float:
-        return sum(self.information[gram] * count for gram, count in (hypothesis & reference).items())
-
-    def _mteval_statistics(
-        self, hypothesis: list[str], counts: list[Counter], words: Any, counted: Any
-    ) -> list[float]:
-        """Return information per order, n-grams per order, words of the hypothesis, of all references, references."""
-        gains, totals = [], []
-        fewest = 0 if self.reading == "mteval" else -self.ORDER
-        for n, own in enumerate(counts):
-            merged: Counter = Counter()
-            for orders in counted:
-                merged |= orders[n]
-            gains.append(self._gain(own, merged))
-            totals.append(max(fewest, len(hypothesis) - n))
+    def _fields(self, encoded: Encoded, k: int, words: np.ndarray, gains: list[Any]) -> np.ndarray:
+        length, ones = encoded.counts(k, 1), np.ones(encoded.instances)
+        if self.reading == "nltk":  # lengths are those of the best reference, summed over orders
+            totals = [encoded.counts(k, n) for n in range(1, self.ORDER + 1)]
+            best = sum(ref_length.astype(np.int64) for _, ref_length in gains)
+            return np.stack([*(gain for gain, _ in gains), *totals, self.ORDER * length, best, ones, ones], axis=1)
+        references = np.add.reduceat(words, encoded.groups)
         if self.reading == "pymteval":
-            return [*gains, *totals, len(hypothesis), sum(map(len, words)) / len(words), 1, 1]
-        return [*gains, *totals, len(hypothesis), sum(map(len, words)), sum(1 for ref in words if ref), 1]
-
-    def _nltk_statistics(self, hypothesis: list[str], counts: list[Counter], words: Any, counted: Any) -> list[float]:
-        """Return the same fields; lengths are those of the best reference, summed over orders as nltk does."""
-        gains, totals, length = [], [], 0
-        for n, own in enumerate(counts):
-            total = sum(own.values())
-            best = []
-            for ref, orders in zip(words, counted, strict=True):
-                gain = self._gain(own, orders[n])
-                best.append((gain / total if total else 0, gain, total, len(ref)))
-            _, gain, _, ref_length = max(best)
-            gains.append(gain)
-            totals.append(total)
-            length += ref_length
-        return [*gains, *totals, self.ORDER * len(hypothesis), length, 1, 1]
+            totals = [length - n for n in range(self.ORDER)]
+            mean = references / np.diff(np.append(encoded.groups, len(words)))
+            return np.stack([*gains, *totals, length, mean, ones, ones], axis=1)
+        totals = [encoded.counts(k, n) for n in range(1, self.ORDER + 1)]
+        numbers = np.add.reduceat((words > 0).astype(np.int64), encoded.groups)
+        return np.stack([*gains, *totals, length, references, numbers, ones], axis=1)
 
     def _compute_score_from_stats(self, stats: Sequence[float]) -> Score:
         gains, totals = stats[: self.ORDER], stats[self.ORDER : 2 * self.ORDER]
@@ -130,8 +126,3 @@ class NIST(SummedMetric):
         ratio = length * references / (ref_length * segments) if ref_length > 0 else 0.0
         penalty = math.exp(-self.BETA * math.log(ratio) ** 2) if 0 < ratio < 1 else float(ratio >= 1)
         return Score("NIST", float(precision * penalty))
-
-
-def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """Yield the n-grams of a text, in order."""
-    return zip(*(words[i:] for i in range(n)), strict=False)

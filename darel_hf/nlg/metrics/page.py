@@ -47,6 +47,7 @@ def write_page(evaluation: Evaluation, path: str | os.PathLike) -> None:
     parts = [
         f"<h1>{escape(title)}: {result['n']} instances, protocol {escape(result['protocol'])}</h1>",
         _scores(result),
+        f"<p class=small>{_legend(result)}</p>",
     ]
     parts += [f"<p class=small>{escape(note)}</p>" for note in result["notes"]]
     rows = list(evaluation.instances())
@@ -68,6 +69,8 @@ def _scores(result: dict[str, Any]) -> str:
         cells = []
         for one in systems.values():
             cell = f"<b>{number(metric, one['scores'][metric])}</b>"
+            if "spread" in one:
+                cell += f" <span class=small>± {number(metric, one['spread'][metric])}</span>"
             if metric in one["intervals"]:
                 cell += "<br><span class=small>{} to {}</span>".format(
                     *(number(metric, bound) for bound in one["intervals"][metric])
@@ -75,7 +78,9 @@ def _scores(result: dict[str, Any]) -> str:
             if metric in one.get("differences", {}):
                 difference = one["differences"][metric]
                 tests = {"bootstrap": difference["p_bootstrap"], "randomization": difference["p_randomization"]}
-                texts = (f"p {name} {p:.3f}" for name, p in tests.items() if p is not None)
+                texts = [f"p {name} {p:.3f}" for name, p in tests.items() if p is not None]
+                gap = number(metric, difference["value"])
+                texts = [gap if gap.startswith("-") else f"+{gap}", *texts]
                 cell += f"<br><span class=small>{', '.join(texts)}</span>"
             cells.append(cell)
         down = " (lower is better)" if metric in LOWER_IS_BETTER else ""
@@ -90,6 +95,21 @@ def _scores(result: dict[str, Any]) -> str:
         rows.append(f"<tr><th>{name}</th>{''.join(cells)}</tr>")
     head = "".join(f"<th{' class=number' if i else ''}>{escape(name)}</th>" for i, name in enumerate(heads))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _legend(result: dict[str, Any]) -> str:
+    """Return what the numbers below a score are."""
+    systems = result["systems"].values()
+    texts = []
+    if result["bootstrap"]:
+        below = f"Below a score: its 95 % interval over instances ({result['bootstrap']} resamples)"
+        if len(systems) > 1:
+            below += f", the difference to {escape(result['first'])}, and p of no difference by two tests"
+        texts.append(below + (", corrected (Holm) for how many systems there are" if len(systems) > 2 else ""))
+    if any("spread" in one for one in systems):
+        texts.append("After ±: the standard deviation over runs")
+    texts.append("Distinct words and pairs: as a share of all")
+    return ". ".join(texts) + "."
 
 
 def _differences(evaluation: Evaluation, rows: list[dict[str, Any]], first: str, second: str | None) -> list[str]:
@@ -107,9 +127,12 @@ def _differences(evaluation: Evaluation, rows: list[dict[str, Any]], first: str,
     else:
         order = [i for i in order if better[i] != 0]
         title = f"Where {first} and {second} differ most"
+    several = any(len(evaluation.systems[name]) > 1 for name in names)
+    runs = " Of several runs the first is shown." if several else ""
     parts = [
         f"<h2>{escape(title)}</h2>",
-        f"<p class=small>{len(order)} of {len(rows)} instances, all scores together.</p>",
+        f"<p class=small>{len(order)} of {len(rows)} instances, by all scores together, each in units of its spread."
+        f"{runs} Words that no reference has are <mark>marked</mark>.</p>",
     ]
     for i in order:
         winner = None if second is None else names[int(better[i] > 0)]

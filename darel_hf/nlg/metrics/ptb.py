@@ -18,7 +18,8 @@ _FUSED = re.compile(
 _RAISED = re.compile("[\u00b2\u00b3\u00b9\u2070-\u209c]+")
 _TOKEN = re.compile(
     rf"""
-      https?://\S+ | www\.[^\s,]+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
+      (?<!\S)[A-Za-z]+(?=[,;:!?]?(?:\s|$))                                     # as below, found sooner
+    | https?://\S+ | www\.[^\s,]+ | [\w.+-]+@[\w-]+(?:\.[\w-]+)+
     | n['\u2019`]t(?![^\W_]) | ['\u2019](?:s|re|ll|ve|d|m)(?![^\W_])
     | ['\u2019]n['\u2019] | ['\u2019](?:em|n|t|[0-9]0s)(?![^\W_])
     | [#@][^\W\d_]\w*

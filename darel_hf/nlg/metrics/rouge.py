@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from sacrebleu.metrics.base import Signature
 
 from ..._version import __version__
 from .base import SegmentMean
-from .ptb import ptb_words
+from .part import Part
 
 
 class RougeL(SegmentMean):
@@ -30,23 +29,19 @@ class RougeL(SegmentMean):
 
     _SIGNATURE_TYPE = _Signature
 
-    def segment(self, hypothesis: str, references: list[str]) -> float:
-        words = _ptb_cached(hypothesis)
+    def words(self, part: Part) -> list[list[str]]:
+        """Return the words; a text without any has one, the empty word, as where the scripts split at blanks."""
+        return [words or [""] for words in part.ptb]
+
+    def segment(self, hypothesis: list[str], references: Sequence[list[str]]) -> float:
         precision = recall = 0.0
-        for reference in references:
-            ref = _ptb_cached(reference)
-            common = lcs_length(words, ref)
-            precision = max(precision, common / max(1, len(words)))
+        for ref in references:
+            common = lcs_length(hypothesis, ref)
+            precision = max(precision, common / max(1, len(hypothesis)))
             recall = max(recall, common / max(1, len(ref)))
         if precision == 0 or recall == 0:
             return 0.0
         return (1 + self.BETA**2) * precision * recall / (recall + self.BETA**2 * precision)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _ptb_cached(text: str) -> list[str]:
-    """Return the words; a text without any has one, the empty word, as where the scripts split at blanks."""
-    return ptb_words(text) or [""]
 
 
 def lcs_length(a: Sequence[str], b: Sequence[str]) -> int:

@@ -11,17 +11,20 @@ from typing import Any
 
 import joblib
 import numpy as np
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics import BLEU
 from sacrebleu.metrics.base import Metric
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from tqdm.auto import tqdm
 
 from ...files import require
 from . import significance
-from .bleu import ScriptBLEU
+from .base import CorpusMetric, PartMetric
+from .bleu import FastBLEU, ScriptBLEU
+from .chrf import FastCHRF
 from .cider import CIDEr
+from .grams import Encoded, distinct_of, orders
 from .meteor import METEOR, NO_WORDNET, JavaMETEOR, find_wordnet, open_wordnet
-from .nist import NIST, ngrams
+from .nist import NIST
+from .part import Part
 from .rouge import RougeL
 from .slots import SlotErrorRate
 from .ter import FastTER
@@ -39,10 +42,11 @@ NAMES = {
     "ser": "SER",
 }
 LOWER_IS_BETTER = ("ter", "ser")
-_PARALLEL_FROM = 400  # pairs of prediction and reference below which starting workers costs more than it saves
+# Cubes of the characters of references, which is how TER's time grows: two to five seconds of one core. Below it,
+# workers take longer to start than they save.
+_PARALLEL_FROM = 2 * 10**10
 _PART = 256  # instances a worker takes at a time, at most
-# Scores whose weights come from all references at a time, or whose program runs once: computed here, not by workers.
-_HERE = (NIST, CIDEr, JavaMETEOR, SlotErrorRate)
+_HERE = (JavaMETEOR, SlotErrorRate)  # one program, or one list of values: computed here, not by workers
 
 
 class NLGMetrics:
@@ -112,14 +116,14 @@ class NLGMetrics:
         self.notes: list[str] = []
         self.only = only
         make: dict[str, Callable[[], Metric | None]] = {
-            "bleu": lambda: ScriptBLEU() if protocol == "lora" else BLEU(lowercase=True, tokenize="13a"),
+            "bleu": lambda: ScriptBLEU() if protocol == "lora" else FastBLEU(),
             "ter": FastTER,
             "meteor": lambda: self._meteor(wordnet, meteor_jar),
             "nist": lambda: NIST(**_NIST[protocol]),
             "rouge_l": RougeL,
             "cider": CIDEr,
-            "chrf": CHRF,
-            "chrf++": lambda: CHRF(word_order=2),
+            "chrf": FastCHRF,
+            "chrf++": lambda: FastCHRF(word_order=2),
             "ser": lambda: SlotErrorRate(slot_rules),
         }
         made = {name: make[name]() for name in NAMES if name in only}
@@ -214,11 +218,12 @@ class NLGMetrics:
                 if mrs is not None or len(self.only) < len(NAMES):
                     notes.append(f"SER is left out: {remedy}")
                 del metrics["ser"]
+        statistics, described = self._extract(metrics, runs, references, mrs)
         numbers = {len(group) for group in references}
         for name, metric in metrics.items():
             metric.num_refs = 1 if name == "ser" else numbers.copy().pop() if len(numbers) == 1 else -1
-        statistics = self._extract(metrics, runs, references, mrs)
-        return Evaluation(self, metrics, runs, references, list(mrs) if mrs is not None else None, statistics, notes)
+        mrs = list(mrs) if mrs is not None else None
+        return Evaluation(self, metrics, runs, references, mrs, statistics, described, notes)
 
     def _extract(
         self,
@@ -226,37 +231,45 @@ class NLGMetrics:
         runs: dict[str, list[list[str]]],
         references: list[list[str]],
         mrs: Sequence[str] | None,
-    ) -> dict[str, dict[str, list[np.ndarray]]]:
-        """Return the statistics of all segments by metric, system and run: float64 `[n, d]`."""
+    ) -> tuple[dict[str, dict[str, list[np.ndarray]]], dict[str, list[dict[str, float]]]]:
+        """Return statistics of all segments, by metric, system and run, float64 `[n, d]`; and what texts are like."""
         n = len(references)
         flat = [texts for name in runs for texts in runs[name]]
-        workers = self.processes or (
-            1 if sum(map(len, references)) * len(flat) < _PARALLEL_FROM else joblib.cpu_count()
-        )
+        work = len(flat) * sum(len(text) ** 3 for group in references for text in group)
+        workers = self.processes or (1 if work < _PARALLEL_FROM else joblib.cpu_count())
         by_workers = {name: metric for name, metric in metrics.items() if not isinstance(metric, _HERE)}
-        count = max(8 * workers, -(-n // _PART))
+        count = max(8 * workers if workers > 1 else 1, -(-n // _PART))
         bounds = np.linspace(0, n, min(n, count) + 1).astype(int)
         parts = [slice(a, b) for a, b in itertools.pairwise(bounds)]
         bar = functools.partial(tqdm, delay=2, leave=False, disable=not self.progress, unit="part")
-        found: dict[str, list[list[np.ndarray]]] = {name: [[] for _ in flat] for name in metrics}
         answers = joblib.Parallel(n_jobs=workers, batch_size=1, return_as="generator")(
-            joblib.delayed(_statistics)(by_workers, [texts[part] for texts in flat], references[part])
-            for part in parts
+            joblib.delayed(_of_part)(by_workers, [texts[part] for texts in flat], references[part]) for part in parts
         )
+        found: dict[str, list[np.ndarray]] = {}
         for name, metric in bar(list(metrics.items()), desc="scores of all references"):
             if name not in by_workers:
                 of = [[mr] for mr in mrs] if name == "ser" else references
-                for k, one in enumerate(_statistics({name: metric}, flat, of)[name]):
-                    found[name][k].append(one)
+                found[name] = _by_segment(metric, Part(flat, of))
+        answered: dict[str, list[Any]] = {name: [] for name in (*by_workers, "texts")}
         for answer in bar(answers, total=len(parts), desc="scoring"):
-            for name, several in answer.items():
-                for k, one in enumerate(several):
-                    found[name][k].append(one)
-        result: dict[str, dict[str, list[np.ndarray]]] = {}
-        for name, several in found.items():
-            joined = iter([np.concatenate(one) for one in several])
-            result[name] = {system: [next(joined) for _ in runs[system]] for system in runs}
-        return result
+            for name, part in answer.items():
+                answered[name].append(part)
+        described = describe(Encoded.join(answered.pop("texts")), flat)
+        for name, metric in by_workers.items():
+            several = answered.pop(name)
+            if isinstance(metric, CorpusMetric):
+                found[name] = metric.statistics_of(Encoded.join(several))
+            else:
+                found[name] = [np.concatenate(of_run) for of_run in zip(*several, strict=True)]
+        of_runs = iter(range(len(flat)))
+        places = {system: [next(of_runs) for _ in runs[system]] for system in runs}
+        return (
+            {
+                name: {system: [found[name][k].astype(np.float64) for k in places[system]] for system in runs}
+                for name in metrics
+            },
+            {system: [described[k] for k in places[system]] for system in runs},
+        )
 
     def compute_metrics(
         self, tokenizer: Any, references: Sequence[Sequence[str]] | None = None
@@ -320,6 +333,7 @@ class Evaluation:
         systems (`dict[str, list[list[str]]]`): the texts of each run of each system.
         references (`list[list[str]]`), mrs (`list[str]`, *optional*): what they were compared with.
         statistics: by metric, system and run, float64 `[n, d]`.
+        described: by system and run, see [`describe`].
         notes (`list[str]`): what was left out, and why.
     """
 
@@ -329,6 +343,7 @@ class Evaluation:
     references: list[list[str]]
     mrs: list[str] | None
     statistics: dict[str, dict[str, list[np.ndarray]]]
+    described: dict[str, list[dict[str, float]]]
     notes: list[str]
 
     @functools.cached_property
@@ -348,7 +363,12 @@ class Evaluation:
             systems[name] = {"runs": runs, "scores": {m: float(np.mean(v)) for m, v in each.items()}}
             if runs > 1:
                 systems[name] |= {"each": each, "spread": {m: float(np.std(v, ddof=1)) for m, v in each.items()}}
-            systems[name] |= {"intervals": {}, "texts": self._describe(name)}
+            described = self.described[name]
+            texts = {key: float(np.mean([one[key] for one in described])) for key in described[0]}
+            systems[name] |= {
+                "intervals": {},
+                "texts": texts,
+            }
         result = {"protocol": made.protocol, "n": n, "first": names[0], "bootstrap": made.bootstrap, "seed": made.seed}
         signatures, notes = {}, list(self.notes)
         if made.bootstrap:
@@ -445,11 +465,6 @@ class Evaluation:
     def _bar(self, parts: Iterator, what: str) -> Any:
         return tqdm(parts, desc=what, delay=2, leave=False, disable=not self.made_by.progress, unit="block")
 
-    def _describe(self, system: str) -> dict[str, float]:
-        """Return lengths and how much a system repeats itself, in BLEU's words, means over runs."""
-        found = [describe(texts, self.references) for texts in self.systems[system]]
-        return {key: float(np.mean([one[key] for one in found])) for key in found[0]}
-
     def of_one(self) -> dict[str, Any]:
         """Return the result in the form of [`NLGMetrics.__call__`]: the last system, the first as its baseline."""
         result = self.result
@@ -506,27 +521,35 @@ def instance_score(metric: Metric, statistics: list[float]) -> float:
     return metric._compute_score_from_stats(statistics).score
 
 
-def describe(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+def describe(encoded: Encoded, systems: Sequence[Sequence[str]]) -> list[dict[str, float]]:
     """
-    Return how long texts are and how much they repeat each other, in words as BLEU has them, lower case.
+    Return how long texts are and how much those of a system repeat each other, in words as BLEU has them, lower case.
+
+    Args:
+        encoded ([`Encoded`]): these words, of all systems and references.
+        systems (`Sequence`): the texts.
 
     Returns:
-        `dict`: `words` a text and `reference_words`; `distinct_1` and `distinct_2`, the distinct n-grams of all texts
-        over their number (Li et al. 2016); `distinct_texts`, likewise of whole texts; `empty` texts.
+        `list[dict]`: for each system `words` a text and `reference_words`; `distinct_1` and `distinct_2`, the distinct
+        n-grams of all texts over their number (Li et al. 2016); `distinct_texts`, likewise of whole texts; `empty`
+        texts.
     """
-    tokenize = Tokenizer13a()
-    words = [tokenize(text.lower()).split() for text in texts]
-    reference_words = [[len(tokenize(text.lower()).split()) for text in group] for group in references]
-    found = {
-        "words": sum(map(len, words)) / len(words),
-        "reference_words": sum(sum(group) / len(group) for group in reference_words) / len(reference_words),
-    }
-    for n in (1, 2):
-        total = sum(max(0, len(text) - n + 1) for text in words)
-        different = len({gram for text in words for gram in ngrams(text, n)})
-        found[f"distinct_{n}"] = different / total if total else 0.0
-    found["distinct_texts"] = len({tuple(text) for text in words}) / len(words)
-    found["empty"] = float(sum(not text.strip() for text in texts))
+    n = len(systems[0])
+    lengths = encoded.lengths[encoded.references]
+    means = np.add.reduceat(lengths, encoded.groups) / np.diff(np.append(encoded.groups, len(lengths)))
+    counted = list(orders(encoded, 2))
+    ends = np.cumsum(encoded.lengths)
+    found = []
+    for k, texts in enumerate(systems):
+        own = encoded.texts(k)
+        one = {"words": int(encoded.lengths[own].sum()) / n, "reference_words": sum(means.tolist()) / n}
+        for order in counted:
+            total, different = int(encoded.counts(k, order.n).sum()), len(distinct_of(order.of(k).gram))
+            one[f"distinct_{order.n}"] = different / total if total else 0.0
+        spans = zip(ends[own], encoded.lengths[own], strict=True)
+        one["distinct_texts"] = len({encoded.tokens[end - length : end].tobytes() for end, length in spans}) / n
+        one["empty"] = float(sum(not text.strip() for text in texts))
+        found.append(one)
     return found
 
 
@@ -554,17 +577,26 @@ def check_texts(predictions: Sequence[str], references: Sequence[Any], what: str
         require(fine, "references", group, f"instance {i} has no reference, or one that is no text")
 
 
-def _statistics(
-    metrics: dict[str, Metric], systems: list[list[str]], references: list[list[str]]
-) -> dict[str, list[np.ndarray]]:
-    """Extract statistics, metric by metric and system by system, segment by segment; runs in a worker."""
-    most = max(len(group) for group in references)
-    columns = [[group[i] if i < len(group) else None for group in references] for i in range(most)]
-    result = {}
+def _of_part(metrics: dict[str, Metric], systems: list[list[str]], references: list[list[str]]) -> dict[str, Any]:
+    """Return what each metric makes of some instances, and their words; runs in a worker."""
+    part = Part(systems, references)
+    found: dict[str, Any] = {}
     for name, metric in metrics.items():
-        metric._ref_cache = metric._cache_references(columns)  # once for all systems
-        result[name] = [
-            np.asarray(metric._extract_corpus_statistics(texts, None), dtype=np.float64) for texts in systems
-        ]
-        metric._ref_cache = None
-    return result
+        if isinstance(metric, CorpusMetric):
+            found[name] = metric.encode(part)
+        else:
+            found[name] = metric.statistics(part) if isinstance(metric, PartMetric) else _by_segment(metric, part)
+    return found | {"texts": part.encoded(part.words)}
+
+
+def _by_segment(metric: Metric, part: Part) -> list[np.ndarray]:
+    """Return a metric's statistics for each system, as sacrebleu extracts them: segment by segment."""
+    groups = [group for _, group in part.pairs(part.texts, 0)]
+    columns = [[group[i] if i < len(group) else None for group in groups] for i in range(max(part.numbers))]
+    metric._ref_cache = metric._cache_references(columns)  # once for all systems
+    n, found = len(groups), []
+    for k in range(part.systems):
+        texts = part.texts[k * n : (k + 1) * n]
+        found.append(np.asarray(metric._extract_corpus_statistics(texts, None), dtype=np.float64))
+    metric._ref_cache = None
+    return found

@@ -101,6 +101,44 @@ def test_every_value_of_e2e_is_recognised_as_it_stands():
                 assert found == [], (slot, value, said, found)
 
 
+SAID = {
+    "eatType": {"pub": "a pub", "restaurant": "a restaurant", "coffee shop": "a coffee shop"},
+    "food": {
+        "Italian": "the food is Italian",
+        "Fast food": "they sell fast food",
+        "English": "you get British dishes",
+    },
+    "area": {"riverside": "it lies by the river", "city centre": "it is in the centre of the city"},
+    "priceRange": {"more than £30": "meals cost more than £30", "less than £20": "you pay less than £20"},
+    "customer rating": {"5 out of 5": "guests gave 5 out of 5", "1 out of 5": "guests gave 1 out of 5"},
+    "familyFriendly": {"yes": "children are welcome", "no": "it is not for kids"},
+    "near": {"Café Rouge": "next to Café Rouge", "Burger King": "next to Burger King"},
+}
+
+
+def test_errors_are_those_that_were_put_in():
+    """Texts made from a plan of what is left out, said otherwise and added: the errors found are the plan's."""
+    draw = random.Random(0)
+    values = [f"near[{value}]" for value in SAID["near"]]  # what the representations of a file have
+    for _ in range(300):
+        wanted, parts, planned = ["name[The Mill]"], ["The Mill"], []
+        for slot, ways in draw.sample(list(SAID.items()), len(SAID)):
+            value, other = draw.sample(list(ways), 2)
+            kind = draw.choice(["right", "right", "missing", "wrong", "added", "nothing"])
+            if kind not in ("added", "nothing"):
+                wanted.append(f"{slot}[{value}]")
+            if kind in ("right", "added"):
+                parts.append(ways[value])
+            if kind == "wrong":
+                parts.append(ways[other])
+            planned += {
+                "missing": [f"{slot}[{value}] is missing"],
+                "wrong": [f"{slot}[{value}] is said as [{other}]"],
+                "added": [f"{slot}[{value}] is added"],
+            }.get(kind, [])
+        assert sorted(errors(", ".join(parts) + ".", ", ".join(wanted), *values)) == sorted(planned)
+
+
 def test_rules_of_ones_own(tmp_path):
     (tmp_path / "rules.yaml").write_text("slots:\n  mood:\n    good: ['happy|glad']\n    bad: ['sad']\n")
     scores = NLGMetrics(only=["ser", "bleu"], slot_rules=tmp_path / "rules.yaml")(

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# What is claimed of GPUs, measured on one of them: at most eight minutes on a data-centre GPU, nothing needed from outside.
+#
+#     bash eval/benchmarks/gpu.sh [--tiny]
+#
+# Rows go to results/ as those of every benchmark, with the GPU in them, and results/gpu.md says what each part did. A part
+# that fails or takes longer than its share costs its own rows only. --tiny shows on any machine that all parts run:
+# sizes that no claim rests on, results to outputs/benchmarks. PYTHON: the interpreter; IMAGES: a folder with CIFAR-10
+# (else made-up images, of which only times count).
+set -u
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python} here=eval/benchmarks results=eval/benchmarks/results tiny=""
+case "${1:-}" in
+    "") ;;
+    --tiny) tiny=--quick results=outputs/benchmarks ;;
+    *) echo "gpu.sh: unknown option $1; there is --tiny" >&2; exit 2 ;;
+esac
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$results"
+report=$results/gpu.md began=$SECONDS failed=0
+printf '| part | seconds | result |\n| --- | --- | --- |\n' > "$report"
+
+part() {  # NAME LIMIT COMMAND...: run a part for at most LIMIT seconds; say how it ended
+    local name=$1 limit=$2 start=$SECONDS log="$work/log" said
+    shift 2
+    if timeout --kill-after 5 "$limit" "$@" > "$log" 2>&1; then said=done; else
+        said="failed ($?): $(grep -E '(Error|error):' "$log" | tail -1 | tr '|' '/' | cut -c1-160)"
+        failed=$((failed + 1))
+    fi
+    echo "| $name | $((SECONDS - start)) | $said |" | tee -a "$report"
+}
+
+# Text and a small base model are made once. Shapes have random weights: what a step costs does not depend on them.
+part "make data and a tokenizer" 90 "$python" - "$work" "$here" "$tiny" <<'PYTHON'
+import sys
+from types import SimpleNamespace
+work, here, tiny = sys.argv[1:]
+sys.path.insert(0, here)
+from pathlib import Path
+from common import data_and_model
+from darel_hf.nlg.demo import DemoSettings
+none = SimpleNamespace(data_dir=None, model_name_or_path=None)
+data_and_model(none, Path(work), DemoSettings(warm_up_representations=20, warm_up_epochs=1))
+PYTHON
+
+texts=(--data_dir "$work/data" --model_name_or_path "$work/model" --threads 4 $tiny)
+if [ -n "$tiny" ]; then
+    medium=(--layers 2 --width 64) llama=(--family llama --layers 2 --width 64) some=(--samples 16 --batch_size 4)
+    few=(--samples 8 --batch_size 4) long=24,6 image=() limit=300
+else
+    medium=(--layers 24 --width 1024 --bf16) llama=(--family llama --layers 16 --width 2048 --bf16)
+    some=(--samples 512 --batch_size 32 --epochs 2 --pairs 3)
+    few=(--samples 128 --batch_size 16 --epochs 2 --pairs 3) long=512,32 image=(--bf16 --channels_last --narrow 1)
+    image+=(--batch_size 256 --epochs 2 --workers 4 --seeds 1) limit=75
+fi
+ways=unpad,share_1,plain+fast,reader,reader+fast,recompute,finish_1,alora,plain+budget_time=0.5,reader+budget_time=0.3
+prompts() { part "$1" "$limit" "$python" $here/prompts.py "${texts[@]}" "${@:2}"; }
+prompts "GPT-2 medium's shape, E2E's lengths" "${medium[@]}" "${some[@]}" --ways "$ways"
+prompts "prompts of 512, completions of 32" "${medium[@]}" "${few[@]}" --lengths "$long" --ways unpad,reader,recompute,reader+fast
+prompts "Llama of 1 B's shape" "${llama[@]}" "${few[@]}" --ways unpad,plain+fast,reader,reader+fast,recompute
+prompts "eight samples a prompt" "${medium[@]}" "${few[@]}" --lengths "$long" --same 8 --ways unpad,share_1,reader
+prompts "compiled" "${medium[@]}" "${few[@]}" --lengths "$long" --ways plain+torch_compile
+part "DistributedDataParallel, one process" "$limit" "$python" -m torch.distributed.run --nproc_per_node 1 --master_port 29541 \
+    $here/prompts.py "${texts[@]}" "${medium[@]}" "${few[@]}" --ways unpad,reader,plain+fast
+part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${medium[@]}" "${few[@]}" --ways shared,padding_free
+part "one forward pass, compiled and not" "$limit" "$python" $here/steps.py $tiny --layers 24 --width 1024 --rows 32 --lengths 128 \
+    --keeps 0.25,0.5 --tuning lora --bf16 --name steps_gpu
+part "scores of the offline pass" "$limit" "$python" $here/scores.py "${texts[@]}" --samples 512 --batch_size 32
+part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" --name vision_gpu \
+    ${IMAGES:+--data_dir "$IMAGES"} $([ -n "$tiny${IMAGES:-}" ] || echo --made_up 50000) --max_train_samples 50000 \
+    --arms full,random_0.5,darel_0.5,dual,double
+echo "all parts: $((SECONDS - began)) s, $failed failed; see $report"
+exit $((failed > 0))
