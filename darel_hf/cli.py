@@ -162,6 +162,9 @@ def plan(
     online_keep: Annotated[float, typer.Option(help="Fraction of each candidate batch that is trained on (A).")] = 1.0,
     rescore_every: Annotated[int, typer.Option(help="Epochs from one scoring to the next (eta).")] = 1,
     budget_time: Annotated[float | None, typer.Option(help="Instead: fraction of the full time (t).")] = None,
+    budget_spend: Annotated[
+        str, typer.Option(help="'time', or 'quality': more epochs in what is left of it.")
+    ] = "time",
     budget_method: Annotated[str, typer.Option(help="'measured' (our cost model) or 'paper'.")] = "measured",
     epochs: Annotated[float, typer.Option(help="Epochs of training.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Rows of a batch.")] = 8,
@@ -191,6 +194,7 @@ def plan(
             online_keep=online_keep,
             rescore_every=rescore_every,
             budget_time=budget_time,
+            budget_spend=budget_spend,
             budget_method=budget_method,
             offline_rule=offline_rule,
             online_rule=online_rule,
@@ -210,7 +214,7 @@ def plan(
         made = budget_plan(made, config) if config.has_budget else made
         made.check()
         out.print(str(made))
-        if made.predicted_saving <= 0:
+        if made.predicted_saving <= 0 and made.more == 1:
             errors.print("no saving is predicted: scoring costs more than the dropped rows save")
 
 

@@ -56,6 +56,8 @@ class AcceleratorFacts:
             `"unbiased"` (right in expectation) or `"approximate"` (a choice that can cost quality).
         phrase (`str`): how a plan says it.
         fast (*optional*): the value of its setting that `fast=True` tries out; `None`: it does not.
+        mildest_first (`tuple`): of one that is not exact, the values of its setting that a time budget may use where
+            `budget_allows` names it, the one that costs least quality first.
         beside (`tuple[str, ...]`): settings of which it needs one, or what `fast` finds in place of that.
         online_only (`bool`): whether there is nothing for it to do where the online stage drops nothing.
         not_with (`Mapping[str, str]`): settings that must be at their defaults beside it, each with the remedy.
@@ -69,6 +71,7 @@ class AcceleratorFacts:
     exactness: str
     phrase: str
     fast: Any = None
+    mildest_first: tuple[Any, ...] = ()
     beside: tuple[str, ...] = ()
     online_only: bool = False
     not_with: Mapping[str, str] = field(default_factory=dict)
@@ -159,6 +162,7 @@ ACCELERATOR_FACTS = {
 BACKWARDS = ("subset", "sliced")
 CHOICES = {
     "budget_method": ("measured", "paper"),
+    "budget_spend": ("time", "quality"),
     "online_backward": BACKWARDS,
     "prompt_cache": (None, "ram", "disk", "recompute", "auto"),
 }
@@ -208,9 +212,18 @@ class DarelConfig:
     Parameters that control the **budget**, which derives the three fractions above and the batch size:
 
         budget_time (`float`, *optional*):
-            Fraction of the full training time that may be used, in (0, 1] (the paper's t).
+            Fraction of the full training time that may be used, in (0, 1] (the paper's t). It is spent in this order:
+            exact accelerators that pay (see `fast`), which cost nothing; those of `budget_allows`; fewer samples.
+            Where it is met before that, nothing is dropped.
+        budget_allows (`list[str]`, *optional*):
+            Accelerators that are not exact and that a time budget may use, by name, before it drops samples: one after
+            the other in this order, each at the mildest setting that is enough.
         budget_memory (`float`, *optional*):
             Fraction of the full peak memory that may be used, in (0, 1] (the paper's m); it lowers the batch size.
+        budget_spend (`str`, defaults to `"time"`):
+            What becomes of time that is left of a time budget where nothing is dropped. `"time"`: the run is shorter.
+            `"quality"`: more epochs of the same data, planned before training, with learning rates for as many: with
+            `budget_time=1` a run takes as long as plain training and trains more.
         budget_method (`str`, defaults to `"measured"`):
             `"measured"` solves our cost model for what was measured on this machine, `"paper"` uses the poster's
             equations 1 to 4.
@@ -223,10 +236,10 @@ class DarelConfig:
         batch_by_length (`bool`, defaults to `False`):
             Make batches (of candidates, where there are any) of samples of similar length, in random order: fewer
             padded positions, so that steps are cheaper. See [`darel_hf.data.ShuffledByLength`].
-        fast (`bool`, defaults to `False`):
+        fast (`bool`, *optional*):
             Use every exact accelerator below that this model passes and that pays, chosen on a few batches before
             training. It is never an error: what the model does not take is left out, and the plan says why. Settings
-            that are given stay as they are.
+            that are given stay as they are. By default, with a time budget that is measured, and not otherwise.
         unpad (`bool`, defaults to `False`):
             Train on batches without padding, and let only the positions that predict a label pass the head: the same
             losses and gradients (but for rounding and dropout) in less time. For causal language models with
@@ -282,6 +295,10 @@ class DarelConfig:
     online_backward: str = field(default="subset", metadata={"help": "'subset' or 'sliced' (one forward pass)"})
     budget_time: float | None = field(default=None, metadata={"help": "fraction of the full training time, in (0, 1]"})
     budget_memory: float | None = field(default=None, metadata={"help": "fraction of the full memory, in (0, 1]"})
+    budget_allows: list[str] | None = field(
+        default=None, metadata={"help": "accelerators, by name, that are not exact and that a time budget may use"}
+    )
+    budget_spend: str = field(default="time", metadata={"help": "'time' or 'quality': more epochs in what is left"})
     budget_method: str = field(default="measured", metadata={"help": "'measured' or 'paper'"})
     offline_rule: str = field(default="middle", metadata={"help": "rule of the offline stage"})
     online_rule: str = field(default="random", metadata={"help": "rule of the online stage"})
@@ -297,7 +314,14 @@ class DarelConfig:
     share_prompts: int = field(
         default=0, metadata={"help": "compute once what samples of a batch begin with; above 1: so many a prompt"}
     )
-    fast: bool = field(default=False, metadata={"help": "every exact accelerator that the model takes and that pays"})
+    fast: bool | None = field(
+        default=None,
+        metadata={
+            "help": "every exact accelerator that the model takes and that pays; by default, where a time budget is",
+            "nargs": "?",  # of the command line: the word alone means True
+            "const": True,
+        },
+    )
     last_block: bool = field(default=False, metadata={"help": "last block for labels only, beside unpad: less time"})
     fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
@@ -324,7 +348,8 @@ class DarelConfig:
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
         require(whole, "rescore_every", self.rescore_every, "give a whole number of epochs, at least 1", TypeError)
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
-        require(isinstance(self.fast, bool), "fast", self.fast, "give True or False", TypeError)
+        remedy = "give True or False, or leave it out"
+        require(self.fast is None or isinstance(self.fast, bool), "fast", self.fast, remedy, TypeError)
         whole = isinstance(self.share_prompts, int) and not isinstance(self.share_prompts, bool)
         remedy = "give 1 to share what is in common by chance, more for batches with so many samples of a prompt, or 0"
         require(whole, "share_prompts", self.share_prompts, remedy, TypeError)
@@ -343,6 +368,10 @@ class DarelConfig:
         for facts in ACCELERATOR_FACTS.values():
             if not self._is_default(facts.setting):
                 self._check_beside(facts)
+        remedy = "only a time budget that is measured leaves any; give budget_time, or leave it out"
+        require(self._is_default("budget_spend") or self.solves_time, "budget_spend", self.budget_spend, remedy)
+        if self.budget_allows is not None:
+            self._check_allowed()
         if self.has_budget:
             for name in ("offline_keep", "online_keep", "rescore_every"):
                 remedy = "a budget derives this; leave it out"
@@ -365,6 +394,35 @@ class DarelConfig:
         if facts.with_weights is not None:
             for stage in filter(self.may_select, ("offline", "online")):
                 require(not self.rule(stage).weighs, f"{stage}_rule", self.rule(stage).name, facts.with_weights)
+
+    def _check_allowed(self) -> None:
+        """Raise for names of accelerators that a budget cannot be allowed to use."""
+        names = self.budget_allows
+        listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        require(listed, "budget_allows", names, "give a list of names of accelerators", TypeError)
+        self.budget_allows = list(names)
+        remedy = "only a time budget that is measured has a use for it; give budget_time, or leave it out"
+        require(self.solves_time, "budget_allows", names, remedy)
+        there = [name for name, facts in ACCELERATOR_FACTS.items() if facts.mildest_first]
+        remedy = f"choose of {', '.join(there)}" if there else "there is none that is not exact; leave it out"
+        for name in names:
+            facts = ACCELERATOR_FACTS.get(name)
+            exact = facts is not None and facts.fast is not None
+            why = f"{name} is exact, and a time budget uses it anyway; leave it out" if exact else remedy
+            require(name in there, "budget_allows", names, why)
+            why = f"{facts.setting}={getattr(self, facts.setting, None)!r} is given already; leave out one of both"
+            require(self._is_default(facts.setting), "budget_allows", names, why)
+        require(len(set(names)) == len(names), "budget_allows", names, "give each name once")
+
+    @property
+    def solves_time(self) -> bool:
+        """Whether a time budget is solved by what is measured."""
+        return self.budget_time is not None and self.budget_method == "measured"
+
+    @property
+    def finds_exact(self) -> bool:
+        """Whether exact accelerators are looked for that nobody has named."""
+        return self.solves_time if self.fast is None else self.fast
 
     @property
     def has_budget(self) -> bool:
@@ -404,7 +462,7 @@ class DarelConfig:
         found = []
         most_first = list(reversed(ACCELERATOR_FACTS.values()))
         most_first.sort(key=lambda facts: bool(facts.beside))  # what goes beside others after these
-        for facts in most_first if self.fast else ():
+        for facts in most_first if self.finds_exact else ():
             if facts.fast is None or facts.exactness != "exact" or not self._is_default(facts.setting):
                 continue
             reason = None

@@ -46,6 +46,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
         ("_get_num_items_in_batch", ["batch_samples", "device"]),
         ("get_optimizer_cls_and_kwargs", ["args", "model"]),
         ("create_scheduler", ["num_training_steps"]),
+        ("set_initial_training_values", ["args", "dataloader"]),
         ("evaluate", ["eval_dataset"]),
         ("create_model_card", ["model_name"]),
         ("add_callback", ["callback"]),

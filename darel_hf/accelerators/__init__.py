@@ -11,7 +11,9 @@ from .base import (
     CannotAccelerate,
     Choosing,
     first_line,
+    in_order,
     make_accelerators,
+    make_allowed,
     register_accelerator,
 )
 from .fast_lora import FastLinear, FastLora

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -93,6 +94,14 @@ class Accelerator(ABC):
         """Return a context in which the model trains as it would without what this accelerator is for."""
         return contextlib.nullcontext()
 
+    def acting(self) -> contextlib.AbstractContextManager:
+        """
+        Return a context where a step on what it has transformed is one with it; what comes on top is measured there.
+
+        Those that act on the model while they are attached, and not on batches alone, return [`Accelerator.attached`].
+        """
+        return contextlib.nullcontext()
+
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float | None:
         """
         Return the seconds of a training step with it, for the planner; `None`: a step on given rows takes as long.
@@ -163,7 +172,7 @@ def make_accelerators(
         first_found (`Callable`): of what the processes found, the first that is not `None`, the same on all.
 
     Returns:
-        those that can be had, in the order in which they act on a batch; and why others that `fast` has tried cannot.
+        those that can be had, in the order in which they act on a batch; and why others cannot.
     """
     made, left_out = [], {}
     for name in trainer.darel.accelerators:
@@ -172,12 +181,12 @@ def make_accelerators(
         if reason is None:
             made.append(accelerator)
         elif accelerator.falls_back:
+            left_out[name] = reason
             logger.warning("%s", accelerator.told(reason, "going on with"))
         else:
             accelerator.refuse(reason)
     for name, value, reason in trainer.darel.candidates():
-        accelerator = ACCELERATORS[name](trainer)
-        accelerator.value, accelerator.asked = value, False
+        accelerator = _found(trainer, name, value)
         same = [other.facts for other in made if _exclude(other.facts, accelerator.facts)]
         if same:
             continue  # what is there does all that it would
@@ -188,8 +197,53 @@ def make_accelerators(
             made.append(accelerator)
         else:
             left_out[name] = reason
+    return in_order(made), left_out
+
+
+def make_allowed(
+    trainer: Any,
+    name: str,
+    value: Any,
+    beside: Sequence[Accelerator],
+    few_rows: Callable[[], Mapping[str, Any]],
+    first_found: Callable[[Any], Any],
+) -> tuple[Accelerator | None, str | None]:
+    """
+    Make and try out an accelerator that a budget may use, see [`make_accelerators`].
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        name (`str`): of the accelerator.
+        value: of its setting.
+        beside (`Sequence[Accelerator]`): those that are there.
+        few_rows, first_found: see [`make_accelerators`].
+
+    Returns:
+        the accelerator, or why it cannot be had.
+    """
+    accelerator = _found(trainer, name, value)
+    for other in beside:
+        if _exclude(other.facts, accelerator.facts):
+            return None, f"it does not go with {other.facts.name}"
+    try:
+        dataclasses.replace(trainer.darel, budget_allows=None, **{accelerator.facts.setting: value})
+    except ValueError as error:
+        return None, str(error)
+    reason = _reason(accelerator, few_rows, first_found)
+    return (accelerator, None) if reason is None else (None, reason)
+
+
+def in_order(accelerators: Iterable[Accelerator]) -> list[Accelerator]:
+    """Return accelerators in the order in which they act on a batch."""
     order = list(ACCELERATOR_FACTS)
-    return sorted(made, key=lambda accelerator: order.index(accelerator.facts.name)), left_out
+    return sorted(accelerators, key=lambda accelerator: order.index(accelerator.facts.name))
+
+
+def _found(trainer: Any, name: str, value: Any) -> Accelerator:
+    """Make an accelerator that no setting asks for."""
+    accelerator = ACCELERATORS[name](trainer)
+    accelerator.value, accelerator.asked = value, False
+    return accelerator
 
 
 def _exclude(one: AcceleratorFacts, other: AcceleratorFacts) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -257,6 +258,10 @@ class FastLora(Accelerator):
         """Return the seconds of a step with fast layers."""
         with self.attached():
             return seconds(lambda: inputs)
+
+    def acting(self) -> contextlib.AbstractContextManager:
+        """Return a context in which layers are fast."""
+        return self.attached()
 
     def attach(self) -> None:
         """Make layers fast."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -126,7 +127,7 @@ class LastBlock(Accelerator):
         """Return what is in the way: other settings, the model, or what a few samples show."""
         trainer, model = self.trainer, self.trainer.model
         given = trainer.darel.accelerators
-        if not trainer.darel.fast and not set(given) & set(ROWS):
+        if not trainer.darel.finds_exact and not set(given) & set(ROWS):
             return "padded rows pass it whole; set unpad=True or share_prompts=1 beside it"
         if few_rows is None:
             return "the data are a stream, of which nothing can be tried before training"
@@ -167,6 +168,10 @@ class LastBlock(Accelerator):
         """Return the seconds of a step with a shorter last block."""
         with self.attached():
             return seconds(lambda: self.transform(inputs))
+
+    def acting(self) -> contextlib.AbstractContextManager:
+        """Return a context in which the last block is shorter."""
+        return self.attached()
 
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a row as it is, and remember where its labels are predicted."""

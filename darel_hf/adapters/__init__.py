@@ -9,6 +9,7 @@ from .reader import (
     ReaderLoraConfig,
     ReaderModel,
     acting_everywhere,
+    adapts_prompts,
     base_alone,
     find_reader,
     prompt_positions,

@@ -389,6 +389,12 @@ def find_reader(model: nn.Module) -> ReaderModel | None:
     return tuner if isinstance(tuner, ReaderModel) else None
 
 
+def adapts_prompts(model: nn.Module) -> bool:
+    """Whether what is trained is LoRA that acts on prompts as on all else, where a reader would leave them alone."""
+    configs = getattr(getattr(model, "_orig_mod", model), "peft_config", {}).values()
+    return bool(configs) and all(type(c) is LoraConfig and c.alora_invocation_tokens is None for c in configs)
+
+
 @contextlib.contextmanager
 def acting_everywhere(model: nn.Module) -> Iterator[None]:
     """Let the adapters of a reader act everywhere for a while."""

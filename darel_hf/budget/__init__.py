@@ -12,10 +12,10 @@ from .plan import Costs, Plan, assumed_costs, batch_size_within, budget_plan, on
 
 if TYPE_CHECKING:
     from .measure import SHARE, clock, measure_costs, measure_memory, measure_slowdown
-    from .pace import KeepBudget
+    from .pace import KeepBudget, usual_step
 
 _LATER = dict.fromkeys(("SHARE", "clock", "measure_costs", "measure_memory", "measure_slowdown"), "measure")
-_LATER |= {"KeepBudget": "pace"}
+_LATER |= dict.fromkeys(("KeepBudget", "usual_step"), "pace")
 
 
 def __getattr__(name: str) -> Any:

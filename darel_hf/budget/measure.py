@@ -165,12 +165,14 @@ def measure_costs(
                         plain.enter_context(accelerator.plain())
                     steps.append(seconds(lambda batch=batch: batch))
                 made = 0.0  # seconds that those before it take to transform a batch
-                for accelerator, found in zip(accelerators, with_it, strict=True):
-                    measured = accelerator.measure(seconds, inputs)
-                    found.append(None if measured is None else made + measured)
-                    started = clock(device)
-                    inputs = accelerator.transform(inputs)
-                    made += clock(device) - started
+                with contextlib.ExitStack() as before:
+                    for accelerator, found in zip(accelerators, with_it, strict=True):
+                        measured = accelerator.measure(seconds, inputs)
+                        found.append(None if measured is None else made + measured)
+                        before.enter_context(accelerator.acting())
+                        started = clock(device)
+                        inputs = accelerator.transform(inputs)
+                        made += clock(device) - started
             del inputs
             trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
             optimizer_step = _optimizer_step(trainer)

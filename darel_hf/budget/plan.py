@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..config import ACCELERATOR_FACTS, DarelConfig
+from ..config import ACCELERATOR_FACTS, AcceleratorFacts, DarelConfig
 from ..files import require
 from ..selection import candidate_rows
 
@@ -89,8 +89,14 @@ class Plan:
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
-        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
+        left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         of_a_prompt (`int`): samples of the same prompt in a batch, at most, where the order sees to that; else 1.
+        used (`dict`, *optional*): accelerators in use that no setting asks for, and the values of their settings;
+            `None`: of a checkpoint that does not say.
+        budget_time (`float`, *optional*): the time budget that was solved for what was measured.
+        more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more).
+        prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
+            train on prompts, too; `None`: not counted.
     """
 
     offline_keep: float
@@ -107,12 +113,17 @@ class Plan:
     method: str = "settings"
     of_a_prompt: int = 1
     left_out: dict[str, str] = field(default_factory=dict)
+    used: dict[str, Any] | None = None
+    budget_time: float | None = None
+    more: float = 1.0
+    prompt_share: float | None = None
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
         """Return the plan of the fractions that settings give; `others`: its other attributes."""
         settings = config.offline_keep, config.online_keep, config.rescore_every
-        return cls(*settings, of_a_prompt=config.of_a_prompt, **others)
+        budget = config.budget_time if config.solves_time else None
+        return cls(*settings, of_a_prompt=config.of_a_prompt, budget_time=budget, **others)
 
     @property
     def candidate_rows(self) -> int:
@@ -136,12 +147,39 @@ class Plan:
         offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
         if self.fixed_steps:
             return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
-        return self.overhead + self.slowdown * (offline + self.offline_keep * online)
+        return self.overhead + self.slowdown * (offline + self.offline_keep * online * self.more)
+
+    @property
+    def step_time(self) -> float:
+        """Time of a step in the loop, scoring left out, relative to a plain one."""
+        online = self.effective_online_keep
+        return online_term(online, 1, 1, replace(self.costs, forward_share=0.0)) / online
 
     @property
     def predicted_saving(self) -> float:
         """1 - `predicted_time`."""
         return 1 - self.predicted_time
+
+    @property
+    def everything(self) -> Plan:
+        """The plan with the same costs that drops nothing and adds nothing."""
+        return replace(self, offline_keep=1.0, online_keep=1.0, rescore_every=1, more=1.0)
+
+    @property
+    def trained_epochs(self) -> float:
+        """Epochs that are trained."""
+        return self.epochs * self.more
+
+    @property
+    def plain_epochs(self) -> float:
+        """Epochs of plain training, without accelerators and measuring, that take as long."""
+        return self.epochs * self.predicted_time
+
+    @property
+    def fewer_epochs(self) -> float:
+        """Epochs of everything, with the same accelerators and as much measuring, that take as long."""
+        whole = self.everything.predicted_time - self.overhead
+        return self.epochs * (self.predicted_time - self.overhead) / whole
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
@@ -174,6 +212,8 @@ class Plan:
             config,
             budget_time=None,
             budget_memory=None,
+            budget_allows=None,
+            budget_spend="time",
             offline_keep=self.offline_keep,
             online_keep=self.online_keep,
             rescore_every=self.rescore_every,
@@ -202,7 +242,7 @@ class Plan:
         of = "a plain one"
         for name, factor in self.costs.factors.items():
             facts = ACCELERATOR_FACTS.get(name)
-            said = name if facts is None else f"{facts.phrase} ({facts.exactness})"
+            said = name if facts is None else f"{facts.phrase} ({facts.exactness}{self._value_of(facts)})"
             batches.append(f"  batches   {said}: a step takes {factor:.2f} of {of}")
             of = "that"
         if len(self.costs.factors) > 1:
@@ -218,8 +258,42 @@ class Plan:
             + every,
             f"  costs     {', '.join(costs) or 'nothing is scored'} ({source})",
             f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
+            *(self._of_the_budget() if self.budget_time is not None else ()),
         ]
         return "\n".join(lines)
+
+    def _value_of(self, facts: AcceleratorFacts) -> str:
+        """Return what of a choice that can cost quality was chosen by us."""
+        chosen = facts.exactness != "exact" and facts.name in (self.used or {})
+        return f", {facts.setting}={self.used[facts.name]!r}" if chosen else ""
+
+    def _of_the_budget(self) -> list[str]:
+        """Return what the budget is spent on, and the controls of the same cost."""
+        whole, budget = self.everything.predicted_time, f"{self.budget_time:g}"
+        exact = [name for name, facts in ACCELERATOR_FACTS.items() if facts.exactness == "exact"]
+        others = [name for name in self.costs.factors if name not in exact]
+        using = "exact accelerators alone" if self.costs.factors else "the whole training set"
+        using = f"exact accelerators and {', '.join(others)}" if others else using
+        same, of = "  control   the same cost:", f", of {self.epochs:g}"
+        if self.kept < 1:
+            much = f"{whole:.2f} with {using}" if self.costs.factors else f"{whole:.2f}"
+            lines = [f"  budget    {budget}: everything takes {much}; some is dropped"]
+            lines.append(f"{same} {self.fewer_epochs:.2f} epochs of everything{of}")
+        elif whole <= self.budget_time:
+            lines = [f"  budget    {budget} is met by {using}: nothing is dropped"]
+        else:
+            said = f"everything takes {whole:.2f}, measuring {self.overhead:.2f} of it"
+            lines = [f"  budget    {budget}: {said}; nothing is dropped"]
+        if self.more > 1:
+            lines.append(
+                f"  epochs    {self.trained_epochs:.2f} in place of {self.epochs:g}, in the time that is left"
+            )
+        if self.costs.factors:
+            lines.append(f"{same} {self.plain_epochs:.2f} epochs of plain training{of}")
+        if self.prompt_share is not None:
+            share = f"{self.prompt_share:.2f} of the positions are prompt, of samples that were looked at"
+            lines.append(f"  reader    {share}; a ReaderLoraConfig, another adapter, computes them once")
+        return lines
 
 
 def fresh_epochs(rescore_every: int, epochs: float) -> int:
@@ -324,7 +398,7 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     """
     memory_only = budget_time is None
     budget_time = 1.0 if memory_only else budget_time
-    everything = replace(plan, method="measured", offline_keep=1.0, online_keep=1.0, rescore_every=1)
+    everything = replace(plan.everything, method="measured")
     whole = online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
     if plan.fixed_steps:  # dropping samples saves none of them
         return everything
@@ -406,17 +480,40 @@ def budget_plan(plan: Plan, config: DarelConfig, groups: int = 0, offline: bool 
     not `offline`, something is only where the measured costs leave no other way.
     """
     if config.budget_method == "measured":
-        if not offline:
-            with contextlib.suppress(ValueError):
-                return solve_budget(plan, config.budget_time, offline=False)
-        made = solve_budget(plan, config.budget_time)
-        return made if made.kept_samples >= groups else solve_budget(plan, config.budget_time, offline=False)
+        made = _solve_for_groups(plan, config.budget_time, groups, offline)
+        return spend_on_epochs(made, config.budget_time) if config.budget_spend == "quality" else made
     budget = 1.0 if config.budget_time is None else config.budget_time
     alpha, online, eta = paper_budget(full_time=1.0, budget_time=budget, new_time=plan.slowdown)
     made = replace(plan, offline_keep=alpha, online_keep=online, rescore_every=eta, method="paper")
     remedy = f"has {groups} values, but the budget leaves {made.kept_samples} places; allow more time"
     require(made.kept_samples >= groups, "group_column", config.group_column, remedy)
     return made
+
+
+def _solve_for_groups(plan: Plan, budget_time: float | None, groups: int, offline: bool) -> Plan:
+    if not offline:
+        with contextlib.suppress(ValueError):
+            return solve_budget(plan, budget_time, offline=False)
+    made = solve_budget(plan, budget_time)
+    return made if made.kept_samples >= groups else solve_budget(plan, budget_time, offline=False)
+
+
+def spend_on_epochs(plan: Plan, budget_time: float) -> Plan:
+    """
+    Spend what a plan leaves of a time budget on more epochs; where something is dropped, nothing is left.
+
+    Example:
+
+    ```python
+    >>> costs = Costs(step_seconds=0.1, forward_share=0.0, offline_share=0.0, factors={"unpad": 0.5})
+    >>> spend_on_epochs(Plan(1.0, 1.0, 1, batch_size=8, epochs=5, samples=1000, costs=costs), 1.0).trained_epochs
+    10.0
+    ```
+    """
+    if plan.kept < 1:
+        return plan
+    training = plan.everything.predicted_time - plan.overhead
+    return replace(plan, more=max((budget_time - plan.overhead) / training, 1.0))
 
 
 def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:

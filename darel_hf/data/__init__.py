@@ -5,7 +5,7 @@ Stands on `config` and `files`.
 """
 
 from .by_length import ShuffledByLength, token_batches
-from .by_prompt import ShuffledByPrompt, prompt_length, prompt_of
+from .by_prompt import ShuffledByPrompt, prompt_length, prompt_of, prompt_tokens
 from .columns import (
     Noting,
     cell,

@@ -18,8 +18,13 @@ def prompt_length(taught: np.ndarray) -> int:
 
 
 def prompt_of(item: Any) -> bytes:
+    """Return what tells a sample's prompt from others: the tokens of it, see [`prompt_tokens`]."""
+    return prompt_tokens(item).tobytes()
+
+
+def prompt_tokens(item: Any) -> np.ndarray:
     """
-    Return what tells a sample's prompt from others: the tokens of it, see [`prompt_length`].
+    Return the tokens of a sample's prompt, int64 `[n]`, see [`prompt_length`].
 
     Args:
         item (`Mapping`): `input_ids`, and `labels` or trl's `completion_mask`, of equal length.
@@ -33,7 +38,7 @@ def prompt_of(item: Any) -> bytes:
     remedy = "samples need input_ids, and labels or a completion_mask, to know their prompts by; give 1"
     require(told, "share_prompts", sorted(item) if isinstance(item, Mapping) else type(item).__name__, remedy)
     tokens, taught = np.asarray(item["input_ids"], np.int64), np.asarray(taught)
-    return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))].tobytes()
+    return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))]
 
 
 class ShuffledByPrompt(torch.utils.data.Sampler[int]):

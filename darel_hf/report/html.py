@@ -46,6 +46,7 @@ def write_html(
         environment (`dict`): what [`darel_hf.report.describe`] returned.
         text_of (`Callable`, *optional*): sample id -> its text, for the most extreme samples.
     """
+    accelerators = _accelerators(report)
     known = report.offline_losses[~np.isnan(report.offline_losses)]
     parts = [
         f"<h1>DAREL: {report.plan.predicted_saving:.0%} of the training time saved as planned</h1>"
@@ -54,6 +55,7 @@ def write_html(
         f"<pre>{escape(str(report))}</pre>",
         "<h2>Where the time went</h2>",
         _time_split(report.seconds),
+        *(["<h2>What made steps cheaper</h2>", accelerators] if accelerators else []),
     ]
     if len(known) > 1:
         parts += ["<h2>Losses before training, kept and dropped</h2>", _histogram(report)]
@@ -83,6 +85,23 @@ def _said(value: Any) -> str:
 def _table(values: Mapping[str, Any]) -> str:
     rows = (f"<tr><th>{escape(str(k))}</th><td class=text>{escape(_said(v))}</td></tr>" for k, v in values.items())
     return f"<table>{''.join(rows)}</table>"
+
+
+def _accelerators(report: Report) -> str:
+    """Show what each accelerator saved as planned, what all save in the run, and why others were not in use."""
+    rows = []
+    for found in report.accelerators:
+        factor = "not timed" if found["factor"] is None else f"{found['factor']:.2f} of one without it"
+        rows.append((found["name"], f"{found['setting']}={found['value']!r}", found["exactness"], factor))
+    if rows and not np.isnan(report.step_time):
+        said = f"{report.step_time:.2f} of a plain one in the run, {report.plan.step_time:.2f} as planned"
+        rows.append(("all that was done", "", "", said))
+    rows += [(name, "left out", "", reason) for name, reason in report.left_out.items()]
+    if not rows:
+        return ""
+    cells = ("".join(f"<td class=text>{escape(cell)}</td>" for cell in row) for row in rows)
+    head = "<tr><th>accelerator</th><th>setting</th><th>exactness</th><th>a step takes</th></tr>"
+    return f"<table>{head}{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _key(colours: Mapping[str, str]) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..budget import Plan
-from ..config import DarelConfig
+from ..config import ACCELERATOR_FACTS, DarelConfig
 from ..files import atomic_path
 from ..selection import RULES, LossLedger, Samples, length_corrected
 from .charts import chart
@@ -45,6 +45,10 @@ class Report:
         scores_reused (`bool`): whether the offline losses came from the cache.
         decisions (`list`): where a time budget ended training earlier than planned: `[step, position, end]`, see
             [`darel_hf.budget.pace.Progress`].
+        in_use (`dict`): by accelerator that was in use at the end, the value of its setting.
+        left_out (`dict[str, str]`): why others were not.
+        step_time (`float`): what a step took in the loop, loading counted and scoring left out, relative to a plain
+            one as it was timed before training; of this process since it was started; NaN if not known.
     """
 
     plan: Plan
@@ -59,6 +63,26 @@ class Report:
     offline_losses: np.ndarray
     scores_reused: bool
     decisions: list[list[float]]
+    in_use: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    step_time: float = math.nan
+
+    @property
+    def accelerators(self) -> list[dict[str, Any]]:
+        """
+        List the accelerators that were in use.
+
+        Returns:
+            One dict each: `name`, `setting` and its `value`, `exactness`, and `factor`: a step with it relative to one
+            with those before it alone, as timed before training; `None` where it was not. What all save in the run is
+            [`Report.step_time`], for which the plan had predicted [`Plan.step_time`].
+        """
+        found = []
+        for name, value in self.in_use.items():
+            facts = ACCELERATOR_FACTS[name]
+            what = {"name": name, "setting": facts.setting, "value": value, "exactness": facts.exactness}
+            found.append({**what, "factor": self.plan.costs.factors.get(name)})
+        return found
 
     @property
     def measured_time(self) -> float:
@@ -156,12 +180,17 @@ class Report:
             "coverage": float(np.count_nonzero(self.times_trained)) / max(len(self.ledger), 1),
             "scores_reused": self.scores_reused,
             "decisions": self.decisions,
+            "accelerators": self.accelerators,
+            "left_out": self.left_out,
+            "predicted_step": self.plan.step_time,
+            "measured_step": None if math.isnan(self.step_time) else self.step_time,
         }
 
     def card(self) -> str:
         """Return a section for a model card, in Markdown."""
         numbers = self.to_dict()
-        settings = {k: v for k, v in self.config.to_dict().items() if v != getattr(DarelConfig(), k)}
+        default = type(self.config)()  # settings may be more than ours
+        settings = {k: v for k, v in self.config.to_dict().items() if v != getattr(default, k)}
         measured = numbers["measured_time"]
         rows = {
             "settings": ", ".join(f"`{name}={value!r}`" for name, value in settings.items()),
@@ -171,11 +200,13 @@ class Report:
             "relative to plain training": f"predicted {self.plan.predicted_time:.2f}"
             + (f", measured {measured:.2f} (of an estimate from single steps)" if measured is not None else ""),
         }
+        if self.in_use:
+            timed = {a["name"]: "" if a["factor"] is None else f", {a['factor']:.2f}" for a in self.accelerators}
+            said = (f"{a['name']} ({a['exactness']}{timed[a['name']]})" for a in self.accelerators)
+            rows["what made steps cheaper"] = ", ".join(said)
+        of = " on the samples that it picked" if self.plan.kept < 1 else ""
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-        return (
-            "## Training data selection (DAREL)\n\nTrained with `darel_hf` on the samples that its losses picked.\n\n"
-            f"| | |\n| --- | --- |\n{table}\n"
-        )
+        return f"## Training data selection (DAREL)\n\nTrained with `darel_hf`{of}.\n\n| | |\n| --- | --- |\n{table}\n"
 
     def write_samples(self, path: str | os.PathLike) -> None:
         """Write one row a sample as parquet: id, kept or not, percentile, and all columns of the ledger."""
@@ -218,6 +249,9 @@ class Report:
         if self.decisions:
             step, _, end = self.decisions[-1]
             lines.append(f"  budget    training was shortened to {end:.0f} steps, as decided last at step {step:.0f}")
+        if numbers["measured_step"] is not None:
+            predicted = f"predicted {self.plan.step_time:.2f}"
+            lines.append(f"  steps     {self.step_time:.2f} of a plain one in the run, scoring left out ({predicted})")
         if measured is not None:
             lines.append(
                 f"  measured  {measured:.2f} of the plain training time estimated from the probe "

@@ -73,6 +73,8 @@ def check_arguments(trainer: Any) -> None:
             remedy = f"trying out {setting}={getattr(config, setting)!r} needs whole weights in every process before "
             remedy += f"training; leave out {setting}"
             require(ACCELERATORS[accelerator].falls_back, *spread, remedy)
+    remedy = f"max_steps={args.max_steps} fixes the number of steps, and none can be added: give num_train_epochs"
+    require(config.budget_spend == "time" or args.max_steps <= 0, "budget_spend", config.budget_spend, remedy)
     remedy = f"max_steps={args.max_steps} fixes the number of steps, and dropping samples then saves no time: give "
     remedy += "num_train_epochs in its place"
     require(config.budget_time is None or args.max_steps <= 0, "budget_time", config.budget_time, remedy)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
+from array import array
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ..budget import clock
+from ..budget import clock, usual_step
 
 
 class Clock:
@@ -28,6 +30,7 @@ class Clock:
         self.device, self.started = device, time.perf_counter()
         self.seconds = dict.fromkeys(("probe", "offline", "scoring", "selection", "evaluation"), 0.0)
         self._counting: set[str] = set()
+        self._steps, self._begun = array("d"), math.nan
 
     @property
     def elapsed(self) -> float:
@@ -47,6 +50,22 @@ class Clock:
         finally:
             self.seconds[part] += (clock(self.device) if wait else time.perf_counter()) - started
             self._counting.remove(part)
+
+    def begin_loop(self) -> None:
+        """Begin to count what steps take; again where Trainer begins anew."""
+        self._steps, self._begun = array("d"), math.nan
+
+    def begin_step(self) -> None:
+        """Note that an optimizer step begins; the one before it has ended, with all that came after it."""
+        now = self.elapsed - sum(self.seconds.values())
+        if self._begun <= now:  # not the first
+            self._steps.append(now - self._begun)
+        self._begun = now
+
+    @property
+    def usual_step(self) -> float:
+        """Seconds of an optimizer step and its loading, scoring left out; NaN before two have begun."""
+        return usual_step(self._steps)[0] if self._steps else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must remember."""

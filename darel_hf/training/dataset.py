@@ -29,6 +29,7 @@ from ..data import (
     item_id,
     keys_without_rows,
     prompt_of,
+    prompt_tokens,
     read_column,
     require_rows,
     sample_ids,
@@ -282,12 +283,24 @@ class TrainingSet:
         return self._batch(self._few_items)
 
     @cached_property
-    def _few_items(self) -> list:
+    def _some_items(self) -> list:
         dataset, _ = self.batching
-        some = [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
+        return [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
+
+    @cached_property
+    def _few_items(self) -> list:
+        some = self._some_items
         taught = [item for item in some if has_labels(item)] or some
         by_length = sorted(taught, key=feature_length)  # what differs may depend on lengths
         return [by_length[0], by_length[-1], *(taught[i % len(taught)] for i in (len(taught) // 2, -1))]
+
+    def prompt_share(self) -> float | None:
+        """Return which part of the positions of some samples is prompt; `None` where nothing tells, or none is."""
+        try:
+            prompts = sum(len(prompt_tokens(item)) for item in self._some_items)
+        except ValueError:  # nothing says which tokens are prompt
+            return None
+        return prompts / sum(map(feature_length, self._some_items)) if prompts else None
 
     def _batch(self, items: list) -> dict[str, Any]:
         batch = self.trainer._prepare_inputs(self.batching[1](items))

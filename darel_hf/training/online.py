@@ -69,6 +69,7 @@ class OnlineStage:
         self.trainer, self.args, self.selector, self.clock = trainer, trainer.args, selector, clock
         self.batch_size, self.streams, self.offline_weights = batch_size, streams, offline_weights
         self.accelerators, self.shared_keys = accelerators, shared_keys
+        self.given_up: dict[str, str] = {}  # accelerators that a batch did not take, and why
         self.choosing = next((a for a in accelerators if a.chooses), None)  # chooses in the forward pass that trains
         config = self.config = selector.config
         self.in_loop = config.online_keep < 1 or config.track or offline_weights is not None or streams
@@ -275,6 +276,7 @@ class OnlineStage:
                     raise
                 accelerator.detach()
                 self.accelerators.remove(accelerator)
+                self.given_up[accelerator.facts.name] = str(error)
                 logger.warning("going on without %s: %s", accelerator.facts.name, error)
         return inputs
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..accelerators import Accelerator, make_accelerators
+from ..accelerators import Accelerator, in_order, make_accelerators, make_allowed
+from ..adapters import adapts_prompts
 from ..budget import (
     SHARE,
+    Costs,
     KeepBudget,
     Plan,
     assumed_costs,
@@ -25,12 +27,16 @@ from ..budget import (
     measure_slowdown,
     online_term,
 )
+from ..config import ACCELERATOR_FACTS
+from ..files import require
+from ..scoring import is_causal_lm
 from .clock import Clock
 from .dataset import TrainingSet
 
 logger = logging.getLogger(__name__)
 
 PAYS = 0.98  # what `fast` finds must make a step take at most so much of what it took before
+MUCH_PROMPT = 0.2  # of the positions: where prompts are less, the plan does not speak of readers
 SMALLEST_SLOWDOWN = 0.9  # rows in smaller batches are not faster than this says; what was measured faster was noise
 
 
@@ -46,7 +52,7 @@ class Planner:
     Attributes:
         plan ([`Plan`]): what will be done; from [`Planner.draft`] on, or from a checkpoint.
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
-        left_out (`dict[str, str]`): accelerators that do not pay or that `fast` has tried in vain: the reasons.
+        left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
     """
 
@@ -83,7 +89,7 @@ class Planner:
 
     def try_accelerators(self) -> None:
         """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
-        if self.config.accelerators or self.config.fast:
+        if self.config.accelerators or self.config.finds_exact:
             few_rows = None if self.data.streams else self.data.few_rows
             with self.clock.count("probe"):
                 self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
@@ -163,9 +169,55 @@ class Planner:
             if not scores_online:
                 self._set_costs(forward_share=0.0)
             self._set_costs(one_forward=any(accelerator.chooses for accelerator in self.accelerators))
+        self._count_overhead(scorer_seconds)
+        if config.budget_allows:
+            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
+            self._allow(partial(again, visited=visited), scorer_seconds)
+
+    def _count_overhead(self, scorer_seconds: float) -> None:
         if self.plan.costs.measured:
             spent = self.clock.seconds["probe"] + scorer_seconds
             self.plan = replace(self.plan, overhead=self._from_main(spent / self.full_seconds))
+
+    def _allow(self, measure: Callable[..., Costs | None], scorer_seconds: float) -> None:
+        """
+        Take accelerators that are not exact, as far as the budget allows and needs them, the mildest settings first.
+
+        Args:
+            measure (`Callable`): measures what a step costs with `accelerators`.
+            scorer_seconds (`float`): what making a scorer has cost.
+        """
+        for name in self.config.budget_allows:
+            without = list(self.accelerators)
+            for value in ACCELERATOR_FACTS[name].mildest_first:
+                met = self.plan.everything.predicted_time <= self.config.budget_time
+                if met or self.plan.too_short(self.config.budget_time):  # then nothing is done for it
+                    return
+                with self.clock.count("probe"):
+                    reason = self._try_allowed(name, value, without, measure)
+                if reason is not None:
+                    self.left_out[f"{ACCELERATOR_FACTS[name].setting}={value!r}"] = reason
+                self._count_overhead(scorer_seconds)
+
+    def _try_allowed(self, name: str, value: Any, without: list[Accelerator], measure: Any) -> str | None:
+        """Take an accelerator beside others, if it makes steps cheaper than they are; else return why not."""
+        if not self.plan.costs.measured:
+            return "what a step costs is not known"
+        accelerator, reason = make_allowed(self.trainer, name, value, without, self.data.few_rows, self._first_found)
+        if accelerator is None:
+            return reason
+        together = in_order([*without, accelerator])
+        costs = self._from_main(measure(accelerators=together))
+        before = self.plan.costs.accelerated
+        if costs is None or costs.accelerated > PAYS * before:
+            accelerator.detach()
+            timed = costs and f"steps take {costs.accelerated:.2f} of plain ones, {before:.2f} without it"
+            return timed or "what steps with it take could not be measured"
+        for milder in [a for a in self.accelerators if a not in together]:
+            milder.detach()
+        self.accelerators = together
+        self._set_costs(factors=costs.factors)
+        return None
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
@@ -217,10 +269,13 @@ class Planner:
 
     def announce(self) -> None:
         """Print the plan; warn where it saves nothing."""
-        self.plan = replace(self.plan, left_out=dict(self.left_out))
+        used = {a.facts.name: a.value for a in self.accelerators if not a.asked}
+        found = {"left_out": dict(self.left_out), "used": used, "prompt_share": self._prompt_share()}
+        self.plan = replace(self.plan, **found)
         plan, asked = self.plan, self.config.budget_time
         # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
         about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
+        about_time &= plan.more == 1
         self.trainer.accelerator.print(plan)
         if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
@@ -248,20 +303,28 @@ class Planner:
                 why,
             )
 
+    def _prompt_share(self) -> float | None:
+        """Return which part of the positions is prompt, where a reader would save much; else `None`."""
+        model = self.trainer.model
+        if self.plan.budget_time is None or not adapts_prompts(model) or not is_causal_lm(model):
+            return None
+        share = self.trainer.on_main(self.data.prompt_share)
+        return None if share is None or share < MUCH_PROMPT else share
+
     def warn_about_steps(self) -> None:
         """Warn of numbers of steps in the arguments that were made for the full run."""
         if self.data.streams:
             return
         rows = self.plan.candidate_rows * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs
+        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs * self.plan.more
         if self.args.max_steps > 0:
             steps = self.args.max_steps
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
-        if self.trainer.ready_made_scheduler and steps < full_steps:
+        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more > 1):
             logger.warning(
-                "the scheduler in optimizers= was made before it was known that this run has about %d steps of %d, "
-                "and may not reach its end; give the optimizer alone, and lr_scheduler_type",
+                "the scheduler in optimizers= was made before it was known that this run has about %d steps, not %d, "
+                "and may not end with it; give the optimizer alone, and lr_scheduler_type",
                 steps,
                 full_steps,
             )
@@ -292,9 +355,9 @@ class Planner:
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
-        base = online_term(plan.effective_online_keep, 1, 1, replace(plan.costs, forward_share=0.0))
+        base = plan.step_time * plan.effective_online_keep
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
-        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * base / plan.effective_online_keep
+        step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * plan.step_time
         self._row_seconds = step / plan.batch_size
         seconds = self.clock.seconds
         self.pace = KeepBudget(
@@ -330,6 +393,14 @@ class Planner:
             return math.nan
         return self.plan.costs.step_seconds / self.plan.slowdown * self._micro_batches()
 
+    @property
+    def step_time(self) -> float:
+        """What steps have taken in the loop, relative to a plain one as it was measured; NaN if not known."""
+        if self.plan.costs.one_forward:  # scoring is part of the step
+            return math.nan
+        step = self.plan.costs.step_seconds * self.args.gradient_accumulation_steps
+        return self.clock.usual_step / step
+
     def _micro_batches(self) -> float:
         """Micro-batches of plain training at the planned batch size, per process."""
         return len(self.data) / (self.plan.batch_size * self.args.world_size) * self.plan.epochs
@@ -339,10 +410,29 @@ class Planner:
         granted = self.pace.granted if self.pace else 1.0
         return {"plan": self.plan.to_dict(), "decisions": self.decisions, "granted": granted}
 
+    def _take_over(self) -> None:
+        """Have those accelerators, of what no setting asks for, that the plan of a checkpoint has."""
+        used = self.plan.used
+        if used is None:  # of before a budget looked for any
+            used = {a.facts.name: a.value for a in self.accelerators if self.config.fast}
+        for accelerator in [a for a in self.accelerators if not a.asked and a.facts.name not in used]:
+            accelerator.detach()
+            self.accelerators.remove(accelerator)
+        for name in self.config.budget_allows or ():
+            if name not in used:
+                continue
+            value, few_rows = used[name], self.data.few_rows
+            with self.clock.count("probe"):
+                found, reason = make_allowed(self.trainer, name, value, self.accelerators, few_rows, self._first_found)
+            remedy = f"the checkpoint was made with {name}, which cannot be had here: {reason}"
+            require(found is not None, ACCELERATOR_FACTS[name].setting, value, remedy)
+            self.accelerators = in_order([*self.accelerators, found])
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what [`Planner.state_dict`] returned: nothing is measured again."""
         self.plan = Plan.from_dict(state["plan"])
         self._leave_out(self.plan.left_out)
+        self._take_over()
         epochs = self._epochs()
         if epochs != self.plan.epochs:
             logger.warning(

@@ -141,7 +141,7 @@ class Run:
         if sorts and not config.has_budget:  # scoring has read every item already
             data.learn()
             planner.count_padding()
-        if measures or sorts or data.streams or config.fast:
+        if measures or sorts or data.streams or config.finds_exact:
             planner.announce()
         selector = self._selector()
         if self.plan.offline_keep < 1:
@@ -242,6 +242,9 @@ class Run:
             offline_losses=np.full(len(ledger), np.nan) if offline.losses is None else offline.losses,
             scores_reused=offline.scores_reused,
             decisions=(planner.decisions or [])[1:],
+            in_use={a.facts.name: a.value for a in planner.accelerators},
+            left_out={**planner.plan.left_out, **online.given_up},
+            step_time=planner.step_time,
         )
         if self.stores:
             suffix = self._suffix("report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -140,6 +141,7 @@ class DarelMixin:
             return super().get_train_dataloader()
         collator, batch_size, online = self.data_collator, self._train_batch_size, self._run.online
         self._run.planner.follow_batch_size(batch_size)
+        self._run.clock.begin_loop()
         if online.in_loop:
             self.data_collator = CarryIds(collator)
             self._train_batch_size = online.selector.candidate_rows(batch_size)
@@ -172,6 +174,7 @@ class DarelMixin:
         online, pace = self._run.online, self._run.planner.pace
         if pace is not None and pace.over:  # a budget had ended this run: there is no further step
             return [], None
+        self._run.clock.begin_step()
         if self._run.finish is not None:
             self._run.finish.start_step(self.state.global_step)
         online.start_step()
@@ -244,6 +247,13 @@ class DarelMixin:
         return None
 
     # ---- The time budget ----
+
+    def set_initial_training_values(self, args: Any, *others: Any, **named: Any) -> Any:
+        """Find epochs and steps as the class below does; of more epochs, where a budget is spent on them."""
+        if self._run is not None and self._run.plan.more > 1:
+            args = copy.copy(args)
+            args.num_train_epochs = self._run.plan.trained_epochs
+        return super().set_initial_training_values(args, *others, **named)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Create the scheduler of the class below; with a time budget it goes by progress, not by steps."""

@@ -75,8 +75,10 @@ def arms() -> dict[str, Arm]:
     made["full_group_by_length"] = Arm(training={"train_sampling_strategy": "group_by_length"})  # Trainer's own
     for keep in (0.9, 0.8, 0.7, 0.5):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
-        made[f"budget_{keep}"] = Arm({"budget_time": keep})
-        grouped = {"budget_time": keep, "group_column": "mr"}
+        made[f"exact_first_{keep}"] = Arm({"budget_time": keep})
+        dropping = {"budget_time": keep, "fast": False}
+        made[f"budget_{keep}"] = Arm(dropping)
+        grouped = {**dropping, "group_column": "mr"}
         made[f"grouped_budget_{keep}"] = Arm(grouped)
         made[f"grouped_random_budget_{keep}"] = Arm({**grouped, "offline_rule": "random"})  # what scoring is worth
         for rule in RULES:
@@ -101,6 +103,7 @@ def arms() -> dict[str, Arm]:
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
+    made["more_epochs"] = Arm({"budget_time": 1.0, "budget_spend": "quality"})  # in the time of plain training
     cached = {"prompt_cache": "ram"}
     made["reader"] = Arm(cached, task={"lora_on": "reader"})
     for finish in (0.5, 1.0, 2.0):

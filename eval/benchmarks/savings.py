@@ -34,7 +34,8 @@ WAYS: dict[str, dict[str, Any]] = {
 def config_of(way: str) -> DarelConfig:
     """Return the settings of a way, as `--ways` names it."""
     kind, _, fraction = way.rpartition("_")
-    return DarelConfig(**{"budget_time" if "budget" in kind else "offline_keep": float(fraction)}, **WAYS[kind])
+    what = "budget_time" if "budget" in kind else "offline_keep"
+    return DarelConfig(**{what: float(fraction)}, fast=False, **WAYS[kind])  # what each way saves by itself
 
 
 def main() -> None:

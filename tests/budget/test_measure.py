@@ -75,7 +75,9 @@ def train(folder, monkeypatch, fails=None, **darel):
 
 
 @pytest.mark.parametrize("fails", ["frozen", "weights", "gradients", "making", "states", "scoring"])
-@pytest.mark.parametrize("darel", [{"online_keep": 0.5, "online_rule": "hardest"}, {"budget_time": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "darel", [{"online_keep": 0.5, "online_rule": "hardest"}, {"budget_time": 0.7, "fast": False}], ids=str
+)
 def test_no_memory_for_the_copies(tmp_path, monkeypatch, caplog, fails, darel):
     with caplog.at_level(logging.WARNING):
         trainer = train(tmp_path / "short", monkeypatch, fails, **darel)

@@ -154,7 +154,7 @@ def trainer_for(folder, epochs=60, **more):
         train_dataset=token_data(40),
         eval_dataset=token_data(4),
         data_collator=PadCollator(),
-        darel=DarelConfig(budget_time=0.9, offline_rule="random", online_rule="random"),
+        darel=DarelConfig(budget_time=0.9, fast=False, offline_rule="random", online_rule="random"),
     )
 
 

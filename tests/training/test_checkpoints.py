@@ -58,10 +58,11 @@ def make(folder, darel=None, data=None, stop=None, **settings):
         {"offline_keep": 0.6},
         {"online_keep": 0.5, "online_rule": "percentile", "track": True},
         {"offline_keep": 0.7, "offline_rule": "infobatch"},
+        {"budget_time": 0.9, "online_rule": "hardest", "fast": False},
         {"budget_time": 0.9, "online_rule": "hardest"},
         {**BOTH, "batch_by_length": True},
     ],
-    ids=["both", "offline", "random-rule", "weights", "budget", "by-length"],
+    ids=["both", "offline", "random-rule", "weights", "budget", "budget-fast", "by-length"],
 )
 def test_resumed_equals_straight(tmp_path, darel):
     # A budget depends on measured times, so that two runs would plan differently: its straight run goes on too.
@@ -216,7 +217,7 @@ def budget_run(folder, epochs=3):
         ),
         train_dataset=token_data(300),
         data_collator=PadCollator(),
-        darel=DarelConfig(budget_time=0.7, offline_rule="random"),
+        darel=DarelConfig(budget_time=0.7, fast=False, offline_rule="random"),
     )
 
 

@@ -325,7 +325,7 @@ def test_how_often_slow_items_are_read(tmp_path, darel, times):
         {**PAPER, "group_column": "group"},
         {**PAPER, "batch_by_length": True},
         {**PAPER, **ALL_FACTS},
-        {"budget_time": 0.6, **ALL_FACTS},  # of whatever is measured
+        {"budget_time": 0.6, "fast": False, **ALL_FACTS},  # of whatever is measured
     ],
     ids=["ids", "groups", "lengths", "all", "measured"],
 )

@@ -60,7 +60,7 @@ def test_the_training_set_knows_ids_groups_and_lengths(tmp_path):
 
 
 def test_a_planner_plans_without_stages(tmp_path):
-    trainer = trainer_for(tmp_path, data=token_data(200), budget_time=0.5, offline_rule="random")
+    trainer = trainer_for(tmp_path, data=token_data(200), budget_time=0.5, fast=False, offline_rule="random")
     planner = Planner(trainer, TrainingSet(trainer), clock())
     planner.try_accelerators()
     assert planner.accelerators == []
