@@ -17,7 +17,7 @@ $(STAMP): setup.cfg pyproject.toml
 
 setup: $(STAMP)  ## make .venv and install the package with its development tools
 
-demo: $(STAMP)  ## run the demo: four ways to fine-tune on a generated corpus, table and charts (minutes, no network, no GPU)
+demo: $(STAMP)  ## run the demo: six ways to fine-tune on a generated corpus, table and chart (minutes, no network, no GPU)
 	$(BIN)/darel demo --output-dir demo_output/$$(date +%Y%m%d-%H%M%S)
 
 # A process a core with one thread each: the models of tests are too small for more.

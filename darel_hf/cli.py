@@ -44,14 +44,17 @@ def read_table(path: Path) -> Any:
 def demo(
     output_dir: Annotated[str, typer.Option(help="New folder for data, model, results and charts.")] = "demo_output",
 ) -> None:
-    """Fine-tune a small model four ways on a generated corpus: about three minutes, no network, no GPU."""
+    """Fine-tune a small model six ways on a generated corpus: about four minutes, no network, no GPU."""
     with clear_errors():
-        from .nlg.demo import run_demo, table
+        from .nlg.demo import NOTE, run_demo, table
 
-        out.print(f"Warming up a small GPT-2, then four ways of LoRA fine-tuning; everything goes to {output_dir}/.")
-        results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}"))
-        Console(width=max(out.width, 100)).print(table(results))
-        out.print(f"Charts: {output_dir}/losses.png, {output_dir}/quality_time.png")
+        out.print(
+            f"A small GPT-2 is warmed up, then fine-tuned with LoRA six ways; see {output_dir}/.", soft_wrap=True
+        )
+        results = run_demo(output_dir, progress=lambda text: out.print(f"  {text}", soft_wrap=True))
+        Console(width=max(out.width, 100), highlight=False).print(table(results))
+        out.print(NOTE, soft_wrap=True)
+        out.print(f"Chart: {output_dir}/quality_time.png; plans: {output_dir}/*/darel/report.html", soft_wrap=True)
 
 
 @app.command()

@@ -13,6 +13,8 @@ import yaml
 from ..files import atomic_path
 from .task import FILES
 
+#: What the demo's prompts begin with, as prompts of people do.
+TASK = "write one or two sentences for guests who look for a place and say all that is given but nothing else"
 NOISE = 0.04  # fraction of references that are wrong, cut off or scrambled
 
 
@@ -92,7 +94,11 @@ def _spoil(text: str, others: list[str], generator: random.Random) -> str:
 
 
 def make_pairs(
-    domain: Domain, representations: int, references: tuple[int, int], generator: random.Random
+    domain: Domain,
+    representations: int,
+    references: tuple[int, int],
+    generator: random.Random,
+    task: str | None = None,
 ) -> list[dict[str, str | bool]]:
     """
     Make pairs of a domain.
@@ -102,6 +108,7 @@ def make_pairs(
         representations (`int`): distinct meaning representations.
         references (`tuple[int, int]`): fewest and most references of each.
         generator (`random.Random`): source of randomness; the same one makes the same pairs.
+        task (`str`, *optional*): an instruction, the first slot of each representation.
 
     Returns:
         A list of `{"mr": str, "ref": str, "noisy": bool}`; references of one representation are distinct and adjacent.
@@ -111,10 +118,11 @@ def make_pairs(
         mr = _representation(domain, generator)
         seen.setdefault(", ".join(f"{slot}[{value}]" for slot, value in mr.items()), mr)
     pairs = []
+    begin = "" if task is None else f"task[{task}], "
     for text, mr in seen.items():
         wanted = generator.randint(*references)
         unique = dict.fromkeys(_reference(domain, mr, generator) for _ in range(3 * wanted))
-        pairs += [{"mr": text, "ref": reference, "noisy": False} for reference in list(unique)[:wanted]]
+        pairs += [{"mr": begin + text, "ref": reference, "noisy": False} for reference in list(unique)[:wanted]]
     return pairs
 
 
@@ -134,9 +142,11 @@ def write_pairs(pairs: list[dict], path: str | os.PathLike) -> None:
         writer.writerows([pair["mr"], pair["ref"]] for pair in pairs)
 
 
-def make_corpus(folder: str | os.PathLike, representations: int = 560, seed: int = 0) -> dict[str, list[dict]]:
+def make_corpus(
+    folder: str | os.PathLike, representations: int = 560, seed: int = 0, task: str | None = None
+) -> dict[str, list[dict]]:
     """
-    Write the demo's data set of inns in the layout of the E2E challenge.
+    Write the demo's data set of inns in the layout of the E2E challenge; `task`: see [`make_pairs`].
 
     The test set has no noise, and shares no representation with the training set.
 
@@ -145,7 +155,7 @@ def make_corpus(folder: str | os.PathLike, representations: int = 560, seed: int
     """
     generator = random.Random(seed)
     counts = {"train": representations, "dev": representations // 14, "test": representations // 8}
-    pairs = make_pairs(INNS, sum(counts.values()), (3, 5), generator)
+    pairs = make_pairs(INNS, sum(counts.values()), (3, 5), generator, task)
     mrs = list(dict.fromkeys(pair["mr"] for pair in pairs))
     splits, start = {}, 0
     for split, count in counts.items():

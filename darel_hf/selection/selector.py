@@ -67,7 +67,7 @@ class Selector:
     Attributes:
         ledger ([`LossLedger`]): what is known of every sample.
 
-    Example: an own loop, see the README.
+    Example: an own loop, see docs/settings.md.
 
     ```python
     >>> import numpy as np

@@ -18,7 +18,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from darel_hf import DarelConfig, DarelTrainer
-from darel_hf.nlg.corpus import make_corpus
+from darel_hf.nlg.corpus import TASK, make_corpus
 from darel_hf.nlg.demo import DemoSettings, warm_up
 from darel_hf.nlg.task import NLGArguments, group_references, load_model, read_pairs, tokenize_pairs
 
@@ -54,7 +54,7 @@ def data_and_model(options: argparse.Namespace, folder: Path, sizes: DemoSetting
         "model": "demo model" if model is None else Path(model).name,
     }
     if data is None:
-        make_corpus(data := str(folder / "data"))
+        make_corpus(data := str(folder / "data"), task=TASK)
     if model is None:
         texts = [pair["ref"] for pair in read_pairs(Path(data) / "trainset.csv")]
         warm_up(Path(model := str(folder / "model")), sizes, texts)

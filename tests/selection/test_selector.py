@@ -55,7 +55,7 @@ def test_offline_weights_and_ledger():
 
 
 def test_an_own_loop_learns_from_half_of_the_rows():
-    """The loop of the README, on a separable problem: it must work, not merely run."""
+    """The loop of docs/settings.md, on a separable problem: it must work, not merely run."""
     torch.manual_seed(0)
     x = torch.randn(256, 4)
     y = (x[:, 0] > 0).long()

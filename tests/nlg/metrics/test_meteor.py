@@ -1,6 +1,7 @@
 """METEOR by nltk and by Java, and where WordNet is found."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_wordnet_must_be_there(tmp_path, monkeypatch):
     scores = NLGMetrics()(["a b"], [["a b"]])
     assert scores["meteor"] is None and "nltk.downloader wordnet" in scores["notes"][0]
     assert scores["ter"] == 0.0
+
+
+def test_a_download_that_fails_leaves_the_word_to_us(tmp_path, monkeypatch, capsys):
+    def download(name, quiet=False, print_error_to=sys.stderr):  # as nltk's, where there is no network
+        print(f"Error loading {name}", file=print_error_to)
+        return False
+
+    monkeypatch.setattr("nltk.download", download)
+    monkeypatch.setattr("darel_hf.nlg.metrics.meteor.DEBIAN_WORDNET", str(tmp_path))
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert find_wordnet() is None
+    assert not capsys.readouterr().err
 
 
 def test_damaged_wordnet(tmp_path):
