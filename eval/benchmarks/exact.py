@@ -181,15 +181,15 @@ def main() -> None:
     made.add_argument("--bf16", action="store_true", help="Trainer's, for all ways")
     made.add_argument("--parts", action="store_true", help="what is left of a step, in place of whole runs")
     options = made.parse_args()
-    options.lengths, options.same = None, 1
+    options.lengths, options.same, options.family = None, 1, "gpt2"
     if options.full:
         options.ways = "plain+fast"
     if options.parts:
         options.threads, options.ways = 1, "plain,whole"
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
-    settings = {**runs.task.settings, "lora_r": None if options.full else 8, "targets": ",".join(TARGETS)}
-    settings = {key: value for key, value in settings.items() if key not in ("ways", "parts", "lengths", "same")}
+    settings = {**runs.task.settings, "lora_r": None if options.full else 8, "targets": ",".join(TARGETS["gpt2"])}
+    settings = {key: value for key, value in settings.items() if key not in ("ways", "parts", "lengths", "same", "family")}
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.parts:

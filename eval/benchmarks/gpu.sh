@@ -32,7 +32,7 @@ part() {  # NAME LIMIT COMMAND...: run a part for at most LIMIT seconds; say how
 }
 
 # Text and a small base model are made once. Shapes have random weights: what a step costs does not depend on them.
-part "make data and a tokenizer" 90 "$python" - "$work" "$here" "$tiny" <<'PYTHON'
+part "make data and a tokenizer" 120 "$python" - "$work" "$here" "$tiny" <<'PYTHON'
 import sys
 from types import SimpleNamespace
 work, here, tiny = sys.argv[1:]
@@ -41,7 +41,7 @@ from pathlib import Path
 from common import data_and_model
 from darel_hf.nlg.demo import DemoSettings
 none = SimpleNamespace(data_dir=None, model_name_or_path=None)
-data_and_model(none, Path(work), DemoSettings(warm_up_representations=20, warm_up_epochs=1))
+data_and_model(none, Path(work), DemoSettings(warm_up_representations=20, warm_up_epochs=1, width=64, layers=2))
 PYTHON
 
 texts=(--data_dir "$work/data" --model_name_or_path "$work/model" --threads 4 $tiny)
@@ -54,7 +54,8 @@ else
     few=(--samples 128 --batch_size 16 --epochs 2 --pairs 3) long=512,32 image=(--bf16 --channels_last --narrow 1)
     image+=(--batch_size 256 --epochs 2 --workers 4 --seeds 1) limit=75
 fi
-ways=unpad,share_1,plain+fast,reader,reader+fast,recompute,finish_1,alora,plain+budget_time=0.5,reader+budget_time=0.3
+ways=unpad,share_1,plain+fast,reader,reader+fast,recompute,alora,plain+budget_time=0.5,reader+budget_time=0.3
+[ -n "$tiny" ] || ways+=,finish_1,plain+base_precision,reader+fast+base_precision  # --quick has one epoch
 prompts() { part "$1" "$limit" "$python" $here/prompts.py "${texts[@]}" "${@:2}"; }
 prompts "GPT-2 medium's shape, E2E's lengths" "${medium[@]}" "${some[@]}" --ways "$ways"
 prompts "prompts of 512, completions of 32" "${medium[@]}" "${few[@]}" --lengths "$long" --ways unpad,reader,recompute,reader+fast
