@@ -189,7 +189,8 @@ def main() -> None:
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
     settings = {**runs.task.settings, "lora_r": None if options.full else 8, "targets": ",".join(TARGETS["gpt2"])}
-    settings = {key: value for key, value in settings.items() if key not in ("ways", "parts", "lengths", "same", "family")}
+    left_out = ("ways", "parts", "lengths", "same", "family")
+    settings = {key: value for key, value in settings.items() if key not in left_out}
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.parts:
