@@ -102,6 +102,15 @@ class Accelerator(ABC):
         """
         return contextlib.nullcontext()
 
+    def phases(self) -> list[tuple[float, Callable[[], contextlib.AbstractContextManager]]]:
+        """
+        Return what parts of training differ in what a step costs, for the planner; none: it is one.
+
+        Returns:
+            of each part, which fraction of the steps it has, and what makes a context in which a step is one of it.
+        """
+        return []
+
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float | None:
         """
         Return the seconds of a training step with it, for the planner; `None`: a step on given rows takes as long.

@@ -104,17 +104,17 @@ class PromptCache(unpad.PaddingFree):
         return contextlib.nullcontext() if find_reader(model) is None else acting_everywhere(model)
 
     def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
-        """Return the seconds of a step; of a mean one, where the last epochs are trained everywhere."""
-        epochs = self.trainer.args.num_train_epochs
-        share = self.trainer.darel.finish_epochs / epochs
+        """Return the seconds of a step, of a mean one while prompts are stored."""
+        if not self.reading:
+            return seconds(lambda: self.transform(inputs))
         first, later = (super(PromptCache, self).measure(seconds, inputs) for _ in range(2))
         # Prompts are new in the first epoch only, if at all.
-        reading = later + max(first - later, 0.0) / max(epochs, 1)
-        if not share:
-            return reading
-        with self.plain():
-            finishing = seconds(lambda: self.transform(inputs))
-        return (1 - share) * reading + share * finishing
+        return later + max(first - later, 0.0) / max(self.trainer.args.num_train_epochs, 1)
+
+    def phases(self) -> list[tuple[float, Callable[[], contextlib.AbstractContextManager]]]:
+        """Return reading, and the last epochs, in which adapters act everywhere."""
+        share = self.trainer.darel.finish_epochs / self.trainer.args.num_train_epochs
+        return [(1 - share, contextlib.nullcontext), (share, self.plain)] if share else []
 
     def transform(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the completions of a batch, or all of it without padding where adapters act everywhere."""

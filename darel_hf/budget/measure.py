@@ -159,21 +159,19 @@ def measure_costs(
             forwards = [_seconds(lambda batch=batch: score(batch).losses.cpu(), device) for batch in scored][1:]
             trains = True
             steps: list[float] = []
-            with_it: list[list[float]] = [[] for _ in accelerators]
+            with_it: list[list[float | None]] = [[] for _ in accelerators]
+            differing = [found for found in (accelerator.phases() for accelerator in accelerators) if found]
+            phases = differing[0] if differing else [(1.0, contextlib.nullcontext)]
             for batch, inputs in zip(batches, ours, strict=True):  # in turn: what slows down one slows down the others
                 with contextlib.ExitStack() as plain:
                     for accelerator in accelerators:
                         plain.enter_context(accelerator.plain())
                     steps.append(seconds(lambda batch=batch: batch))
-                made = 0.0  # seconds that those before it take to transform a batch
-                with contextlib.ExitStack() as before:
-                    for accelerator, found in zip(accelerators, with_it, strict=True):
-                        measured = accelerator.measure(seconds, inputs)
-                        found.append(None if measured is None else made + measured)
-                        before.enter_context(accelerator.acting())
-                        started = clock(device)
-                        inputs = accelerator.transform(inputs)
-                        made += clock(device) - started
+                timed = [(share, _one_by_one(accelerators, seconds, inputs, phase, device)) for share, phase in phases]
+                for k, found in enumerate(with_it):
+                    parts = [(share, of_phase[k]) for share, of_phase in timed]
+                    unknown = any(part is None for _, part in parts)
+                    found.append(None if unknown else sum(share * part for share, part in parts))
             del inputs
             trainer.model.zero_grad(set_to_none=True)  # the copies of weights need no more room than training does
             optimizer_step = _optimizer_step(trainer)
@@ -198,6 +196,26 @@ def measure_costs(
         data_share=loading / step,
         factors=_factors(accelerators, [found[1:] for found in with_it], statistics.mean(steps), step - loading),
     )
+
+
+def _one_by_one(
+    accelerators: Sequence[Accelerator],
+    seconds: Callable[[Callable[[], Mapping]], float],
+    inputs: Mapping[str, Any],
+    phase: Callable[[], contextlib.AbstractContextManager],
+    device: torch.device,
+) -> list[float | None]:
+    """Return the seconds of a step with each accelerator and those before it, see [`Accelerator.measure`]."""
+    found, made = [], 0.0  # seconds that those before it take to transform a batch
+    with phase(), contextlib.ExitStack() as before:
+        for accelerator in accelerators:
+            measured = accelerator.measure(seconds, inputs)
+            found.append(None if measured is None else made + measured)
+            before.enter_context(accelerator.acting())
+            started = clock(device)
+            inputs = accelerator.transform(inputs)
+            made += clock(device) - started
+    return found
 
 
 def _factors(

@@ -7,6 +7,7 @@ import torch
 from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel
 from readers import GENTLE, adapted, data, distance, make_base, trained
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
@@ -71,6 +72,33 @@ def test_candidates_are_scored_as_they_are_trained(seed, tmp_path):
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+def test_what_steps_cost_in_both_parts(tmp_path, monkeypatch):
+    """Half of the steps are a reader's and half LoRA's, also for what comes on top; operations stand for seconds."""
+
+    def operations(call, device):
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return float(counter.get_total_flops())
+
+    monkeypatch.setattr("darel_hf.budget.measure._seconds", operations)
+
+    def step(adapter, **darel):
+        trainer = DarelTrainer(
+            model=adapted("gpt2", adapter),
+            args=arguments(tmp_path / str(len(list(tmp_path.iterdir()))), num_train_epochs=2),
+            train_dataset=data(),
+            data_collator=PadCollator(),
+            darel=DarelConfig(**darel, fast_lora=True),
+        )
+        trainer.train()
+        return trainer.report.plan.costs.accelerated
+
+    reading, everywhere = step(ReaderLoraConfig, prompt_cache="ram"), step(LoraConfig, unpad=True)
+    both = step(ReaderLoraConfig, prompt_cache="ram", finish_epochs=1)
+    assert reading < 0.9 * everywhere
+    assert both == pytest.approx((reading + everywhere) / 2, rel=0.05)
+
+
 def test_a_second_run_begins_as_a_reader_again(tmp_path):
     trainer = DarelTrainer(
         model=adapted("llama", ReaderLoraConfig),
@@ -82,20 +110,6 @@ def test_a_second_run_begins_as_a_reader_again(tmp_path):
     for _ in range(2):
         trainer.train()
         assert [saved_type(tmp_path / f"checkpoint-{step}") for step in (6, 12)] == ["READER", "LORA"]
-
-
-def test_the_plan_counts_both_parts(tmp_path):
-    """A step that is half of it LoRA without padding costs more than one of a reader alone."""
-    trainer = DarelTrainer(
-        model=adapted("llama", ReaderLoraConfig),
-        args=arguments(tmp_path, **GENTLE),
-        train_dataset=data(),
-        data_collator=PadCollator(),
-        darel=DarelConfig(prompt_cache="ram", finish_epochs=1),
-    )
-    trainer.train()
-    assert "without computing prompts again (exact)" in str(trainer.report)
-    assert set(trainer.report.plan.costs.factors) == {"prompt_cache"}
 
 
 def test_refusals(tmp_path):
