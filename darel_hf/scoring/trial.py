@@ -11,8 +11,9 @@ from torch import nn
 
 from .scorer import precision, preserve_rng_state, untouched
 
-#: Largest relative difference that is rounding, by precision: of losses, and of gradients.
-ROUNDING = {"exact": (1e-4, 1e-3), "float32": (1e-3, 5e-3), "reduced": (2e-2, 1e-1)}
+#: Largest relative difference that is rounding, by precision: of losses, and of gradients. In a bfloat16 model of two
+#: layers two right ways were 0.05 and 0.09 away from float64 in their worst gradient, and 0.11 from each other.
+ROUNDING = {"exact": (1e-4, 1e-3), "float32": (1e-3, 5e-3), "reduced": (2e-2, 2e-1)}
 #: A gradient is compared on its own scale, but on none smaller than this part of the largest one.
 SMALLEST_SCALE = 1e-3
 
