@@ -65,6 +65,7 @@ def in_a_new_process(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_settings_know_the_rules_and_accelerators_there_are():
     code = (
         "from darel_hf.config import ACCELERATOR_FACTS, RULE_FACTS;"

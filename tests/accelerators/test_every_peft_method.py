@@ -172,7 +172,10 @@ def scored(method):
     return what + (", skipped at the start" if skipped else "")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=named)
+SOME = ("IA3", "LORA", "PROMPT_TUNING", "VERA")  # the table has all of them
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if named(method) in SOME], ids=named)
 def test_without_padding(tmp_path, method):
     without_padding(tmp_path, method, reference(tmp_path, method))
 

@@ -121,7 +121,7 @@ def with_preamble(lengths, most=20):
     return inputs
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ram", "recompute", pytest.param("disk", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_all_prompts_begin_with_is_kept_once(family, way, tmp_path):
     check_kept_once(family, way, tmp_path)
@@ -232,7 +232,7 @@ def test_trains_as_the_slow_way_does(way, more, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ram", "disk", pytest.param("recompute", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(way, family, tmp_path):
     """With dropout in the base and in adapters: nothing but steps draws random numbers."""
 
@@ -373,6 +373,7 @@ def test_each_prompt_is_computed_once(tmp_path, monkeypatch, caplog):
     assert len(known) <= 2 * len(distinct) and set(known) == distinct  # once, and once more while it is tried out
 
 
+@pytest.mark.slow
 def test_a_later_run_uses_the_file_again(tmp_path, monkeypatch, caplog):
     first = trained(DarelTrainer, tmp_path, adapted("llama", ReaderLoraConfig), {"prompt_cache": "disk"})
     files = sorted((tmp_path / "_prompts").iterdir())

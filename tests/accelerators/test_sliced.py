@@ -274,9 +274,17 @@ def train(folder, backward, model=None, darel=None, resume=None, **settings):
     ("darel", "settings"),
     [
         ({}, {}),
-        ({"track": True, "online_rule": "kakurenbo"}, {"gradient_accumulation_steps": 3}),
+        pytest.param(
+            {"track": True, "online_rule": "kakurenbo"},
+            {"gradient_accumulation_steps": 3},
+            marks=pytest.mark.slow,
+        ),
         ({"online_rule": "infobatch"}, {"label_smoothing_factor": 0.1}),
-        ({"rescore_every": 2}, {"average_tokens_across_devices": False, "num_train_epochs": 3}),
+        pytest.param(
+            {"rescore_every": 2},
+            {"average_tokens_across_devices": False, "num_train_epochs": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "accumulation", "weights-smoothing", "ledger"],
 )
@@ -313,6 +321,7 @@ def test_a_model_that_is_made_anew(tmp_path):
     assert any(value.abs().max() > 0 for name, value in trained["sliced"].items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_autocast_in_the_trainer(tmp_path):
     """In bfloat16 losses nearly tie, so the rule is one that both ways agree on: chance that the seed decides."""
     rule = {"online_rule": "loss_bins_high"}

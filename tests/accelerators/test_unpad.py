@@ -267,6 +267,7 @@ def test_model_init(tmp_path):
     assert distance(weights(ours.model), weights(plain.model), weights(tiny_lora())) < 1e-4
 
 
+@pytest.mark.slow
 def test_own_losses_get_all_logits(tmp_path):
     """Label smoothing and a loss of the user's read logits and labels at every position: the same as with padding."""
 

@@ -164,6 +164,7 @@ def test_saved_and_loaded(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
 
 
+@pytest.mark.slow
 def test_peft_alone_refuses_it(tmp_path):
     adapted("llama", ReaderLoraConfig).save_pretrained(tmp_path)
     code = f"""

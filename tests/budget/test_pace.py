@@ -185,6 +185,7 @@ def test_training_ends_early_with_the_rate_decayed(tmp_path, monkeypatch):
     assert set(again.lr_scheduler.get_last_lr()) == {0.0}
 
 
+@pytest.mark.slow
 def test_smaller_batches_are_no_faster_machine(tmp_path, monkeypatch):
     """Trainer tries again with fewer rows after an out-of-memory error: a step takes less, all of them as much."""
 

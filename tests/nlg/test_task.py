@@ -294,6 +294,7 @@ def test_generate_recipe_writes_what_the_run_wrote(base, tmp_path):
     assert again.returncode != 0 and "--force" in again.stderr
 
 
+@pytest.mark.slow
 def test_run_resumes(base, tmp_path):
     darel = DarelConfig(offline_keep=0.8)
     straight = run(task(base), darel, training(tmp_path / "a", save_strategy="epoch", num_train_epochs=2))

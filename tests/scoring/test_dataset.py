@@ -134,6 +134,7 @@ def test_a_killed_pass_over_large_samples_goes_on(tmp_path, monkeypatch):
     np.testing.assert_allclose(again.losses, whole.losses, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_get_smaller_where_memory_is_short():
     """What plain training has room for is no matter of how wide batches of scoring are."""
     model, rows = tiny_gpt2(), []

@@ -221,6 +221,7 @@ def budget_run(folder, epochs=3):
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_its_budget_ended_is_over(tmp_path, caplog):
     first = budget_run(tmp_path)
     first.train()

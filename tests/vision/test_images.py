@@ -322,6 +322,7 @@ def test_scores_with_embeddings_are_used_again(images, tmp_path):
     np.testing.assert_array_equal(kept[0], trainer.report.kept)
 
 
+@pytest.mark.slow
 def test_scorer_made_when_it_is_needed(images, tmp_path):
     data = load_images(images, "train")
     calls = []

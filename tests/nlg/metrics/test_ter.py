@@ -47,6 +47,7 @@ def test_long_texts_within_the_beam(data):
     assert edits(hypothesis, reference) == translation_edit_rate(hypothesis, reference)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(2, 130), (130, 2), (1, 200), (60, 110), (110, 60)])
 def test_lengths_far_apart(n, m):
     draw = random.Random(n)
