@@ -43,12 +43,14 @@ class Accelerator(ABC):
         value: of its setting.
         asked (`bool`): whether the settings ask for it; else it was found to pay, and where it fails it is left out.
         chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
+        on_model (`bool`): whether it acts on the model while it is attached, and not on batches alone.
         most (`float`): where a step with it was measured to take more than this of one without, it is left out.
     """
 
     facts: AcceleratorFacts
     falls_back = True
     chooses = False
+    on_model = False
     most = math.inf
 
     def __init__(self, trainer: Any):
@@ -95,12 +97,8 @@ class Accelerator(ABC):
         return contextlib.nullcontext()
 
     def acting(self) -> contextlib.AbstractContextManager:
-        """
-        Return a context where a step on what it has transformed is one with it; what comes on top is measured there.
-
-        Those that act on the model while they are attached, and not on batches alone, return [`Accelerator.attached`].
-        """
-        return contextlib.nullcontext()
+        """Return a context where a step on what it has transformed is one with it; what is on top is timed there."""
+        return self.attached() if self.on_model else contextlib.nullcontext()
 
     def phases(self) -> list[tuple[float, Callable[[], contextlib.AbstractContextManager]]]:
         """
@@ -119,7 +117,8 @@ class Accelerator(ABC):
             seconds (`Callable`): times the making of inputs and a training step on them.
             inputs (`Mapping`): a micro-batch, as accelerators before this one have left it.
         """
-        return seconds(lambda: self.transform(inputs))
+        with self.acting():
+            return seconds(lambda: self.transform(inputs))
 
     def told(self, reason: object, remedy: str) -> str:
         """Return a sentence that names the setting, the reason, and after `remedy` the value to set."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -40,6 +39,7 @@ class BasePrecision(Accelerator):
     """
 
     facts = ACCELERATOR_FACTS["base_precision"]
+    on_model = True
     falls_back = False
 
     def __init__(self, trainer: Any):
@@ -83,15 +83,6 @@ class BasePrecision(Accelerator):
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             return f"{type(error).__name__}: {first_line(error)}"
-
-    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
-        """Return the seconds of a step with a rounded base."""
-        with self.attached():
-            return seconds(lambda: inputs)
-
-    def acting(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the base is rounded."""
-        return self.attached()
 
     def attach(self) -> None:
         """Give frozen layers rounded weights, and let the model compute under autocast."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -251,6 +250,7 @@ class FastLora(Accelerator):
     """
 
     facts = ACCELERATOR_FACTS["fast_lora"]
+    on_model = True
     most = 1.02
 
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
@@ -282,15 +282,6 @@ class FastLora(Accelerator):
                 return trial.difference(step)
         except Exception as error:  # whatever it is, PEFT's own layers have just done it
             return f"{type(error).__name__}: {first_line(error)}"
-
-    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
-        """Return the seconds of a step with fast layers."""
-        with self.attached():
-            return seconds(lambda: inputs)
-
-    def acting(self) -> contextlib.AbstractContextManager:
-        """Return a context in which layers are fast."""
-        return self.attached()
 
     def attach(self) -> None:
         """Make layers fast."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -117,6 +116,7 @@ class LastBlock(Accelerator):
     """
 
     facts = ACCELERATOR_FACTS["last_block"]
+    on_model = True
     most = 1.02
 
     def __init__(self, trainer: Any):
@@ -163,15 +163,6 @@ class LastBlock(Accelerator):
         with self.attached():
             self._want(inputs, at_most=1.0)
             return trial.difference(step)
-
-    def measure(self, seconds: Callable[[Callable[[], Mapping]], float], inputs: Mapping[str, Any]) -> float:
-        """Return the seconds of a step with a shorter last block."""
-        with self.attached():
-            return seconds(lambda: self.transform(inputs))
-
-    def acting(self) -> contextlib.AbstractContextManager:
-        """Return a context in which the last block is shorter."""
-        return self.attached()
 
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return a row as it is, and remember where its labels are predicted."""
