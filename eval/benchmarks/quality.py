@@ -108,6 +108,8 @@ def arms() -> dict[str, Arm]:
     made["reader"] = Arm(cached, task={"lora_on": "reader"})
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
+    for share in (0.67, 0.5, 0.33):
+        made[f"reader_fewer_{share}"] = made["reader"]._replace(share_of_epochs=share)
     made["alora"] = Arm(cached, task={"lora_on": "completion"})
     for most in (1, 2, 4):
         made[f"share_{most}"] = Arm({"share_prompts": most})
