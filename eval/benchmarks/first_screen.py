@@ -46,7 +46,7 @@ DPO = {"lengths": "256,64", "samples": 48, "epochs": 3}
 WAYS = (
     Way("`fast=True`", "plain training's", "LoRA on E2E", "prompts", "plain+fast", E2E),
     Way("`shared_prefixes(model)`", "plain training's", "trl's DPO", "preferences", "shared", DPO),
-    Way("`ReaderLoraConfig`, cached prompts", "a reader's", "E2E", "prompts", "reader+fast_lora", E2E),
+    Way("`ReaderLoraConfig`, cached prompts", "a reader's", "E2E", "prompts", "reader+fast", E2E),
     Way("the same, long prompts", "a reader's", "512 tokens before 32", "prompts", "reader", LONG),
     Way("the same, saved as stock LoRA", "a reader's, then LoRA's", "E2E, 120 pairs", "prompts", "finish_1", SHORT),
 )
