@@ -44,7 +44,7 @@ def read_table(path: Path) -> Any:
 def demo(
     output_dir: Annotated[str, typer.Option(help="New folder for data, model, results and charts.")] = "demo_output",
 ) -> None:
-    """Fine-tune a small model six ways on a generated corpus: about four minutes, no network, no GPU."""
+    """Fine-tune a small model six ways on a generated corpus: two to four minutes, no network, no GPU."""
     with clear_errors():
         from .nlg.demo import NOTE, run_demo, table
 
