@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import count_prompts, is_stream, prompt_of, read_items
+from ..data import count_prompts, is_stream, prompt_tokens, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -225,7 +225,7 @@ class PromptCache(unpad.PaddingFree):
         """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
-        prefix = self._prefix()
+        prefix = () if way == "recompute" else self._prefix()  # where nothing is kept no row is read for it
         if way in ("auto", "disk"):
             way = self._choose(few, folder, len(prefix))
         if way == "disk":
@@ -244,7 +244,7 @@ class PromptCache(unpad.PaddingFree):
             return ()
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
         try:
-            prompts = [np.frombuffer(prompt_of(item), np.int64).tolist() for item in read_items(dataset, chosen)]
+            prompts = [prompt_tokens(item).tolist() for item in read_items(dataset, chosen)]
         except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
             return ()
         first, last = min(prompts), max(prompts)  # what these have in common, those in between have as well

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -172,11 +171,6 @@ class PaddingFree(Accelerator):
         if model.config._attn_implementation != self.attention:  # Trainer may have made the model anew
             model.set_attn_implementation(self.attention)
         return self.flat(inputs, self.label_positions_only)
-
-    @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Nothing: what [`PaddingFree.transform`] does to the model stays, padded batches are computed as ever."""
-        yield
 
     def flat(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
         """Return a batch that is as it must be without padding, see [`flatten`]."""
