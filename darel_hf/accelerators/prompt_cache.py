@@ -62,6 +62,7 @@ class PromptCache(unpad.PaddingFree):
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store: Recompute | None = None
         self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
+        self._before = 0  # prompts that were kept before
         self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
         self.precision: torch.dtype | None = None  # in which what is stored was computed
 
@@ -70,6 +71,11 @@ class PromptCache(unpad.PaddingFree):
         """Whether prompts are frozen at this time."""
         reader = find_reader(self.trainer.model)
         return self.invocation is not None or (reader is not None and not reader.everywhere)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether scores before training are read off its rows: what they ask for of prompts, steps ask for again."""
+        return self.reading
 
     @property
     def invocation(self) -> list[int] | None:
@@ -208,7 +214,7 @@ class PromptCache(unpad.PaddingFree):
             self._asked += len(distinct)
             self._missed += sum(not store.knows(prompt) for prompt in distinct)
         often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
-        if often or len(store) > len(dataset) + 1:
+        if often or len(store) - self._before > len(dataset) + 1:
             store.full = True
             logger.warning(
                 "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
@@ -292,13 +298,15 @@ class PromptCache(unpad.PaddingFree):
         return prompts, tokens, f"{most}{prompts} different prompts of {n} rows, {tokens} tokens together,"
 
     def _rows_read(self) -> float:
-        """Return how many rows read their prompt in a run, those that are scored afresh twice."""
+        """Return how many rows read their prompt in a run, those that are scored, too, once more."""
         args, settings, n = self.trainer.args, self.trainer.darel, len(self.trainer.train_dataset)
         rows = n * max(args.num_train_epochs - settings.finish_epochs, 0.0)
         if args.max_steps > 0:
             rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        scores = settings.online_keep < 1 and settings.rule("online").reads_losses
-        return rows * (2 if scores else 1)
+        scored = [stage for stage in ("offline", "online") if getattr(settings, f"{stage}_keep") < 1]
+        scored = [stage for stage in scored if settings.rule(stage).reads_losses]
+        rows *= 2 if "online" in scored else 1
+        return rows + (n if "offline" in scored and settings.scores is None else 0)
 
     def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
@@ -316,6 +324,7 @@ class PromptCache(unpad.PaddingFree):
     def attach(self) -> None:
         """Begin to look whether prompts stay as they are."""
         self._in_loop, self._rows = True, 0
+        self._before = 0 if self.store is None or self.store.full else len(self.store)
 
     def close(self) -> None:
         if self.base is not None:

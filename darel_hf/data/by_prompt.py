@@ -1,10 +1,10 @@
-"""Samples by prompt: how many have the same one, and batches of them, for training that computes it once."""
+"""Samples by prompt: how many have the same one, and batches of them, for whoever computes it once."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,34 @@ def prompt_tokens(item: Any) -> np.ndarray:
     require(told, "share_prompts", sorted(item) if isinstance(item, Mapping) else type(item).__name__, remedy)
     tokens, taught = np.asarray(item["input_ids"], np.int64), np.asarray(taught)
     return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))]
+
+
+def by_beginning(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sort samples so that those which begin alike follow one another.
+
+    Args:
+        tokens (`Sequence[np.ndarray]`): of each of n samples, int64 `[k]`.
+
+    Returns:
+        their order, int64 `[n]`; and how many tokens each one in it begins with as the one before does, int64 `[n]`,
+        which has more in common with it than any other before.
+
+    Example:
+
+    ```python
+    >>> by_beginning([np.array([5, 6, 7]), np.array([5, 2]), np.array([5, 6, 8, 9])])
+    (array([1, 0, 2]), array([0, 1, 2]))
+    ```
+    """
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i].tolist())
+    common, before = np.zeros(len(order), np.int64), np.empty(0, np.int64)
+    for place, i in enumerate(order):
+        length = min(len(tokens[i]), len(before))
+        unlike = tokens[i][:length] != before[:length]
+        common[place] = int(unlike.argmax()) if unlike.any() else length
+        before = tokens[i]
+    return np.array(order, np.int64), common
 
 
 class PromptCount(NamedTuple):

@@ -346,7 +346,7 @@ def test_scores_that_differ_are_not_taken(tmp_path, caplog):
         assert torch.equal(wrong(inputs).losses, wanted.losses)
         torch.testing.assert_close(tuple(right(inputs))[:3], tuple(wanted)[:3], rtol=1e-5, atol=0)
     assert (wrong.alike, right.alike) == (False, True)
-    assert "candidates are scored the plain way: [" in caplog.text
+    assert "samples are scored the plain way: [" in caplog.text
 
 
 # ---- Stores ----
