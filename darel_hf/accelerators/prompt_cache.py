@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import count_prompts, is_stream, prompt_tokens, read_items
+from ..data import common_beginnings, count_prompts, is_stream, prompt_tokens, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 BY_LENGTH = ("dynamic", "longrope")
 #: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
 AGAIN = 1.25
-#: Tokens that prompts must have in common to be kept once, and so many rows say what they are.
-LEAST_PREFIX, LOOKED_AT = 16, 256
+#: Tokens that so many prompts must have in common to be kept once, and so many rows say what they are.
+LEAST_PREFIX, FEW, LOOKED_AT = 16, 4, 256
 #: Where more than this part of prompts is new after an epoch, of so many at least, prompts change.
 CHANGED, WATCHED = 0.25, 16
 #: Seconds in which prompts are counted; where there are more, those that were read stand for all.
@@ -214,7 +214,7 @@ class PromptCache(unpad.PaddingFree):
             self._asked += len(distinct)
             self._missed += sum(not store.knows(prompt) for prompt in distinct)
         often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
-        if often or len(store) - self._before > len(dataset) + 1:
+        if often or len(store) - self._before > len(dataset) + len(store.beginnings):
             store.full = True
             logger.warning(
                 "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
@@ -231,34 +231,40 @@ class PromptCache(unpad.PaddingFree):
         """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
-        prefix = () if way == "recompute" else self._prefix()  # where nothing is kept no row is read for it
+        looked_at = [] if way == "recompute" else self._look()  # where nothing is kept no row is read for it
+        beginnings = common_beginnings(looked_at, LEAST_PREFIX, min(FEW, len(looked_at)))
         if way in ("auto", "disk"):
-            way = self._choose(few, folder, len(prefix))
+            once = [(own, begin_so / len(looked_at)) for own, begin_so in beginnings.values()]
+            way = self._choose(few, folder, once)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
             form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{_name(self.base.dtype)}"
             if self.precision is not None:  # keys can be kept in float32 though they were computed in less
                 form += f"-{_name(self.precision)}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
-            return OnDisk(folder, key, trainer.args.process_index, prefix)
-        return InMemory(prefix) if way == "ram" else Recompute()
+            return OnDisk(folder, key, trainer.args.process_index, list(beginnings))
+        return InMemory(list(beginnings)) if way == "ram" else Recompute()
 
-    def _prefix(self) -> tuple[int, ...]:
-        """Return what prompts begin with: of some rows spread over the data set, the same in every run."""
+    def _look(self) -> list[tuple[int, ...]]:
+        """Return the different prompts of some rows spread over the data set, the same in every run."""
         dataset = self.trainer.train_dataset
         if dataset is None or is_stream(dataset) or not len(dataset):
-            return ()
+            return []
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
         try:
-            prompts = [prompt_tokens(item).tolist() for item in read_items(dataset, chosen)]
+            return sorted({tuple(prompt_tokens(item).tolist()) for item in read_items(dataset, chosen)})
         except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
-            return ()
-        first, last = min(prompts), max(prompts)  # what these have in common, those in between have as well
-        common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
-        return tuple(first[:common]) if common >= LEAST_PREFIX else ()
+            return []
 
-    def _choose(self, few: list[tuple[int, ...]], folder: Path, common: int) -> str:
-        """Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so."""
+    def _choose(self, few: list[tuple[int, ...]], folder: Path, once: list[tuple[int, float]]) -> str:
+        """
+        Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so.
+
+        Args:
+            few (`list[tuple]`): prompts of a few rows.
+            folder (`Path`): where on disk.
+            once (`list[tuple]`): so many tokens are kept once for such a part of the prompts.
+        """
         world, dataset = self.trainer.args.world_size, self.trainer.train_dataset
         # Every process keeps what it sees; a quarter of what is free, for a run needs memory for more than prompts.
         room = psutil.virtual_memory().available / 4 / world
@@ -268,8 +274,9 @@ class PromptCache(unpad.PaddingFree):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
             prompts, tokens, why = self._count(few)
-            size, reads = (tokens - common * (prompts - 1)) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
-            why += f" {common} of each in common and kept once," if common else ""
+            saved = sum(length * max(part * prompts - 1, 0.0) for length, part in once)
+            size, reads = (tokens - saved) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            why += f" less about {saved:.0f} in beginnings that are kept once," if saved else ""
             why += f" are {size / 2**30:.2f} GiB, and each is read about {reads:.1f} times"
             if reads < AGAIN:
                 way = "recompute"

@@ -71,6 +71,41 @@ def by_beginning(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(order, np.int64), common
 
 
+def common_beginnings(
+    prompts: Sequence[Sequence[int]], least: int, few: int
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """
+    Find what several prompts begin with: what all do, and what some of them go on with.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`): tokens of each; which is given how often and in which order is no matter.
+        least (`int`): tokens of a beginning, besides those of a shorter one that is found, at least.
+        few (`int`): prompts that begin so, at least.
+
+    Returns:
+        the beginnings, shorter ones first; of each by how many tokens it goes on from a shorter one, and how many
+        different prompts begin so.
+
+    Example:
+
+    ```python
+    >>> common_beginnings([(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 6), (1, 2, 7)], least=1, few=2)
+    {(1, 2): (2, 4), (1, 2, 3): (1, 2)}
+    ```
+    """
+    distinct = sorted({tuple(prompt) for prompt in prompts})
+    _, common = by_beginning([np.array(prompt, np.int64) for prompt in distinct])
+    # Where prompts go apart, and where one ends with which others begin.
+    ends = {prompt[:length] for prompt, length in zip(distinct, common.tolist(), strict=True) if length >= least}
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    for beginning in sorted(ends, key=lambda tokens: (len(tokens), tokens)):
+        before = max((len(other) for other in found if beginning[: len(other)] == other), default=0)
+        begin_so = sum(prompt[: len(beginning)] == beginning for prompt in distinct)
+        if len(beginning) - before >= least and begin_so >= few:
+            found[beginning] = len(beginning) - before, begin_so
+    return found
+
+
 class PromptCount(NamedTuple):
     """How many prompts there are: `read` samples of all have `distinct` ones, of so many `tokens` together."""
 

@@ -72,14 +72,13 @@ def main() -> None:
         return score
 
     reader = task.trainer(DarelConfig(prompt_cache="ram"), lora_on="reader")
-    caches = [PromptCache(reader)]
-
-    def known() -> Any:
-        return way(reader.model, share=functools.partial(share_rows, accelerators=caches))()
+    cache = PromptCache(reader)
+    cache.why_not(lambda: collator.collator([columns[i] for i in range(4)]))
+    known = way(reader.model, share=functools.partial(share_rows, accelerators=[cache]))
 
     def stored() -> Any:
-        caches[0].detach()
-        caches[0] = PromptCache(reader)
+        cache.detach()
+        cache.store = None
         return known()
 
     batch = task.options.batch_size
