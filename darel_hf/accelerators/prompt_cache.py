@@ -70,7 +70,10 @@ class PromptCache(unpad.PaddingFree):
     def reading(self) -> bool:
         """Whether prompts are frozen at this time."""
         reader = find_reader(self.trainer.model)
-        return self.invocation is not None or (reader is not None and not reader.everywhere)
+        if reader is None:
+            return self.invocation is not None
+        # By what adapters are for, also where they are switched off for a while: what is kept is the same.
+        return not all(reader.peft_config[name].everywhere for name in reader.active_adapters)
 
     @property
     def keeps(self) -> bool:

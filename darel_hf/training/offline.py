@@ -118,7 +118,7 @@ class OfflineStage:
         scorer = scorer_for(trainer, model, "offline")
         items, size = [dataset[i] for i in range(min(8, len(dataset)))], trainer._train_batch_size
         probe = trainer._prepare_inputs(collator(items))
-        keeping = [a for a in accelerators if a.keeps] if model is trainer.model else []
+        accelerators = accelerators if model is trainer.model else ()
         with skip_identity_adapters(scorer, probe) as skipped:
             origin = self._origin(model, skipped)
             name = checkpoints.short_hash(origin, scorer.want_correct, scorer.want_embeddings)
@@ -131,8 +131,7 @@ class OfflineStage:
                 self.scores_reused = True
                 logger.info("using the scores in %s: same model, data and loss definition", path)
                 return cached
-            score = partial(
-                score_dataset,
+            scores = score_dataset(
                 scorer,
                 dataset,
                 collator,
@@ -143,12 +142,9 @@ class OfflineStage:
                 max_rows=256 if "input_ids" in items[0] else rows_without_tokens(self.args.device, size),
                 parts=parts,
                 origin=origin,
-                share=partial(share_rows, accelerators=keeping),
+                share=partial(share_rows, accelerators=accelerators),
                 ids_of=self.data.ids_of,
             )
-            scores = None if keeping else score()
-        if keeping:  # with adapters, also those that change nothing: without any, nobody is asked for what is kept
-            scores = score()
         self.data.learn()
         scores = replace(scores, origin={**origin, "data": self.data.fingerprint})  # that of ids which waited, too
         scores = match_scores(scores, self.data.ids, self.data.fingerprint, "offline pass")
