@@ -23,7 +23,7 @@ from darel_hf.scoring import BatchScorer, SharedPrompts, save_scores, score_data
 COLUMNS = ["input_ids", "attention_mask", "labels"]
 
 
-def nested(n=40, seed=0):
+def nested(n=28, seed=0):
     """Samples whose prompts begin like one another, three levels of them; one of a single token, one taught whole."""
     lengths = [(1, 3), (12, 4), (18, 2), (18, 5), (23, 3), (6, 6), (1, 1)]
     made = rows([lengths[i % len(lengths)] for i in range(n)], seed=seed, same_prompts=True)
@@ -99,7 +99,7 @@ def test_losses_are_those_of_single_samples(family, start, ways):
     assert max(in_rows) <= 100 and sum(in_rows) < 0.5 * sum(map(len, table["input_ids"]))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.lists(st.lists(st.integers(3, 5), min_size=2, max_size=9), min_size=2, max_size=12),
     st.integers(1, 60),
@@ -162,6 +162,7 @@ def test_rows_that_would_change_scores_are_not_taken(ways, caplog):
     assert np.isfinite(scores.losses).all()
 
 
+@pytest.mark.slow
 def test_a_collator_that_cuts_off_what_is_long(ways):
     """What a batch holds is for the collator to say, also of samples that are not tried out."""
 
@@ -174,7 +175,7 @@ def test_a_collator_that_cuts_off_what_is_long(ways):
     model, table = make_base("gpt2"), nested()
     ids = add_ids(table, np.arange(len(table)))
     found = score_dataset(
-        BatchScorer(model), ids, CarryIds(Cut()), dict, progress_bar=False, share=share_rows, max_tokens=64
+        BatchScorer(model), ids, CarryIds(Cut()), dict, progress_bar=False, share=share_rows, max_tokens=48
     )
     wanted = [BatchScorer(model)(Cut()([row])).losses.item() for row in table]
     np.testing.assert_allclose(found.losses, wanted, rtol=2e-5)
@@ -183,7 +184,7 @@ def test_a_collator_that_cuts_off_what_is_long(ways):
 
 def test_a_killed_pass_goes_on_where_it_was(tmp_path, monkeypatch, ways):
     monkeypatch.setattr("darel_hf.scoring.dataset.WINDOW", 16)
-    model, table = make_base("llama"), nested()
+    model, table = make_base("llama"), nested(40)
     whole = scored(model, table)
     batches = len(ways)
 
@@ -203,6 +204,7 @@ def test_a_killed_pass_goes_on_where_it_was(tmp_path, monkeypatch, ways):
     np.testing.assert_array_equal(again.losses, whole.losses)
 
 
+@pytest.mark.slow
 def test_batches_get_smaller_where_memory_is_short():
     model = make_base("llama")
     wanted = scored(model, nested()).losses
@@ -263,7 +265,7 @@ def prompts_of(table):
     ("family", "way"),
     [
         ("mistral", "ram"),
-        ("gpt2", "disk"),
+        pytest.param("gpt2", "disk", marks=pytest.mark.slow),
         pytest.param("qwen3", "recompute", marks=pytest.mark.slow),
         pytest.param("llama", "ram", marks=pytest.mark.slow),
     ],
