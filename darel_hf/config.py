@@ -143,6 +143,13 @@ ACCELERATOR_FACTS = {
             not_with={"prompt_cache": "what it computes has labels nearly everywhere; leave out last_block"},
         ),
         AcceleratorFacts(
+            "fused_activation",
+            setting="fused_activation",
+            exactness="exact",
+            phrase="with activation functions in one pass",
+            fast=True,
+        ),
+        AcceleratorFacts(
             "fast_lora",
             setting="fast_lora",
             exactness="exact",
@@ -268,6 +275,10 @@ class DarelConfig:
             Let PEFT's LoRA layers compute in fewer passes: the same losses and gradients (but for rounding) in less
             time. Layers with dropout in LoRA, variants such as DoRA, several active adapters or a quantised base stay
             as they are; where a step gets no cheaper, all do. See [`darel_hf.accelerators.FastLora`].
+        fused_activation (`bool`, defaults to `False`):
+            Let torch's fused functions compute activations that the model's code writes out in many passes (GPT-2's
+            `gelu_new`): the same losses and gradients (but for rounding) in less time, and less is saved for the
+            backward pass. Left out where there are none. See [`darel_hf.accelerators.FusedActivation`].
         last_block (`bool`, defaults to `False`):
             Beside `unpad` or `share_prompts`: compute what follows attention in the last block only at positions that
             predict a label: the same losses and gradients (but for rounding and dropout) in less time. Left out where
@@ -339,6 +350,9 @@ class DarelConfig:
     )
     last_block: bool = field(default=False, metadata={"help": "last block for labels only, beside unpad: less time"})
     fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
+    fused_activation: bool = field(
+        default=False, metadata={"help": "activation functions in one pass: same gradients, less time"}
+    )
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})

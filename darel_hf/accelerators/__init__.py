@@ -18,6 +18,7 @@ from .base import (
 )
 from .base_precision import BasePrecision
 from .fast_lora import FastLinear, FastLora
+from .fused_activation import FusedActivation
 from .last_block import LastBlock
 from .prompt_cache import PromptCache
 from .scores import CheapScores

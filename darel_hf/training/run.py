@@ -243,7 +243,7 @@ class Run:
             scores_reused=offline.scores_reused,
             decisions=(planner.decisions or [])[1:],
             in_use={a.facts.name: a.value for a in planner.accelerators},
-            left_out={**planner.plan.left_out, **online.given_up},
+            left_out={**planner.left_out, **online.given_up},
             step_time=planner.step_time,
         )
         if self.stores:

@@ -21,7 +21,7 @@ from darel_hf.training import planner
 from darel_hf.training.planner import Planner
 
 #: What a step takes with an accelerator, by its setting: what is measured on a tiny model is chance.
-FACTORS = {"share_prompts": 0.8, "fast_lora": 1.1, "last_block": 1.1, 16: 0.7, 8: 0.5, 4: 0.9}
+FACTORS = {"share_prompts": 0.8, "fast_lora": 1.1, "fused_activation": 1.1, "last_block": 1.1, 16: 0.7, 8: 0.5, 4: 0.9}
 
 
 @dataclass
