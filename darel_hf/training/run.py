@@ -55,8 +55,8 @@ class Run:
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
-        finishes = self.config.finish_epochs > 0
-        self.finish = FinishEverywhere(trainer, self.config.finish_epochs) if finishes else None
+        epochs, begun = self.config.finish_epochs, checkpoint is not None and checkpoints.is_lora(checkpoint)
+        self.finish = FinishEverywhere(trainer, epochs, begun) if epochs else None
 
     @property
     def plan(self) -> Plan:
@@ -161,6 +161,7 @@ class Run:
         """Take everything over from the checkpoint."""
         state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
+        checkpoints.check_adapters(self.checkpoint, self.trainer.model, finishes=self.finish is not None)
         remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"
         size = self.trainer._train_batch_size
         same = size == state["batch_size"] or self.args.auto_find_batch_size
