@@ -81,15 +81,15 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 
 
-def _saved_adapter(checkpoint: str | os.PathLike, name: str = "default") -> dict[str, Any]:
+def _saved_adapter(checkpoint: str | os.PathLike, name: str) -> dict[str, Any]:
     """Return the settings of an adapter in a checkpoint, as PEFT has saved them; empty where there are none."""
     path = Path(checkpoint, *([] if name == "default" else [name]), "adapter_config.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def is_lora(checkpoint: str | os.PathLike) -> bool:
-    """Whether the adapter of a checkpoint is stock LoRA."""
-    return _saved_adapter(checkpoint).get("peft_type") == "LORA"
+def is_lora(checkpoint: str | os.PathLike, model: Any) -> bool:
+    """Whether an adapter that is active in a model is stock LoRA in a checkpoint."""
+    return any(_saved_adapter(checkpoint, name).get("peft_type") == "LORA" for name in model.active_adapters)
 
 
 def check_adapters(checkpoint: str, model: Any, finishes: bool) -> None:

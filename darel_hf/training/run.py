@@ -55,8 +55,10 @@ class Run:
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
-        epochs, begun = self.config.finish_epochs, checkpoint is not None and checkpoints.is_lora(checkpoint)
-        self.finish = FinishEverywhere(trainer, epochs, begun) if epochs else None
+        self.finish: FinishEverywhere | None = None
+        if self.config.finish_epochs:
+            begun = checkpoint is not None and checkpoints.is_lora(checkpoint, trainer.model)
+            self.finish = FinishEverywhere(trainer, self.config.finish_epochs, begun)
 
     @property
     def plan(self) -> Plan:
