@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -371,7 +373,7 @@ class DarelConfig:
         number = isinstance(self.finish_epochs, (int, float)) and not isinstance(self.finish_epochs, bool)
         remedy = "give a number of epochs, 0 or more"
         require(number, "finish_epochs", self.finish_epochs, remedy, TypeError)
-        require(self.finish_epochs >= 0, "finish_epochs", self.finish_epochs, remedy)
+        require(0 <= self.finish_epochs < math.inf, "finish_epochs", self.finish_epochs, remedy)
         remedy = "a run that may end early has no last epochs; leave it out"
         require(not self.finish_epochs or self.budget_time is None, "finish_epochs", self.finish_epochs, remedy)
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
@@ -379,6 +381,16 @@ class DarelConfig:
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
         remedy = "give True or False, or leave it out"
         require(self.fast is None or isinstance(self.fast, bool), "fast", self.fast, remedy, TypeError)
+        for name in (each.name for each in dataclasses.fields(self) if each.type in (bool, "bool")):
+            value = getattr(self, name)  # a word that says no would be taken for yes
+            require(isinstance(value, bool), name, value, "give True or False", TypeError)
+        for name in ("scores", "reference_scores"):
+            value = getattr(self, name)
+            require(isinstance(value, (str, os.PathLike, type(None))), name, value, "give a path of a file", TypeError)
+            setattr(self, name, None if value is None else os.fspath(value))  # it is saved as JSON
+        for name in ("id_column", "group_column"):
+            value = getattr(self, name)
+            require(isinstance(value, (str, type(None))), name, value, "give the name of a column", TypeError)
         whole = isinstance(self.share_prompts, int) and not isinstance(self.share_prompts, bool)
         remedy = "give 1 to share what is in common by chance, more for batches with so many samples of a prompt, or 0"
         require(whole, "share_prompts", self.share_prompts, remedy, TypeError)
@@ -387,7 +399,12 @@ class DarelConfig:
             require(getattr(self, name) in choices, name, getattr(self, name), f"choose one of {choices}")
         for stage in ("offline", "online"):
             name, value = f"{stage}_rule", getattr(self, f"{stage}_rule")
-            require(value in RULE_FACTS, name, value, f"unknown rule; choose one of {', '.join(sorted(RULE_FACTS))}")
+            require(
+                isinstance(value, str) and value in RULE_FACTS,
+                name,
+                value,
+                f"unknown rule; choose one of {', '.join(sorted(RULE_FACTS))}",
+            )
             needed = "reference" in self.rule(stage).needs
             remedy = "it compares with a reference model: give reference_scores, a file made by `darel score` with it"
             require(not needed or self.reference_scores is not None, name, value, remedy)

@@ -71,8 +71,9 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
+    items = trainer._get_num_items_in_batch([batch], trainer.args.device)  # as in training: losses may rely on it
     with trainer.autocast():
-        return trainer.compute_loss(trainer.model, dict(batch))
+        return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
 
 
 def _optimizer_step(trainer: Any) -> Callable[[], Any]:

@@ -354,6 +354,8 @@ class Planner:
         plan, config = self.plan, self.config
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
+        if plan.kept == 1 and plan.too_short(config.budget_time):  # it has been said that all is trained on
+            return
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
         base = plan.step_time * plan.effective_online_keep
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1

@@ -55,8 +55,10 @@ class Run:
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
-        finishes = self.config.finish_epochs > 0
-        self.finish = FinishEverywhere(trainer, self.config.finish_epochs) if finishes else None
+        self.finish: FinishEverywhere | None = None
+        if self.config.finish_epochs:
+            begun = checkpoint is not None and checkpoints.is_lora(checkpoint, trainer.model)
+            self.finish = FinishEverywhere(trainer, self.config.finish_epochs, begun)
 
     @property
     def plan(self) -> Plan:
@@ -161,6 +163,7 @@ class Run:
         """Take everything over from the checkpoint."""
         state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
+        checkpoints.check_adapters(self.checkpoint, self.trainer.model, finishes=self.finish is not None)
         remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"
         size = self.trainer._train_batch_size
         same = size == state["batch_size"] or self.args.auto_find_batch_size

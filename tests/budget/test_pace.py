@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.budget import Plan
 from darel_hf.budget.pace import KeepBudget, Progress
 from darel_hf.budget.plan import candidate_rows
 
@@ -186,6 +187,16 @@ def test_training_ends_early_with_the_rate_decayed(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_that_trains_on_everything_does_all_steps(tmp_path, monkeypatch, caplog):
+    """Where measuring has eaten the budget, it says so, and is not cut short on the way."""
+    trainer = trainer_for(tmp_path, epochs=2)
+    monkeypatch.setattr(Plan, "too_short", lambda plan, budget: True)
+    trainer.add_callback(Slower(trainer, monkeypatch))
+    trainer.train()
+    assert "it trains on everything" in caplog.text
+    assert trainer.state.global_step == 20 and trainer.report.decisions == []
+
+
 def test_smaller_batches_are_no_faster_machine(tmp_path, monkeypatch):
     """Trainer tries again with fewer rows after an out-of-memory error: a step takes less, all of them as much."""
 
