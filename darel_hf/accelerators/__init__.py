@@ -21,7 +21,7 @@ from .fast_lora import FastLinear, FastLora
 from .fused_activation import FusedActivation
 from .last_block import LastBlock
 from .prompt_cache import PromptCache
-from .scores import CheapScores
+from .scores import CheapScores, share_rows
 from .share_prompts import SharePrompts, share
 from .shared_prefixes import shared_prefixes
 from .sliced import CannotSlice, SlicedStep

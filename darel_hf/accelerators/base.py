@@ -52,6 +52,8 @@ class Accelerator(ABC):
     chooses = False
     on_model = False
     most = math.inf
+    #: Whether it keeps what it makes of samples for later steps: then scores before training are read off its rows.
+    keeps = False
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

@@ -19,7 +19,7 @@ from torch import nn
 
 from ..adapters import acting_everywhere, find_reader, invoked, prompt_positions
 from ..config import ACCELERATOR_FACTS
-from ..data import count_prompts, is_stream, prompt_tokens, read_items
+from ..data import common_beginnings, count_prompts, is_stream, prompt_tokens, read_items
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 BY_LENGTH = ("dynamic", "longrope")
 #: A prompt that is read fewer times in a run is not worth keeping: computed alone it takes longer than with others.
 AGAIN = 1.25
-#: Tokens that prompts must have in common to be kept once, and so many rows say what they are.
-LEAST_PREFIX, LOOKED_AT = 16, 256
+#: Tokens that so many prompts must have in common to be kept once, and so many rows say what they are.
+LEAST_PREFIX, FEW, LOOKED_AT = 16, 4, 256
 #: Where more than this part of prompts is new after an epoch, of so many at least, prompts change.
 CHANGED, WATCHED = 0.25, 16
 #: Seconds in which prompts are counted; where there are more, those that were read stand for all.
@@ -62,6 +62,7 @@ class PromptCache(unpad.PaddingFree):
         self.finish = unpad.PaddingFree(trainer)  # for when adapters act everywhere
         self.store: Recompute | None = None
         self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
+        self._before = 0  # prompts that were kept before
         self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
         self._base_seen: list[tuple[str, nn.Parameter, int]] = []  # weights of the base, as the first step found them
         self.precision: torch.dtype | None = None  # in which what is stored was computed
@@ -70,7 +71,15 @@ class PromptCache(unpad.PaddingFree):
     def reading(self) -> bool:
         """Whether prompts are frozen at this time."""
         reader = find_reader(self.trainer.model)
-        return self.invocation is not None or (reader is not None and not reader.everywhere)
+        if reader is None:
+            return self.invocation is not None
+        # By what adapters are for, also where they are switched off for a while: what is kept is the same.
+        return not all(reader.peft_config[name].everywhere for name in reader.active_adapters)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether scores before training are read off its rows: what they ask for of prompts, steps ask for again."""
+        return self.reading
 
     @property
     def invocation(self) -> list[int] | None:
@@ -237,7 +246,7 @@ class PromptCache(unpad.PaddingFree):
             self._asked += len(distinct)
             self._missed += sum(not store.knows(prompt) for prompt in distinct)
         often = self._asked >= WATCHED and self._missed > CHANGED * self._asked
-        if often or len(store) > len(dataset) + 1:
+        if often or len(store) - self._before > len(dataset) + len(store.beginnings):
             store.full = True
             logger.warning(
                 "prompt_cache=%r: prompts change from epoch to epoch (%d of the last %d were new, %d are kept of %d "
@@ -254,34 +263,40 @@ class PromptCache(unpad.PaddingFree):
         """Make where prompts are kept; `few`: those of a few rows."""
         trainer, way = self.trainer, self.value
         folder = Path(trainer.args.output_dir) / "_prompts"  # Trainer does not push what begins like this
-        prefix = () if way == "recompute" else self._prefix()  # where nothing is kept no row is read for it
+        looked_at = [] if way == "recompute" else self._look()  # where nothing is kept no row is read for it
+        beginnings = common_beginnings(looked_at, LEAST_PREFIX, min(FEW, len(looked_at)))
         if way in ("auto", "disk"):
-            way = self._choose(few, folder, len(prefix))
+            once = [(own, begin_so / len(looked_at)) for own, begin_so in beginnings.values()]
+            way = self._choose(few, folder, once)
         if way == "disk":
             kind = "x" if self.base.adapted else "kv"
             form = f"{kind}-{self.base.row_bytes}-{self.base.layout}-{_name(self.base.dtype)}"
             if self.precision is not None:  # keys can be kept in float32 though they were computed in less
                 form += f"-{_name(self.precision)}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
-            return OnDisk(folder, key, trainer.args.process_index, prefix)
-        return InMemory(prefix) if way == "ram" else Recompute()
+            return OnDisk(folder, key, trainer.args.process_index, list(beginnings))
+        return InMemory(list(beginnings)) if way == "ram" else Recompute()
 
-    def _prefix(self) -> tuple[int, ...]:
-        """Return what prompts begin with: of some rows spread over the data set, the same in every run."""
+    def _look(self) -> list[tuple[int, ...]]:
+        """Return the different prompts of some rows spread over the data set, the same in every run."""
         dataset = self.trainer.train_dataset
         if dataset is None or is_stream(dataset) or not len(dataset):
-            return ()
+            return []
         chosen = np.linspace(0, len(dataset) - 1, min(len(dataset), LOOKED_AT)).astype(int).tolist()
         try:
-            prompts = [prompt_tokens(item).tolist() for item in read_items(dataset, chosen)]
+            return sorted({tuple(prompt_tokens(item).tolist()) for item in read_items(dataset, chosen)})
         except (ValueError, KeyError, TypeError):  # a collator of the user's makes labels
-            return ()
-        first, last = min(prompts), max(prompts)  # what these have in common, those in between have as well
-        common = next((i for i, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
-        return tuple(first[:common]) if common >= LEAST_PREFIX else ()
+            return []
 
-    def _choose(self, few: list[tuple[int, ...]], folder: Path, common: int) -> str:
-        """Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so."""
+    def _choose(self, few: list[tuple[int, ...]], folder: Path, once: list[tuple[int, float]]) -> str:
+        """
+        Choose where prompts are kept, by how often each is read, how much that is, and what it takes; say so.
+
+        Args:
+            few (`list[tuple]`): prompts of a few rows.
+            folder (`Path`): where on disk.
+            once (`list[tuple]`): so many tokens are kept once for such a part of the prompts.
+        """
         world, dataset = self.trainer.args.world_size, self.trainer.train_dataset
         # Every process keeps what it sees; a quarter of what is free, for a run needs memory for more than prompts.
         room = psutil.virtual_memory().available / 4 / world
@@ -291,8 +306,9 @@ class PromptCache(unpad.PaddingFree):
             way, why = "recompute", "the data are a stream, of which nobody knows how much there is"
         else:
             prompts, tokens, why = self._count(few)
-            size, reads = (tokens - common * (prompts - 1)) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
-            why += f" {common} of each in common and kept once," if common else ""
+            saved = sum(length * max(part * prompts - 1, 0.0) for length, part in once)
+            size, reads = (tokens - saved) * self.base.row_bytes, self._rows_read() / max(prompts, 1)
+            why += f" less about {saved:.0f} in beginnings that are kept once," if saved else ""
             why += f" are {size / 2**30:.2f} GiB, and each is read about {reads:.1f} times"
             if reads < AGAIN:
                 way = "recompute"
@@ -321,13 +337,15 @@ class PromptCache(unpad.PaddingFree):
         return prompts, tokens, f"{most}{prompts} different prompts of {n} rows, {tokens} tokens together,"
 
     def _rows_read(self) -> float:
-        """Return how many rows read their prompt in a run, those that are scored afresh twice."""
+        """Return how many rows read their prompt in a run, those that are scored, too, once more."""
         args, settings, n = self.trainer.args, self.trainer.darel, len(self.trainer.train_dataset)
         rows = n * max(args.num_train_epochs - settings.finish_epochs, 0.0)
         if args.max_steps > 0:
             rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        scores = settings.online_keep < 1 and settings.rule("online").reads_losses
-        return rows * (2 if scores else 1)
+        scored = [stage for stage in ("offline", "online") if getattr(settings, f"{stage}_keep") < 1]
+        scored = [stage for stage in scored if settings.rule(stage).reads_losses]
+        rows *= 2 if "online" in scored else 1
+        return rows + (n if "offline" in scored and settings.scores is None else 0)
 
     def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
         """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
@@ -345,6 +363,7 @@ class PromptCache(unpad.PaddingFree):
     def attach(self) -> None:
         """Begin to look whether prompts stay as they are."""
         self._in_loop, self._rows, self._base_seen = True, 0, []
+        self._before = 0 if self.store is None or self.store.full else len(self.store)
 
     def close(self) -> None:
         if self.base is not None:

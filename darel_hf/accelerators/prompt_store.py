@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import zlib
 from abc import abstractmethod
@@ -50,19 +51,20 @@ class Recompute:
 
 class Kept(Recompute):
     """
-    Keep prompts from when they are first needed, one by one; a beginning that many have in common once.
+    Keep prompts from when they are first needed, one by one; beginnings that several have in common once.
 
-    Each is computed alone, and so is the beginning, so that what is kept does not depend on the batch in which it came
-    first: a run that is resumed ends bit for bit as one that was not stopped.
+    Each is computed alone, and so is each beginning, so that what is kept does not depend on the batch in which it
+    came first: a run that is resumed ends bit for bit as one that was not stopped.
 
     Args:
-        prefix (`tuple`): what prompts begin with; those that do not are kept whole.
+        beginnings (`Sequence[tuple]`): what prompts begin with, shorter ones first; one may go on from another.
+            Prompts that have none are kept whole.
     """
 
     full = False
 
-    def __init__(self, prefix: Prompt = ()):
-        self.prefix = prefix
+    def __init__(self, beginnings: Sequence[Prompt] = ()):
+        self.beginnings = beginnings
 
     @abstractmethod
     def knows(self, prompt: Prompt) -> bool:
@@ -76,9 +78,11 @@ class Kept(Recompute):
     def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
         """Return what is kept of a prompt from a position on, `[len(prompt) - start, width]`, on the CPU."""
 
-    def start(self, prompt: Prompt) -> int:
-        """Return from where on a prompt is kept by itself."""
-        return len(self.prefix) if prompt[: len(self.prefix)] == self.prefix else 0
+    def parts(self, prompt: Prompt) -> list[Prompt]:
+        """Return the beginnings of a prompt, the prompt itself last; each is kept from where the one before ends."""
+        likely = [b for b in self.beginnings if len(b) <= len(prompt) and b[-1] == prompt[len(b) - 1]]
+        found = [b for b in likely if b == prompt[: len(b)]]  # their last token tells most of them apart
+        return found if prompt in found[-1:] else [*found, prompt]
 
     def get(
         self, base: FrozenBase, prompts: Sequence[Prompt], device: torch.device
@@ -86,28 +90,27 @@ class Kept(Recompute):
         """Return what is kept of some prompts, as [`Recompute.get`] does."""
         if not prompts:
             return torch.empty(0, 0, device=device), torch.empty(0, dtype=torch.int64, device=device), []
-        starts = [self.start(prompt) for prompt in prompts]
-        asked = [(self.prefix, 0)] if any(starts) else []
-        size, places = len(self.prefix) if any(starts) else 0, []
-        for prompt, start in zip(prompts, starts, strict=True):
-            own = len(prompt) - start
-            places.append(np.concatenate([np.arange(start), np.arange(size, size + own)]))
-            asked += [(prompt, start)] if own else []
-            size += own
-        kept = torch.cat([self._one(base, *one) for one in asked]).to(device, non_blocking=True)
+        chains = [self.parts(prompt) for prompt in prompts]
+        starts = {part: len(before) for chain in chains for before, part in zip([(), *chain], chain, strict=False)}
+        # What precedes comes first: shorter beginnings, longer ones, prompts.
+        asked = sorted(starts, key=lambda part: len(part) if part in self.beginnings else math.inf)
+        ends = np.cumsum([len(part) - starts[part] for part in asked])
+        where = {part: np.arange(end - len(part) + starts[part], end) for part, end in zip(asked, ends, strict=True)}
+        places = [np.concatenate([where[part] for part in chain]) for chain in chains]
+        kept = torch.cat([self._one(base, part, starts[part]) for part in asked]).to(device, non_blocking=True)
         base.reach(max(prompts, key=len))
-        return kept, torch.cat([torch.arange(start, len(prompt)) for prompt, start in asked]).to(device), places
+        return kept, torch.cat([torch.arange(starts[part], len(part)) for part in asked]).to(device), places
 
 
 class InMemory(Kept):
     """Keep prompts in memory."""
 
-    def __init__(self, prefix: Prompt = ()):
-        super().__init__(prefix)
+    def __init__(self, beginnings: Sequence[Prompt] = ()):
+        super().__init__(beginnings)
         self.known: dict[Prompt, torch.Tensor] = {}
 
     def knows(self, prompt: Prompt) -> bool:
-        return prompt in self.known or prompt == self.prefix
+        return prompt in self.known or prompt in self.beginnings
 
     def __len__(self) -> int:
         return len(self.known)
@@ -133,11 +136,11 @@ class OnDisk(Kept):
         folder (`Path`): where; it is made.
         key (`str`): names the base and the dtype; other bases have other files.
         rank (`int`): of the process: each has a file of its own.
-        prefix (`tuple`): see [`Kept`].
+        beginnings (`Sequence[tuple]`): see [`Kept`].
     """
 
-    def __init__(self, folder: Path, key: str, rank: int = 0, prefix: Prompt = ()):
-        super().__init__(prefix)
+    def __init__(self, folder: Path, key: str, rank: int = 0, beginnings: Sequence[Prompt] = ()):
+        super().__init__(beginnings)
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.listed = folder / f"{key}-{rank}.bin", folder / f"{key}-{rank}.jsonl"
         # By prompt, and from where on it is kept: where that begins, bytes, checksum.
@@ -173,7 +176,8 @@ class OnDisk(Kept):
         return self._files
 
     def knows(self, prompt: Prompt) -> bool:
-        return (prompt, self.start(prompt)) in self.places or prompt == self.prefix
+        *before, _ = [(), *self.parts(prompt)]
+        return (prompt, len(before[-1])) in self.places or prompt in self.beginnings
 
     def __len__(self) -> int:
         return len(self.places)

@@ -161,7 +161,7 @@ class PaddingFree(Accelerator):
         """Return what is in the way: the model, the arguments, or what a few samples show."""
         model, args = base_model(self.trainer.model), self.trainer.args
         used, noise = getattr(getattr(model, "config", None), "_attn_implementation", None), args.neftune_noise_alpha
-        layers = set(getattr(getattr(model, "config", None), "layer_types", None) or ()) - LAYERS
+        layers = unknown_layers(model)
         if not is_causal_lm(model):
             return self._named(f"{type(model).__name__} is no causal language model")
         if used not in ("sdpa", self.attention):
@@ -174,7 +174,7 @@ class PaddingFree(Accelerator):
         if noise is not None:
             return self._named(f"neftune_noise_alpha={noise} is scaled by the length of rows")
         if layers:
-            return self._named(f"it has layers of kind {sorted(layers)}")
+            return self._named(f"it has layers of kind {layers}")
         return None if few_rows is None else self.try_out(few_rows())  # of a stream the first batch is tried out
 
     def _named(self, what: str) -> str:
@@ -200,17 +200,8 @@ class PaddingFree(Accelerator):
 
     def _unlike_a_padded_batch(self, inputs: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a batch, or `None`."""
-        unknown = sorted(set(inputs) - set(TOKEN_KEYS))
-        if unknown:
-            return self._named(f"its batches have {unknown}, of which we do not know what belongs to a position")
-        if not torch.is_tensor(inputs.get("labels")):
-            return self._named("its batches have no labels")
-        shapes = {key: tuple(value.shape) for key, value in inputs.items()}
-        if len(set(shapes.values())) != 1 or inputs["labels"].dim() != 2:
-            return self._named(f"its batches must be of one shape [B, L], they are of {shapes}")
-        # At the first position of a row nothing is predicted in the padded batch either.
-        first = first_used(used_positions(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
-        return self._named("its batches have labels that padding on the left predicts") if first.any() else None
+        wrong = unlike_a_padded_batch(inputs)
+        return None if wrong is None else self._named(wrong)
 
     def try_out(self, inputs: Mapping[str, Any]) -> str | None:
         """Do the step of a batch in both ways, in eval mode; return what would change, or `None`."""
@@ -256,6 +247,26 @@ class PaddingFree(Accelerator):
         model = base_model(self.trainer.model)
         if model.config._attn_implementation == self.attention:
             model.set_attn_implementation("sdpa")
+
+
+def unknown_layers(model: torch.nn.Module) -> list[str]:
+    """Return the kinds of layers of a model that may do with a row what they do not do with samples."""
+    return sorted(set(getattr(getattr(model, "config", None), "layer_types", None) or ()) - LAYERS)
+
+
+def unlike_a_padded_batch(inputs: Mapping[str, Any]) -> str | None:
+    """Return what keeps a batch from being put into a row, or `None`."""
+    unknown = sorted(set(inputs) - set(TOKEN_KEYS))
+    if unknown:
+        return f"its batches have {unknown}, of which we do not know what belongs to a position"
+    if not torch.is_tensor(inputs.get("labels")):
+        return "its batches have no labels"
+    shapes = {key: tuple(value.shape) for key, value in inputs.items()}
+    if len(set(shapes.values())) != 1 or inputs["labels"].dim() != 2:
+        return f"its batches must be of one shape [B, L], they are of {shapes}"
+    # At the first position of a row nothing is predicted in the padded batch either.
+    first = first_used(used_positions(inputs))[:, 1:] & inputs["labels"][:, 1:].ne(IGNORE)
+    return "its batches have labels that padding on the left predicts" if first.any() else None
 
 
 def used_positions(inputs: Mapping[str, Any]) -> torch.Tensor:

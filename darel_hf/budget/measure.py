@@ -13,16 +13,14 @@ import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
-from ..accelerators import Accelerator, CheapScores, first_line
+from ..accelerators import Accelerator, CheapScores, first_line, share_rows
 from ..data import ID_KEY, feature_length, token_batches
 from ..scoring import (
     BatchScorer,
-    SharedPrompts,
     default_max_tokens,
     read_window,
     rows_without_tokens,
     scorer_for,
-    share_prompts,
     to_device,
     untouched,
 )
@@ -263,19 +261,15 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
 
     if tokens and not scorer.sharded:
         window = read_window(dataset, range(len(dataset)), seconds=1.0)  # what the pass reads at a time
-        shared = share_prompts(
-            scorer, window, lambda some: scorer(_batch_of(trainer, collator, [window[i] for i in some]))
-        )
+        shared = share_rows(scorer, window, lambda some: _batch_of(trainer, collator, [window[i] for i in some]))
         if shared is not None:
-            prompts = generator.permutation(len(shared.prompts))
-            members = np.concatenate([np.flatnonzero(shared.prompt_of == prompt) for prompt in prompts[:rows]])[:rows]
-            part = SharedPrompts(scorer, [window[i] for i in members])
+            part, n = shared.some(rows, generator)
 
             def read() -> None:
                 for _, samples in part.batches(limit, rows):
                     samples.losses.cpu()
 
-            return min(_seconds(read, trainer.args.device) for _ in range(2)) / len(members)
+            return min(_seconds(read, trainer.args.device) for _ in range(2)) / n
     size = 8 * rows if tokens else rows  # lengths differ among the former
     positions = generator.choice(len(dataset), size=min(size, len(dataset)), replace=False)
     items = [dataset[int(i)] for i in positions]

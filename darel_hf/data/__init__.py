@@ -5,7 +5,15 @@ Stands on `config` and `files`.
 """
 
 from .by_length import ShuffledByLength, token_batches
-from .by_prompt import ShuffledByPrompt, count_prompts, prompt_length, prompt_of, prompt_tokens
+from .by_prompt import (
+    ShuffledByPrompt,
+    by_beginning,
+    common_beginnings,
+    count_prompts,
+    prompt_length,
+    prompt_of,
+    prompt_tokens,
+)
 from .columns import (
     Noting,
     cell,

@@ -1,10 +1,10 @@
-"""Samples by prompt: how many have the same one, and batches of them, for training that computes it once."""
+"""Samples by prompt: how many have the same one, and batches of them, for whoever computes it once."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,69 @@ def prompt_tokens(item: Any) -> np.ndarray:
     require(told, "share_prompts", sorted(item) if isinstance(item, Mapping) else type(item).__name__, remedy)
     tokens, taught = np.asarray(item["input_ids"], np.int64), np.asarray(taught)
     return tokens[: prompt_length(taught != (-100 if "labels" in item else 0))]
+
+
+def by_beginning(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Sort samples so that those which begin alike follow one another.
+
+    Args:
+        tokens (`Sequence[np.ndarray]`): of each of n samples, int64 `[k]`.
+
+    Returns:
+        their order, int64 `[n]`; and how many tokens each one in it begins with as the one before does, int64 `[n]`,
+        which has more in common with it than any other before.
+
+    Example:
+
+    ```python
+    >>> by_beginning([np.array([5, 6, 7]), np.array([5, 2]), np.array([5, 6, 8, 9])])
+    (array([1, 0, 2]), array([0, 1, 2]))
+    ```
+    """
+    order = sorted(range(len(tokens)), key=lambda i: tokens[i].tolist())
+    common, before = np.zeros(len(order), np.int64), np.empty(0, np.int64)
+    for place, i in enumerate(order):
+        length = min(len(tokens[i]), len(before))
+        unlike = tokens[i][:length] != before[:length]
+        common[place] = int(unlike.argmax()) if unlike.any() else length
+        before = tokens[i]
+    return np.array(order, np.int64), common
+
+
+def common_beginnings(
+    prompts: Sequence[Sequence[int]], least: int, few: int
+) -> dict[tuple[int, ...], tuple[int, int]]:
+    """
+    Find what several prompts begin with: what all do, and what some of them go on with.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`): tokens of each; which is given how often and in which order is no matter.
+        least (`int`): tokens of a beginning, besides those of a shorter one that is found, at least.
+        few (`int`): prompts that begin so, at least.
+
+    Returns:
+        the beginnings, shorter ones first; of each by how many tokens it goes on from a shorter one, and how many
+        different prompts begin so.
+
+    Example:
+
+    ```python
+    >>> common_beginnings([(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 6), (1, 2, 7)], least=1, few=2)
+    {(1, 2): (2, 4), (1, 2, 3): (1, 2)}
+    ```
+    """
+    distinct = sorted({tuple(prompt) for prompt in prompts})
+    _, common = by_beginning([np.array(prompt, np.int64) for prompt in distinct])
+    # Where prompts go apart, and where one ends with which others begin.
+    ends = {prompt[:length] for prompt, length in zip(distinct, common.tolist(), strict=True) if length >= least}
+    found: dict[tuple[int, ...], tuple[int, int]] = {}
+    for beginning in sorted(ends, key=lambda tokens: (len(tokens), tokens)):
+        before = max((len(other) for other in found if beginning[: len(other)] == other), default=0)
+        begin_so = sum(prompt[: len(beginning)] == beginning for prompt in distinct)
+        if len(beginning) - before >= least and begin_so >= few:
+            found[beginning] = len(beginning) - before, begin_so
+    return found
 
 
 class PromptCount(NamedTuple):

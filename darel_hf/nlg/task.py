@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ..accelerators import share_rows
 from ..adapters import ReaderLoraConfig
 from ..config import DarelConfig
 from ..data import CarryIds, add_ids, code_fingerprint, read_column, sample_ids
@@ -227,6 +228,7 @@ def score_texts(
         CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)),
         lambda batch: {key: value.to(device) for key, value in batch.items()},
         origin={"model": model_fingerprint(model)},
+        share=share_rows,
     )
     return scores, data["labels"][:]
 

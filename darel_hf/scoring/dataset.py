@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from ..data import ID_KEY, feature_length, read_items, token_batches
 from ..files import atomic_path
 from ..selection import Scores, check_finite
-from .losses import SampleLosses
 from .prompts import share_prompts
 from .scorer import BatchScorer
 
@@ -55,7 +54,7 @@ def score_dataset(
     progress_bar: bool = True,
     parts: str | os.PathLike | None = None,
     origin: dict[str, str] | None = None,
-    prompts_once: bool = True,
+    share: Callable[[BatchScorer, Sequence, Callable], Any] | None = share_prompts,
     ids_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Scores:
     """
@@ -72,7 +71,9 @@ def score_dataset(
         progress_bar (`bool`): show one if the pass takes longer than two seconds.
         parts (path, *optional*): folder for finished parts; a pass that was killed goes on from them.
         origin (`dict`, *optional*): fingerprints to store with the scores.
-        prompts_once (`bool`): compute prompts that several samples share once, where a trial shows the same losses.
+        share (`Callable`, *optional*): how prompts that several samples share are computed once, where a trial shows
+            the same losses: [`darel_hf.scoring.share_prompts`], or what is called and answers alike, such as
+            [`darel_hf.accelerators.share_rows`], which is faster; `None`: each sample is computed whole.
         ids_of (`Callable`, *optional*): what items carry under `ID_KEY` are numbers that it turns into ids, int64
             `[n]` both, when all are scored; every rank calls it.
 
@@ -86,6 +87,9 @@ def score_dataset(
         max_tokens = default_max_tokens(next(scorer.model.parameters()).device)
     mine = np.arange(rank, len(dataset), world_size)
     together = scorer.sharded and world_size > 1  # then every rank has to run as many forward passes
+
+    def collated(items: list) -> Callable[[Sequence[int]], Mapping]:
+        return lambda rows: prepare(collator([items[i] for i in rows]))
 
     def everywhere(flag: bool) -> list[bool]:
         return gather_object([flag]) if together else [flag]
@@ -106,7 +110,7 @@ def score_dataset(
             while found is None:
                 try:
                     found = _score_window(
-                        scorer, items, collator, prepare, max_tokens, max_rows, progress, together, prompts_once
+                        scorer, items, collated(items), max_tokens, max_rows, progress, together, share
                     )
                 except Exception as error:
                     if together or max_rows == 1 or not should_reduce_batch_size(error):
@@ -188,20 +192,15 @@ def _row_type(width: int) -> np.dtype:
 def _score_window(
     scorer: BatchScorer,
     items: list,
-    collator: Callable,
-    prepare: Callable,
+    collate: Callable[[Sequence[int]], Mapping[str, Any]],
     max_tokens: int,
     max_rows: int,
     progress: Any,
     together: bool,
-    prompts_once: bool,
+    share: Callable | None,
 ) -> np.ndarray:
     """Return one record of `_row_type` a sample; if `together`, all ranks run as many forward passes."""
-
-    def plain(rows: Sequence[int]) -> SampleLosses:
-        return scorer(prepare(collator([items[i] for i in rows])))
-
-    shared = None if together or not prompts_once else share_prompts(scorer, items, plain)
+    shared = None if together or share is None else share(scorer, items, collate)
     if shared is not None:
         scored = shared.batches(max_tokens, max_rows)
     else:
@@ -209,7 +208,7 @@ def _score_window(
         batches = list(token_batches(lengths, max_tokens, max_rows))
         if together:
             batches += [batches[-1][:1]] * (max(gather_object([len(batches)])) - len(batches))
-        scored = ((batch_rows, plain(batch_rows)) for batch_rows in batches)
+        scored = ((batch_rows, scorer(collate(batch_rows))) for batch_rows in batches)
     collected = []
     for batch_rows, samples in scored:
         embeddings = samples.embeddings

@@ -1,4 +1,10 @@
-"""Scoring by prompt: what several samples begin with is computed once."""
+"""
+Scoring by prompt where no row of [`darel_hf.accelerators.share_rows`] can be had: keys and values are copied.
+
+That is a second way to compute a prompt once, and stays for models whose attention is none of transformers' registry
+(BLOOM, Falcon, GPT-Neo, MPT, XGLM), for a reader without a prompt cache, which must be told where each row's prompt
+ends, and for `score_dataset` on its own.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +52,12 @@ class SharedPrompts:
         """Fraction of all positions that need not be computed."""
         every = sum(len(item["input_ids"]) for item in self.items)
         return 1 - (every - self.starts.sum() + sum(map(len, self.prompts))) / every
+
+    def some(self, rows: int, draw: np.random.Generator) -> tuple[SharedPrompts, int]:
+        """Return the same of all samples of some prompts, of so many at most, and how many they are."""
+        prompts = draw.permutation(len(self.prompts))[:rows]
+        members = np.concatenate([np.flatnonzero(self.prompt_of == prompt) for prompt in prompts])[:rows]
+        return SharedPrompts(self.scorer, [self.items[i] for i in members]), len(members)
 
     def batches(self, max_tokens: int, max_rows: int) -> Iterator[tuple[np.ndarray, SampleLosses]]:
         """
@@ -111,7 +123,7 @@ def _label_start(labels: Sequence[int]) -> int:
 
 
 def share_prompts(
-    scorer: BatchScorer, items: Sequence[Mapping[str, Any]], plain: Callable[[Sequence[int]], SampleLosses]
+    scorer: BatchScorer, items: Sequence[Mapping[str, Any]], collate: Callable[[Sequence[int]], Mapping[str, Any]]
 ) -> SharedPrompts | None:
     """
     Return a [`SharedPrompts`] where that saves much and gives the same losses, shown on a few samples; else `None`.
@@ -119,7 +131,7 @@ def share_prompts(
     Args:
         scorer ([`BatchScorer`]): as above.
         items (`Sequence[Mapping]`): the samples.
-        plain (`Callable`): scores samples, named by their position, the plain way.
+        collate (`Callable`): makes a batch of samples, named by their position, on the model's device.
     """
     fits = scorer.per_sample_loss is None and scorer.reading.shift and not scorer.want_embeddings
     if not fits or scorer.head is None or not all(_has_lists(item) for item in items):
@@ -130,7 +142,7 @@ def share_prompts(
     most = np.flatnonzero(shared.prompt_of == np.bincount(shared.prompt_of).argmax())
     longest = int(np.argmax([len(item["input_ids"]) for item in shared.items]))  # what a collator may cut off
     probe = [*dict.fromkeys([int(shared.starts.argmin()), int(shared.starts.argmax()), longest, *most[:2].tolist()])]
-    wanted = plain(probe).losses
+    wanted = scorer(collate(probe)).losses
     found = torch.zeros_like(wanted)
     try:
         for rows, samples in SharedPrompts(scorer, [items[i] for i in probe]).batches(10**6, len(probe)):

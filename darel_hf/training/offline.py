@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import datasets
 import numpy as np
 from torch import nn
 
+from ..accelerators import Accelerator, share_rows
 from ..data import code_fingerprint
 from ..files import require
 from ..scoring import (
@@ -96,12 +99,17 @@ class OfflineStage:
             require(isinstance(self.scorer, nn.Module), "scorer", type(self.scorer).__name__, remedy, TypeError)
         self.scorer_seconds = self.clock.seconds["offline"]
 
-    def score(self) -> Scores:
-        """Score every sample, or find that it has been done: same model, data and loss definition."""
-        with self.clock.count("offline"):
-            return self._score()
+    def score(self, accelerators: Sequence[Accelerator] = ()) -> Scores:
+        """
+        Score every sample, or find that it has been done: same model, data and loss definition.
 
-    def _score(self) -> Scores:
+        Args:
+            accelerators (`Sequence[Accelerator]`): of the run; what one keeps of samples, scoring asks it for.
+        """
+        with self.clock.count("offline"):
+            return self._score(accelerators)
+
+    def _score(self, accelerators: Sequence[Accelerator]) -> Scores:
         trainer = self.trainer
         dataset, collator = self.data.batching
         model = self.scorer if self.scorer is not None else trainer.model
@@ -110,6 +118,7 @@ class OfflineStage:
         scorer = scorer_for(trainer, model, "offline")
         items, size = [dataset[i] for i in range(min(8, len(dataset)))], trainer._train_batch_size
         probe = trainer._prepare_inputs(collator(items))
+        accelerators = accelerators if model is trainer.model else ()
         with skip_identity_adapters(scorer, probe) as skipped:
             origin = self._origin(model, skipped)
             name = checkpoints.short_hash(origin, scorer.want_correct, scorer.want_embeddings)
@@ -133,6 +142,7 @@ class OfflineStage:
                 max_rows=256 if "input_ids" in items[0] else rows_without_tokens(self.args.device, size),
                 parts=parts,
                 origin=origin,
+                share=partial(share_rows, accelerators=accelerators),
                 ids_of=self.data.ids_of,
             )
         self.data.learn()

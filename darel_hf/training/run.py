@@ -154,7 +154,7 @@ class Run:
         """Return the scores that are there, or those of an offline pass, if the plan wants one."""
         if scores is not None or not self.planner.wants_offline():
             return scores
-        scores = self.offline.score()
+        scores = self.offline.score(self.planner.accelerators)
         spent = self.clock.seconds["offline"] - self.offline.scorer_seconds
         self.planner.count_offline(spent, self.offline.scores_reused)
         return scores

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,16 @@ class Task:
             "seed": 0,
         }
 
-    def trainer(self, darel: DarelConfig | None = None, cls: type[Trainer] | None = None, **settings: Any) -> Trainer:
+    def trainer(
+        self,
+        darel: DarelConfig | None = None,
+        cls: type[Trainer] | None = None,
+        lora_on: str = "all",
+        **settings: Any,
+    ) -> Trainer:
         """Return a fresh trainer; plain if `darel` is None."""
         self.runs += 1
-        model, tokenizer = load_model(self.args)
+        model, tokenizer = load_model(replace(self.args, lora_on=lora_on))
         cls = cls or (Trainer if darel is None else DarelTrainer)
         return cls(
             model=model,

@@ -4,11 +4,12 @@ Cheaper scores: what an offline pass costs, and whether it still ranks samples t
     python eval/benchmarks/scores.py [--data_dir FOLDER --model_name_or_path FOLDER] [--samples 2000]
 
 Each way scores the same samples; the first is what `DarelTrainer` does by default (eval mode, batches sorted by
-length, labelled positions only through the head, adapters that are the identity switched off, prompts that several
-samples share computed once); each other one changes what its name says. Cost is seconds of the pass relative to an
-epoch of plain training, interleaved, medians of three. Spearman's correlation is to the losses of the first. The
-samples are all references of a seeded part of the representations, as in the whole training set. A row goes to
-results/scores.jsonl, the table to scores.md.
+length, labelled positions only through the head, adapters that are the identity switched off, what several samples
+begin with computed once, in one row a batch); each other one changes what its name says, or is of a reader, whose
+prompts the pass stores for training. Cost is processor time of the pass relative to an epoch of plain training,
+interleaved, medians of three. Spearman's correlation is to the losses of the first. The samples are all references of
+a seeded part of the representations, as in the whole training set. A row goes to results/scores.jsonl, the table to
+scores.md.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, Task, parser, seconds_of, store
+from common import RESULTS, Task, parser, store
 from scipy.stats import spearmanr
 from torch import nn
 
+from darel_hf import DarelConfig
+from darel_hf.accelerators import PromptCache, share_rows
 from darel_hf.data import CarryIds, add_ids
-from darel_hf.scoring import BatchScorer, score_dataset
+from darel_hf.scoring import BatchScorer, score_dataset, share_prompts
 
 
 def with_layers(model: nn.Module, fraction: float) -> nn.Module:
@@ -51,39 +54,60 @@ def main() -> None:
     bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
 
     def way(
-        scored: nn.Module, autocast: Callable = contextlib.nullcontext, whole_head: bool = False, **options: Any
+        scored: nn.Module,
+        autocast: Callable = contextlib.nullcontext,
+        whole_head: bool = False,
+        share: Callable | None = share_rows,
+        **options: Any,
     ) -> Callable[[], Any]:
         scorer = BatchScorer(scored, autocast=autocast)
         if whole_head:
             scorer.reading.head = None
 
         def score() -> Any:
-            return score_dataset(scorer, dataset, collator, trainer._prepare_inputs, progress_bar=False, **options)
+            return score_dataset(
+                scorer, dataset, collator, trainer._prepare_inputs, progress_bar=False, share=share, **options
+            )
 
         return score
+
+    reader = task.trainer(DarelConfig(prompt_cache="ram"), lora_on="reader")
+    cache = PromptCache(reader)
+    cache.why_not(lambda: collator.collator([columns[i] for i in range(4)]))
+    known = way(reader.model, share=functools.partial(share_rows, accelerators=[cache]))
+
+    def stored() -> Any:
+        cache.detach()
+        cache.store = None
+        return known()
 
     batch = task.options.batch_size
     ways = {
         "default": way(plain),
+        "keys and values of prompts copied": way(plain, share=share_prompts),
         "with adapters": way(trainer.model),
-        "every prompt for each sample": way(plain, prompts_once=False),
-        f"so, and batches of {batch}": way(plain, prompts_once=False, max_rows=batch),
-        "so, and whole logits": way(plain, whole_head=True, prompts_once=False),
+        "so, and keys and values copied": way(trainer.model, share=share_prompts),
+        "a reader, keys and values copied": way(reader.model, share=share_prompts),
+        "a reader, prompts stored for training": stored,
+        "a reader, prompts stored before": known,
+        "every prompt for each sample": way(plain, share=None),
+        f"so, and batches of {batch}": way(plain, share=None, max_rows=batch),
+        "so, and whole logits": way(plain, whole_head=True, share=None),
         "half of the positions a batch": way(plain, max_tokens=512),
         "twice the positions a batch": way(plain, max_tokens=2048),
         "bfloat16": way(plain, bf16),
         "two thirds of the layers": way(with_layers(plain, 2 / 3)),
         "half of the layers": way(with_layers(plain, 1 / 2)),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found, epochs = {}, []
+    seconds: dict[str, list[float]] = {name: [] for name in ("epoch", *ways)}
+    found = {}
     for _ in range(3):
-        epochs.append(seconds_of(task.trainer(num_train_epochs=1)))
-        for name, score in ways.items():
-            started = time.perf_counter()
-            found[name] = score()
-            seconds[name].append(time.perf_counter() - started)
-    epoch = statistics.median(epochs)
+        runs = {"epoch": task.trainer(num_train_epochs=1).train, **ways}
+        for name, run in runs.items():
+            started = time.process_time()
+            found[name] = run()
+            seconds[name].append(time.process_time() - started)
+    epoch = statistics.median(seconds["epoch"])
     rows = {
         name: {
             "epochs": statistics.median(seconds[name]) / epoch,
@@ -91,7 +115,7 @@ def main() -> None:
         }
         for name in ways
     }
-    store("scores", task.settings, {"epoch_seconds": epochs, "ways": rows})
+    store("scores", task.settings, {"epoch_seconds": seconds["epoch"], "ways": rows})
     lines = ["| way | cost, training epochs | Spearman to default |", "| --- | --- | --- |"]
     lines += [f"| {name} | {row['epochs']:.3f} | {row['spearman']:.4f} |" for name, row in rows.items()]
     conditions = ", ".join(f"{key} {value}" for key, value in task.settings.items())

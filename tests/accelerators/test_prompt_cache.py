@@ -170,6 +170,58 @@ def test_a_prompt_without_what_others_begin_with(tmp_path):
     assert {len(kept) for kept in cache.store.known.values()} == {24, 5, 20, 4, 6, 9}
 
 
+def with_instructions(n=16):
+    """Rows with one of two instructions, after the first of which a conversation goes on; and others without any."""
+    made = rows([((18, 40, 24, 5)[i % 4] + i % 3, 2 + i % 4) for i in range(n)])
+    first, second, more = (made["input_ids"][i, :20].clone() for i in (1, 2, 5))
+    for i, ids in enumerate(made["input_ids"]):
+        if i % 4 == 0 or i % 4 == 1:
+            ids[:16] = first[:16]
+        if i % 4 == 1:
+            ids[16:36] = more
+        if i % 4 == 2:
+            ids[:20] = second
+    return made
+
+
+@pytest.mark.parametrize(("family", "way"), [("gpt2", "ram"), ("mistral", "disk")])
+def test_beginnings_of_several_kinds_are_kept_once(family, way, tmp_path):
+    inputs = with_instructions()
+    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
+    loss, _ = oracle(stock, inputs)
+    loss.backward()
+    cache = cache_for(model, tmp_path, way, train_dataset=items_of(inputs))
+    assert cache.why_not(lambda: {key: values[:4] for key, values in inputs.items()}) is None
+    for _ in range(2):
+        model.zero_grad()
+        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
+        found.backward()
+        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
+        assert distance(gradients(model), gradients(stock)) < 1e-5
+    assert [len(beginning) for beginning in cache.store.beginnings] == [16, 20, 36]
+    prompts = {tuple(ids[: int(own.nonzero()[0]) - 1].tolist()) for ids, own in zip(
+        inputs["input_ids"], inputs["labels"].ne(-100), strict=True
+    )}  # fmt: skip
+    once = {prompt[:n] for prompt in prompts for n in range(1, len(prompt) + 1)}  # each beginning is one position
+    positions = len(cache.base.step.positions)
+    assert len(once) <= positions < len(once) + 8  # but for what few have in common by chance
+    kept = sum(map(len, cache.store.known.values())) if way == "ram" else len(cache.store.path.read_bytes())
+    assert kept == positions * (1 if way == "ram" else cache.base.row_bytes)
+    cache.detach()
+
+
+def test_what_is_kept_does_not_depend_on_who_comes_first(tmp_path):
+    inputs, stores = with_instructions(), []
+    for step in (1, -1):
+        cache = cache_for(adapted("llama", ReaderLoraConfig), tmp_path, train_dataset=items_of(inputs))
+        for i in range(16)[::step]:
+            cache.transform({key: values[i : i + 1] for key, values in inputs.items()})
+        stores.append(cache.store.known)
+        cache.detach()
+    assert stores[0].keys() == stores[1].keys() and len(stores[0]) > 16
+    assert all(torch.equal(stores[0][prompt], stores[1][prompt]) for prompt in stores[0])
+
+
 def test_resume_with_what_prompts_begin_with(tmp_path):
     more = {"train_dataset": items_of(with_preamble([(22 + i % 5, 3) for i in range(16)])), "num_train_epochs": 2}
     more |= {"save_strategy": "steps", "save_steps": 3}
@@ -346,7 +398,7 @@ def test_scores_that_differ_are_not_taken(tmp_path, caplog):
         assert torch.equal(wrong(inputs).losses, wanted.losses)
         torch.testing.assert_close(tuple(right(inputs))[:3], tuple(wanted)[:3], rtol=1e-5, atol=0)
     assert (wrong.alike, right.alike) == (False, True)
-    assert "candidates are scored the plain way: [" in caplog.text
+    assert "samples are scored the plain way: [" in caplog.text
 
 
 # ---- Stores ----

@@ -19,6 +19,7 @@ from darel_hf.scoring import (
     BatchScorer,
     read_window,
     score_dataset,
+    share_prompts,
 )
 
 
@@ -282,8 +283,8 @@ def test_a_collator_that_cuts_off_what_is_long():
 
     data, model = datasets.Dataset.from_list(rows), tiny_gpt2()
     scores = [
-        score_dataset(BatchScorer(model), data, CarryIds(Cut()), dict, progress_bar=False, prompts_once=once)
-        for once in (True, False)
+        score_dataset(BatchScorer(model), data, CarryIds(Cut()), dict, progress_bar=False, share=share)
+        for share in (share_prompts, None)
     ]
     np.testing.assert_array_equal(scores[0].n_tokens, scores[1].n_tokens)
     np.testing.assert_allclose(scores[0].losses, scores[1].losses, rtol=1e-4)

@@ -12,6 +12,7 @@ from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, toke
 from torch.utils.data import TensorDataset
 
 from darel_hf import DarelConfig, DarelTrainer, Selector
+from darel_hf.accelerators import share_rows
 from darel_hf.data import feature_length, token_batches
 from darel_hf.data.fingerprint import data_fingerprint
 from darel_hf.scoring import BatchScorer, share_prompts, to_device
@@ -227,14 +228,12 @@ def test_torch_formatted_data_share_prompts():
     rows = [{"input_ids": [5, 6, 7, 8, 9, 10, i], "labels": [-100] * 6 + [i]} for i in range(11, 31)]
     data, scorer = datasets.Dataset.from_list(rows), BatchScorer(tiny_gpt2())
 
-    def plain(items):
-        def rows(positions):
-            return {k: torch.tensor([np.asarray(items[i][k]).tolist() for i in positions]) for k in items[0]}
-
-        return lambda positions: scorer(rows(positions))
+    def collate(items):
+        return lambda chosen: {k: torch.tensor([np.asarray(items[i][k]).tolist() for i in chosen]) for k in items[0]}
 
     for items in (list(data), list(data.with_format("torch"))):
-        assert share_prompts(scorer, items, plain(items)) is not None
+        for share in (share_prompts, share_rows):
+            assert share(scorer, items, collate(items)) is not None
 
 
 class Slow(torch.utils.data.Dataset):
