@@ -193,10 +193,36 @@ def make_accelerators(
             logger.warning("%s", accelerator.told(reason, "going on with"))
         else:
             accelerator.refuse(reason)
+    left_out |= find_exact(trainer, made, left_out, few_rows, first_found)
+    return in_order(made), left_out
+
+
+def find_exact(
+    trainer: Any,
+    made: list[Accelerator],
+    left_out: Mapping[str, str],
+    few_rows: Callable[[], Mapping[str, Any]] | None,
+    first_found: Callable[[Any], Any],
+) -> dict[str, str]:
+    """
+    Make and try out what `fast` finds beside others; of those that exclude each other the one that does most.
+
+    Asked again, once some of them were left out after all, it finds what these had excluded.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        made (`list[Accelerator]`): those that are there; those that are found are added.
+        left_out (`Mapping[str, str]`): those that are not looked at again.
+        few_rows, first_found: see [`make_accelerators`].
+
+    Returns:
+        why others cannot be had.
+    """
+    reasons = {}
     for name, value, reason in trainer.darel.candidates():
         accelerator = _found(trainer, name, value)
-        same = [other.facts for other in made if _exclude(other.facts, accelerator.facts)]
-        if same:
+        known = name in left_out or any(name == other.facts.name for other in made)
+        if known or any(_exclude(other.facts, accelerator.facts) for other in made):
             continue  # what is there does all that it would
         if reason is None and few_rows is None:
             reason = "of a stream nothing can be tried out before training"
@@ -204,8 +230,8 @@ def make_accelerators(
         if reason is None:
             made.append(accelerator)
         else:
-            left_out[name] = reason
-    return in_order(made), left_out
+            reasons[name] = reason
+    return reasons
 
 
 def make_allowed(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..accelerators import Accelerator, in_order, make_accelerators, make_allowed
+from ..accelerators import Accelerator, find_exact, in_order, make_accelerators, make_allowed
 from ..adapters import adapts_prompts
 from ..budget import (
     SHARE,
@@ -90,9 +90,14 @@ class Planner:
     def try_accelerators(self) -> None:
         """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
         if self.config.accelerators or self.config.finds_exact:
-            few_rows = None if self.data.streams else self.data.few_rows
             with self.clock.count("probe"):
-                self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
+                found = make_accelerators(self.trainer, self._few_rows, self._first_found)
+                self.accelerators, self.left_out = found
+
+    @property
+    def _few_rows(self) -> Callable[[], Mapping[str, Any]] | None:
+        """What makes a batch to try something out on; `None`: the data are a stream."""
+        return None if self.data.streams else self.data.few_rows
 
     def _leave_out(self, reasons: Mapping[str, str]) -> None:
         """Go on without some accelerators; say so aloud of those that were asked for by name."""
@@ -140,6 +145,8 @@ class Planner:
             decides = config.has_budget or any(not a.asked or a.most < math.inf for a in self.accelerators)
             prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
             visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
+            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
+            again = partial(again, visited=visited)
             costs = measure_costs(
                 trainer,
                 dataset,
@@ -155,13 +162,7 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
-                slow = {name: factor for name, factor in costs.factors.items() if factor > most.get(name, math.inf)}
-                self._leave_out(
-                    {name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()}
-                )
-                there = [accelerator.facts.name for accelerator in self.accelerators]
-                costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
+                costs = replace(costs, factors=self._keep_what_pays(costs.factors, again))
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
                 if size != full_size:
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
@@ -171,8 +172,46 @@ class Planner:
             self._set_costs(one_forward=any(accelerator.chooses for accelerator in self.accelerators))
         self._count_overhead(scorer_seconds)
         if config.budget_allows:
-            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
-            self._allow(partial(again, visited=visited), scorer_seconds)
+            self._allow(again, scorer_seconds)
+
+    def _keep_what_pays(self, factors: Mapping[str, float], measure: Callable[..., Costs | None]) -> dict[str, float]:
+        """
+        Leave out accelerators with which steps are no cheaper; those that these had excluded are tried in their place.
+
+        Args:
+            factors (`Mapping`): of the accelerators that are there, as measured.
+            measure (`Callable`): measures what a step costs with `accelerators`.
+
+        Returns:
+            the factors of those that stay.
+        """
+        while True:
+            most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
+            slow = {name: factor for name, factor in factors.items() if factor > most.get(name, math.inf)}
+            self._leave_out({name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()})
+            more = bool(slow) and self._find_more()
+            there = {accelerator.facts.setting for accelerator in self.accelerators}
+            beside = {a.facts.name: a.facts.beside for a in self.accelerators if a.facts.beside}
+            alone = {name: others for name, others in beside.items() if not there & set(others)}
+            self._leave_out({name: f"it goes beside {' or '.join(others)}" for name, others in alone.items()})
+            if not more:
+                there = [accelerator.facts.name for accelerator in self.accelerators]
+                return {name: factor for name, factor in factors.items() if name in there}
+            costs = self._from_main(measure(accelerators=self.accelerators))
+            if costs is None:
+                found = [a.facts.name for a in self.accelerators if not a.asked and a.facts.name not in factors]
+                self._leave_out(dict.fromkeys(found, "what a step with it takes could not be measured"))
+            else:
+                factors = costs.factors
+
+    def _find_more(self) -> bool:
+        """Return whether there is more that is exact, now that something was left out; take it."""
+        if not self.config.finds_exact:
+            return False
+        before, found = len(self.accelerators), self._first_found
+        self.left_out |= find_exact(self.trainer, self.accelerators, self.left_out, self._few_rows, found)
+        self.accelerators = in_order(self.accelerators)
+        return len(self.accelerators) > before
 
     def _count_overhead(self, scorer_seconds: float) -> None:
         if self.plan.costs.measured:
@@ -415,6 +454,8 @@ class Planner:
         used = self.plan.used
         if used is None:  # of before a budget looked for any
             used = {a.facts.name: a.value for a in self.accelerators if self.config.fast}
+        with self.clock.count("probe"):
+            self._find_more()  # it may have come in the place of something that is left out
         for accelerator in [a for a in self.accelerators if not a.asked and a.facts.name not in used]:
             accelerator.detach()
             self.accelerators.remove(accelerator)

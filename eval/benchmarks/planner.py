@@ -1,15 +1,15 @@
 """
 Predicted against measured: the planner's error for random settings, with accelerators.
 
-    python eval/benchmarks/planner.py [--settings 20] [--from_setting 0] [--data_dir FOLDER --model_name_or_path FOLDER]
+    python eval/benchmarks/planner.py [--settings 20] [--from_setting 0] [--processor_time]
 
-Drawn are the adapter (LoRA everywhere or a reader) and its rank, batch size, epochs, samples, accelerators (none, one, or
-what `fast=True` finds), and what is selected: nothing, fractions of either stage or of both, with and without scores, or a
-time budget. Each run has a plain one right before and right after it, and its time is taken relative to the mean of both:
-the same adapter under plain Trainer, or LoRA everywhere where the reader's prompts are cached, which is what plans compare
-with. With --processor_time all clocks, the planner's too, count the processor's seconds of this process: for machines that
-do other things beside. A row a setting goes to results/planner.jsonl; rows of other calls with the same options count as
-well, the error over all of them is printed, and a picture goes to planner.png.
+Drawn are the adapter (LoRA everywhere or a reader) and its rank, batch size, epochs, samples, accelerators (none, one,
+or what `fast=True` finds), and what is selected: nothing, fractions of either stage or of both, with and without
+scores, or a time budget. Each run has a plain one right before and right after it, and its time is taken relative to
+the mean of both: the same adapter under plain Trainer, or LoRA everywhere where the reader's prompts are cached, which
+is what plans compare with. With --processor_time all clocks, the planner's too, count the processor's seconds of this
+process: for machines that do other things beside. A row a setting goes to results/planner.jsonl; rows of other calls
+with the same options count as well, the error over all of them is printed, and a picture goes to planner.png.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-if __name__ == "__main__":
-    import sys
-
-    if "--processor_time" in sys.argv:  # before anybody takes the other clock
-        time.perf_counter = time.process_time
+if "--processor_time" in sys.argv:  # before anybody takes the other clock
+    time.perf_counter = time.process_time
 
 from common import RESULTS, Task, parser, seconds_of, store
 from transformers import Trainer

@@ -221,6 +221,35 @@ def test_the_combination_is_measured(tmp_path, monkeypatch):
     assert shortened and all(shortened)
 
 
+@pytest.mark.parametrize(
+    ("factors", "used"),
+    [
+        ({"share_prompts": 1.2, "unpad": 0.8, "last_block": 0.9}, {"unpad": True, "last_block": True}),
+        ({"share_prompts": 1.2, "unpad": 1.1, "last_block": 0.9}, {}),
+    ],
+)
+def test_where_one_way_does_not_pay_the_next_is_tried(factors, used, tmp_path, measured, monkeypatch):
+    """Of ways that exclude each other; and what goes beside others does not stay alone."""
+    for name, factor in factors.items():
+        monkeypatch.setitem(FACTORS, name, factor)
+    whole = trainer_for(tmp_path, adapted("llama"), budget_time=0.95)
+    whole.train()
+    plan = whole.report.plan
+    assert plan.used == used and [set(names) - {"fast_lora"} for names in measured] == [
+        {"share_prompts", "last_block"},
+        {"unpad", "last_block"},
+    ]
+    assert plan.costs.factors == {name: FACTORS[name] for name in used}
+    slow = {name for name, factor in factors.items() if factor > 1}
+    assert all("of one without it" in plan.left_out[name] for name in slow)
+    if not used:
+        assert plan.left_out["last_block"] == "it goes beside unpad or share_prompts"
+    again = trainer_for(tmp_path, adapted("llama"), budget_time=0.95)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert len(measured) == 2 and again.report.plan == plan and again.report.in_use == used
+    assert_same_weights(weights(again.model), weights(whole.model))
+
+
 QUALITY = {"budget_spend": "quality", "budget_time": 1.0}
 
 
