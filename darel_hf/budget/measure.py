@@ -27,6 +27,7 @@ from ..scoring import (
     untouched,
 )
 from .plan import Costs
+from .typical import typical_batches
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +41,9 @@ def _batch_of(trainer: Any, collator: Callable, items: list[Mapping]) -> dict[st
     return {key: value for key, value in trainer._prepare_inputs(collator(items)).items() if key != ID_KEY}
 
 
-def _batches(
-    trainer: Any, dataset: Any, collator: Callable, rows: int, count: int, visited: Sequence[int] | None = None
-) -> list[Mapping]:
-    """Collate `count` batches of `rows` samples spread over the data set, or such as the run `visited` has."""
-    generator = np.random.default_rng(0)
-    batches = []
-    for _ in range(count):
-        if visited is None or len(visited) < rows:
-            positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
-        else:
-            start = rows * int(generator.integers(len(visited) // rows))
-            positions = visited[start : start + rows]
-        batches.append(_batch_of(trainer, collator, [dataset[int(i)] for i in positions]))
-    return batches
+def _collated(trainer: Any, dataset: Any, collator: Callable, parts: Sequence[Sequence[int]]) -> list[Mapping]:
+    """Collate the batches of these positions."""
+    return [_batch_of(trainer, collator, [dataset[int(i)] for i in part]) for part in parts]
 
 
 def clock(device: torch.device) -> float:
@@ -143,11 +133,16 @@ def measure_costs(
     accumulation, workers = trainer.args.gradient_accumulation_steps, trainer.args.dataloader_num_workers
     trains = False  # what scoring says is an error, unless that memory is short; what a step says is a warning
     try:
+        parts = typical_batches(dataset, rows, count)
         started = time.perf_counter()
-        batches = _batches(trainer, dataset, collator, rows, count + 1)
+        batches = _collated(trainer, dataset, collator, parts)
         loading = (time.perf_counter() - started) / len(batches)
-        ours = batches if visited is None else _batches(trainer, dataset, collator, rows, count + 1, visited)
-        scored = _batches(trainer, dataset, collator, candidates, max(count // 2, 1) + 1) if candidates else []
+        ours, scored = batches, []
+        if visited is not None:
+            ours = _collated(trainer, dataset, collator, typical_batches(dataset, rows, count, visited))
+        if candidates:
+            parts = typical_batches(dataset, candidates, max(count // 2, 1))
+            scored = _collated(trainer, dataset, collator, parts)
         with untouched(trainer.model):
 
             def seconds(prepare: Callable[[], Mapping]) -> float:
@@ -237,8 +232,9 @@ def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, 
     The median over pairs of steps, one right after the other: a busy machine slows down both. There are at most `most`
     pairs, but at least two.
     """
-    count = min(max(int(most), 2), PAIRS) + 1
-    pairs = zip(*(_batches(trainer, dataset, collator, size, count) for size in (full, rows)), strict=True)
+    count = min(max(int(most), 2), PAIRS)
+    batches = (_collated(trainer, dataset, collator, typical_batches(dataset, size, count)) for size in (full, rows))
+    pairs = zip(*batches, strict=True)
     ratios = []
     with untouched(trainer.model):
         for pair in pairs:
