@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..data import feature_length, prompt_tokens
+from ..data import WithIds, feature_length, is_plain, prompt_tokens
 
 ITEMS = 256  # that are read to choose among their batches, at most
-SECONDS = 0.5  # after so many no more are read, where reading is slow
 
 
 def typical_batches(dataset: Any, rows: int, count: int, visited: Sequence[int] | None = None) -> list[np.ndarray]:
@@ -21,7 +19,8 @@ def typical_batches(dataset: Any, rows: int, count: int, visited: Sequence[int] 
     Batches of texts differ in what they cost, and the mean of a few drawn at random is off by a tenth. What a step
     costs goes with the positions of a padded batch, with its tokens, with those tokens where prompts that several rows
     have count once, or with what follows the prompts, as training computes it: in all four the batches that are chosen
-    are, on average, as many are. Of data without tokens they are drawn at random.
+    are, on average, as many are. They are drawn at random of data without tokens, and of data whose items are made when
+    they are read, which may be slow: none is read here.
 
     Args:
         dataset: map-style, items as the collator gets them.
@@ -43,13 +42,11 @@ def typical_batches(dataset: Any, rows: int, count: int, visited: Sequence[int] 
     """
     generator = np.random.default_rng(0)
     parts = _drawn(generator, len(dataset), rows, count + 1, visited)
-    if not _has_tokens(dataset[int(parts[0][0])]):
+    stored = dataset.dataset if isinstance(dataset, WithIds) else dataset
+    quick = isinstance(stored, list) or is_plain(stored)
+    if not quick or not _has_tokens(dataset[0]):
         return parts[: count + 1]
-    costs, began = [], time.perf_counter()
-    for part in parts:
-        if len(costs) > count and time.perf_counter() - began > SECONDS:
-            break
-        costs.append(_costs([dataset[int(i)] for i in part]))
+    costs = [_costs([dataset[int(i)] for i in part]) for part in parts]
     found = np.array(costs) / np.maximum(np.mean(costs, axis=0), 1e-9)
     left, total, chosen = list(range(len(found))), np.zeros(found.shape[1]), []
     while len(chosen) < count:
