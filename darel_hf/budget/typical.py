@@ -19,8 +19,8 @@ def typical_batches(dataset: Any, rows: int, count: int, visited: Sequence[int] 
     Batches of texts differ in what they cost, and the mean of a few drawn at random is off by a tenth. What a step
     costs goes with the positions of a padded batch, with its tokens, with those tokens where prompts that several rows
     have count once, or with what follows the prompts, as training computes it: in all four the batches that are chosen
-    are, on average, as many are. They are drawn at random of data without tokens, and of data whose items are made when
-    they are read, which may be slow: none is read here.
+    are, on average, as many are. They are drawn at random of data without tokens, and of data whose items are made
+    when they are read, which may be slow: none is read here.
 
     Args:
         dataset: map-style, items as the collator gets them.
