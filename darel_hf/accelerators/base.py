@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
 
 from ..config import ACCELERATOR_FACTS, AcceleratorFacts
 from ..files import require
-from ..scoring import SampleLosses, preserve_rng_state
+from ..scoring import SampleLosses, base_model, is_causal_lm, preserve_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,16 @@ class Accelerator(ABC):
         self.value = getattr(trainer.darel, self.facts.setting, None)
         self.asked = True
 
+    def unfit(self) -> str | None:
+        """Return why no model of this kind can have it, or `None`; of several, plans say the same words once."""
+        return None
+
     @abstractmethod
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """
         Return why this trainer cannot have it, or `None`; asked before any compute, and it leaves the model as it was.
+
+        Not asked of a model that is `unfit`.
 
         Args:
             few_rows (`Callable`, *optional*): makes a batch of a few samples, without ids, to compare with the slow
@@ -289,7 +296,7 @@ def _reason(accelerator: Accelerator, few_rows: Any, first_found: Callable[[Any]
     error, reason = None, None
     try:
         with preserve_rng_state():
-            reason = accelerator.why_not(few_rows)
+            reason = accelerator.unfit() or accelerator.why_not(few_rows)
     except Exception as found:  # of any kind: the other processes wait
         if should_reduce_batch_size(found):
             reason = f"trying it out takes more memory than there is ({first_line(found)})"
@@ -301,6 +308,12 @@ def _reason(accelerator: Accelerator, few_rows: Any, first_found: Callable[[Any]
     if error is not None:
         raise error
     return first_found(reason)  # of any process: they must all do the same
+
+
+def not_causal(model: nn.Module) -> str | None:
+    """Return what is wrong with a model for what is for causal language models only, or `None`."""
+    model = base_model(model)
+    return None if is_causal_lm(model) else f"{type(model).__name__} is no causal language model"
 
 
 def first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..config import ACCELERATOR_FACTS
 from ..scoring import Trial, base_model, is_sharded
 from . import share_prompts, unpad
-from .base import Accelerator, first_line, register_accelerator
+from .base import Accelerator, first_line, not_causal, register_accelerator
 from .frozen_base import linears_of, take_positions
 from .row_attention import holds_places
 
@@ -122,6 +122,10 @@ class LastBlock(Accelerator):
     def __init__(self, trainer: Any):
         super().__init__(trainer)
         self.shortened: Shortened | None = None
+
+    def unfit(self) -> str | None:
+        """Return what models are not for it."""
+        return not_causal(self.trainer.model)
 
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: other settings, the model, or what a few samples show."""

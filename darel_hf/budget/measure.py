@@ -94,7 +94,6 @@ def measure_costs(
     candidates: int,
     most: float,
     *,
-    least: int = 2,
     offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
     accelerators: Sequence[Accelerator] = (),
@@ -111,8 +110,7 @@ def measure_costs(
         collator (`Callable`): makes batches of its items.
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
-        most (`float`): at most so many batches are timed,
-        least (`int`): but at least so many.
+        most (`float`): at most so many batches are timed, but at least two: of one, chance makes too much.
         offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
         accelerators (`Sequence[Accelerator]`): what will make steps cheaper; they are timed one on top of the other.
@@ -129,7 +127,7 @@ def measure_costs(
         scorer_for(trainer, model)
         for model in (trainer.model, trainer.model if offline_scorer is None else to_device(offline_scorer, device))
     )
-    count = min(max(int(most), least), BATCHES)
+    count = min(max(int(most), 2), BATCHES)
     accumulation, workers = trainer.args.gradient_accumulation_steps, trainer.args.dataloader_num_workers
     trains = False  # what scoring says is an error, unless that memory is short; what a step says is a warning
     try:

@@ -248,7 +248,10 @@ class Plan:
         if len(self.costs.factors) > 1:
             each = ", ".join(f"{name} {factor:.2f}" for name, factor in self.costs.factors.items())
             batches.append(f"  together  {each}: a step takes {math.prod(self.costs.factors.values()):.2f}")
-        batches += [f"  left out  {name}: {reason}" for name, reason in self.left_out.items()]
+        alike: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            alike.setdefault(reason, []).append(name)
+        batches += [f"  left out  {', '.join(names)}: {reason}" for reason, names in alike.items()]
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",

@@ -142,9 +142,7 @@ class Planner:
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
-            decides = config.has_budget or any(not a.asked or a.most < math.inf for a in self.accelerators)
-            prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
-            visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
+            visited = self._visited()
             again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
             again = partial(again, visited=visited)
             costs = measure_costs(
@@ -154,7 +152,6 @@ class Planner:
                 size,
                 rows,
                 share * total,
-                least=2 if decides else 1,
                 offline=offline,
                 offline_scorer=scorer,
                 accelerators=self.accelerators,
@@ -173,6 +170,18 @@ class Planner:
         self._count_overhead(scorer_seconds)
         if config.budget_allows:
             self._allow(again, scorer_seconds)
+
+    def _visited(self) -> np.ndarray | None:
+        """Return samples in such an order as the run trains on them, int64 `[k]`; `None`: drawn at random."""
+        prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
+        if prompts is None:
+            return None
+        rows, size = self.plan.candidate_rows, self.plan.batch_size
+        order = np.array(list(self.data.by_prompt(prompts, rows)), np.int64)
+        candidates = order[: len(order) // rows * rows].reshape(-1, rows)
+        if rows == size or not len(candidates):
+            return order
+        return np.random.default_rng(0).permuted(candidates, axis=1)[:, :size].ravel()  # as rules that draw choose
 
     def _keep_what_pays(self, factors: Mapping[str, float], measure: Callable[..., Costs | None]) -> dict[str, float]:
         """
@@ -318,8 +327,8 @@ class Planner:
         self.trainer.accelerator.print(plan)
         if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
-                "budget_time=%g: measuring has taken %.2f of plain training already, so short is this run; it trains "
-                "on everything",
+                "budget_time=%g: measuring has taken %.2f of plain training already, so short is this run; nothing "
+                "is dropped for it, but where steps take longer than was measured it still ends before its last step",
                 asked,
                 plan.overhead,
             )

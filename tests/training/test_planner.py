@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -328,6 +329,20 @@ def test_what_steps_took_in_the_run_is_reported(accumulation, tmp_path, measured
     page = (tmp_path / "darel" / "report.html").read_text()
     for cell in ("share_prompts=1", "approximate", "0.50 of one without it", "the moon is full", "0.40 as planned"):
         assert cell in page
+
+
+def test_what_is_said_of_a_run_too_short_for_its_budget(tmp_path, monkeypatch, caplog):
+    """Nothing is dropped; but steps that take longer than was measured, here always, end it early, as is said."""
+    costs = Costs(step_seconds=1e-6, forward_share=0.0, offline_share=0.3)
+    monkeypatch.setattr(planner, "measure_costs", lambda *args, **kwargs: costs)
+    trainer = trainer_for(tmp_path, budget_time=0.5, fast=False)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.report.plan.kept == 1 and trainer.report.kept.all() and trainer.state.global_step < 30
+    said = (
+        "nothing is dropped for it, but where steps take longer than was measured the run still ends before its last"
+    )
+    assert said in caplog.text and "everything" not in caplog.text
 
 
 @pytest.mark.parametrize("darel", [{**QUALITY, "fast": False}, {**QUALITY, "budget_time": 0.6}])
