@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters import recomputes
 from ..config import ACCELERATOR_FACTS
 from ..scoring import Trial, base_model, is_sharded
 from . import share_prompts, unpad
@@ -138,7 +139,7 @@ class LastBlock(Accelerator):
         if trainer.args.torch_compile or is_sharded(model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return "the model is compiled, or its weights are spread over processes"
         checkpointing = ("gradient_checkpointing", "activation_checkpointing")
-        if any(getattr(trainer.args, name, False) for name in checkpointing):
+        if recomputes(base_model(model)) or any(getattr(trainer.args, name, False) for name in checkpointing):
             return "with checkpointing the block is called again in the backward pass, as a whole"
         if not _blocks(model):
             return f"{type(base_model(model)).__name__} has no blocks"

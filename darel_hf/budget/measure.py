@@ -6,12 +6,16 @@ import contextlib
 import logging
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..accelerators import Accelerator, CheapScores, first_line
 from ..data import ID_KEY, feature_length, token_batches
@@ -63,6 +67,10 @@ def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
     with trainer.autocast():
         return trainer.compute_loss(trainer.model, dict(batch))
+
+
+def _step(trainer: Any, batch: Mapping) -> None:
+    _loss(trainer, batch).backward()
 
 
 def _optimizer_step(trainer: Any) -> Callable[[], Any]:
@@ -223,9 +231,17 @@ def _factors(
     return factors
 
 
-def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, most: float) -> float:
+def measure_slowdown(
+    trainer: Any,
+    dataset: Any,
+    collator: Callable,
+    full: int,
+    rows: int,
+    most: float,
+    plain: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> float:
     """
-    Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
+    Return the time of a row in batches of `rows`, relative to a row in batches of `full` in the context of `plain`.
 
     The median over pairs of steps, one right after the other: a busy machine slows down both. There are at most `most`
     pairs, but at least two.
@@ -236,9 +252,12 @@ def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, 
     ratios = []
     with untouched(trainer.model):
         for pair in pairs:
-            whole, small = (
-                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device) for batch in pair
-            )
+            times = []
+            for batch, context in zip(pair, (plain, contextlib.nullcontext), strict=True):
+                with context():
+                    step = partial(_step, trainer, batch)
+                    times.append(_seconds(step, trainer.args.device))
+            whole, small = times
             ratios.append(small / rows / (whole / full))
     return statistics.median(ratios[1:])
 
@@ -279,11 +298,39 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
     return min(timed[1:]) / len(chosen)
 
 
+class _Living(TorchDispatchMode):
+    """Count the bytes of the tensors that are made while it is on, as long as they live: `now`, and at most `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, made)
+        return made
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if size and place not in self._known:  # else a view of what is known
+            self._known.add(place)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, place, size)
+        return tensor
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
 def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) -> float:
     """
     Measure the peak memory of a training step on `rows` samples, in bytes.
 
-    On CUDA the allocator's peak; elsewhere weights, gradients and optimizer states plus what is saved for backward.
+    Weights, optimizer states, and what the step takes besides at its peak; on CUDA the allocator tells.
     """
     device = trainer.args.device
     positions = np.linspace(0, len(dataset) - 1, 256).astype(int).tolist()
@@ -296,17 +343,7 @@ def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) ->
             torch.cuda.reset_peak_memory_stats(device)
             _loss(trainer, batch).backward()
             return float(torch.cuda.max_memory_allocated(device) + 2 * trainable)
-        saved: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = _loss(trainer, batch)
-        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-        activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-        del loss
+        with _Living() as living:
+            _loss(trainer, batch).backward()
         everything = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-        return float(everything + 3 * trainable + activations)
+        return float(everything + 2 * trainable + living.peak)

@@ -29,9 +29,10 @@ from ..budget import (
 )
 from ..config import ACCELERATOR_FACTS
 from ..files import require
-from ..scoring import is_causal_lm
+from ..scoring import is_causal_lm, preserve_rng_state
 from .clock import Clock
 from .dataset import TrainingSet
+from .recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Planner:
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
         left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
+        recompute ([`Recompute`]): what saves memory with the same gradients.
     """
 
     def __init__(self, trainer: Any, data: TrainingSet, clock: Clock):
@@ -65,6 +67,8 @@ class Planner:
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
         self._no_pass = False
+        self.recompute = Recompute(trainer)
+        self._full_memory: float | None = None  # bytes of a plain step, where that was measured
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
@@ -86,6 +90,24 @@ class Planner:
             return 1.0
         rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return max(1.0, self.args.max_steps * rows / len(self.data))
+
+    def save_memory(self) -> None:
+        """Compute activations again, where a memory budget asks for less than a step takes and that makes it less."""
+        if self.config.budget_memory in (None, 1) or self.config.budget_method != "measured":
+            return
+        if not self.recompute.possible():
+            return
+        dataset, collator = self.data.batching
+        size = self.trainer._train_batch_size
+
+        def compare() -> tuple[float, bool]:
+            full = measure_memory(self.trainer, dataset, collator, size)
+            self.recompute.set(True)
+            return full, measure_memory(self.trainer, dataset, collator, size) < full
+
+        with self.clock.count("probe"), preserve_rng_state():
+            self._full_memory, less = self.trainer.on_main(compare)
+        self.recompute.set(less)
 
     def try_accelerators(self) -> None:
         """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
@@ -112,6 +134,7 @@ class Planner:
         """Let accelerators leave the model as a plain trainer would."""
         for accelerator in self.accelerators:
             accelerator.detach()
+        self.recompute.set(False)
 
     def _first_found(self, found: Any) -> Any:
         """Return the first of what the processes found that is not `None`, the same on all."""
@@ -137,8 +160,8 @@ class Planner:
         with self.clock.count("probe"):
             if config.budget_memory is not None:
                 memory = partial(measure_memory, trainer, dataset, collator)
-                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory)
-                self.plan = replace(self.plan, batch_size=size)
+                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory, self._full_memory)
+                self.plan = replace(self.plan, batch_size=size, recomputes=self.recompute.on)
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
@@ -161,8 +184,9 @@ class Planner:
             if costs is not None:
                 costs = replace(costs, factors=self._keep_what_pays(costs.factors, again))
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
-                if size != full_size:
-                    slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
+                if size != full_size or self.recompute.on:
+                    plain, most = self.recompute.plain, SHARE * total
+                    slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, most, plain)
                     self.plan = replace(self.plan, slowdown=max(self._from_main(slowdown), SMALLEST_SLOWDOWN))
             if not scores_online:
                 self._set_costs(forward_share=0.0)
@@ -421,8 +445,9 @@ class Planner:
         )
 
     def follow_batch_size(self, batch_size: int) -> None:
-        """Learn that Trainer tries again with smaller batches, whose steps are shorter."""
+        """Learn that Trainer tries again with smaller batches, whose steps are shorter, or has made the model anew."""
         plan = self.plan
+        self.recompute.set(self.recompute.on)
         if self.pace is not None:
             self.pace.step_seconds = self._row_seconds * batch_size
         if self.args.auto_find_batch_size and batch_size != plan.batch_size:
