@@ -46,6 +46,7 @@ class Accelerator(ABC):
         chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
         on_model (`bool`): whether it acts on the model while it is attached, and not on batches alone.
         most (`float`): where a step with it was measured to take more than this of one without, it is left out.
+        first_epoch (`float`): what a step of the first epoch takes relative to later ones, once that was measured.
     """
 
     facts: AcceleratorFacts
@@ -53,6 +54,7 @@ class Accelerator(ABC):
     chooses = False
     on_model = False
     most = math.inf
+    first_epoch = 1.0
 
     def __init__(self, trainer: Any):
         self.trainer = trainer

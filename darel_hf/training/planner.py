@@ -430,12 +430,20 @@ class Planner:
         base = plan.step_time * plan.effective_online_keep
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
         step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * plan.step_time
+        # The first epoch may cost more than others, which a clock that looks at its steps must know.
+        first, epochs = math.prod(a.first_epoch for a in self.accelerators), max(plan.trained_epochs, 1.0)
+        mean = (first + epochs - 1) / epochs
+
+        def step_cost(step: int) -> float:
+            training = (first if step < self.pace.progress.planned / epochs else 1.0) / mean
+            return training + (scoring and scoring * is_fresh(step))
+
         self._row_seconds = step / plan.batch_size
         seconds = self.clock.seconds
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: self.clock.elapsed - seconds["evaluation"],
-            step_cost=lambda step: 1 + (scoring and scoring * is_fresh(step)),
+            step_cost=step_cost,
             step_seconds=step,
             scoring=None if plan.costs.one_forward else lambda: seconds["scoring"],
             decide=self.trainer.on_main,

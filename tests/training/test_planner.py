@@ -15,7 +15,7 @@ from readers import adapted
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import ACCELERATORS, Accelerator, FastLora, LastBlock, register_accelerator
+from darel_hf.accelerators import ACCELERATORS, Accelerator, FastLora, LastBlock, PromptCache, register_accelerator
 from darel_hf.budget import Costs
 from darel_hf.config import ACCELERATOR_FACTS, AcceleratorFacts
 from darel_hf.training import planner
@@ -331,6 +331,30 @@ def test_what_steps_took_in_the_run_is_reported(accumulation, tmp_path, measured
         assert cell in page
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_first_epoch_that_stores_prompts_ends_no_run_early(known, tmp_path, measured, monkeypatch):
+    """By a clock of its own: steps take three times as long in the first of three epochs; where that is known."""
+
+    class Clock(TrainerCallback):
+        now = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.now += 0.5 * 1e4 * (3.0 if state.global_step < 10 else 1.0) / (5 / 3)
+
+    clock = Clock()
+    monkeypatch.setattr("darel_hf.training.clock.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("darel_hf.training.clock.clock", lambda device: clock.now)
+    monkeypatch.setitem(FACTORS, "prompt_cache", 0.5)
+    monkeypatch.setattr(PromptCache, "first_epoch", 3.0 if known else 1.0)
+    trainer = trainer_for(
+        tmp_path, adapted("llama", ReaderLoraConfig), with_prompts(token_data(40)), budget_time=0.505
+    )
+    trainer.add_callback(clock)
+    trainer.train()
+    assert trainer.report.plan.kept == 1 and list(trainer.report.in_use) == ["prompt_cache"]
+    assert (trainer.state.global_step == 30 and not trainer.report.decisions) == known
+
+
 def test_what_is_said_of_a_run_too_short_for_its_budget(tmp_path, monkeypatch, caplog):
     """Nothing is dropped; but steps that take longer than was measured, here always, end it early, as is said."""
     costs = Costs(step_seconds=1e-6, forward_share=0.0, offline_share=0.3)
@@ -340,7 +364,7 @@ def test_what_is_said_of_a_run_too_short_for_its_budget(tmp_path, monkeypatch, c
         trainer.train()
     assert trainer.report.plan.kept == 1 and trainer.report.kept.all() and trainer.state.global_step < 30
     said = (
-        "nothing is dropped for it, but where steps take longer than was measured the run still ends before its last"
+        "nothing is dropped for it, but where steps take longer than was measured it still ends before its last step"
     )
     assert said in caplog.text and "everything" not in caplog.text
 
