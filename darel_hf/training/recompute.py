@@ -37,10 +37,11 @@ class Recompute:
         """Switch it on, again where Trainer has made the model anew; or off, where it was switched on here."""
         model = base_model(self.trainer.model)
         if on and model is not self._model:
-            hooked = bool(model.get_input_embeddings()._forward_hooks)
+            reads_tokens = getattr(model, "main_input_name", None) == "input_ids"
+            hooked = reads_tokens and bool(model.get_input_embeddings()._forward_hooks)
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-            if not hooked:  # what this way of checkpointing has no need of
+            if reads_tokens and not hooked:  # gradients of embeddings, which this way of checkpointing can do without
                 model.disable_input_require_grads()
         elif not on and self._model is not None:
             older = self._model
