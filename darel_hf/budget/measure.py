@@ -7,7 +7,7 @@ import logging
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -299,12 +299,17 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
 
 
 class _Living(TorchDispatchMode):
-    """Count the bytes of the tensors that are made while it is on, as long as they live: `now`, and at most `peak`."""
+    """
+    Count the bytes of the tensors that are made while it is on, as long as they live: `now`, and at most `peak`.
 
-    def __init__(self) -> None:
+    Args:
+        there (`Iterable[torch.Tensor]`): what is there already; views of it are made, too.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in there}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -343,7 +348,8 @@ def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) ->
             torch.cuda.reset_peak_memory_stats(device)
             _loss(trainer, batch).backward()
             return float(torch.cuda.max_memory_allocated(device) + 2 * trainable)
-        with _Living() as living:
+        there = (*trainer.model.parameters(), *trainer.model.buffers(), *filter(torch.is_tensor, batch.values()))
+        with _Living(there) as living:
             _loss(trainer, batch).backward()
         everything = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
         return float(everything + 2 * trainable + living.peak)
