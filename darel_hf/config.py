@@ -236,7 +236,9 @@ class DarelConfig:
             Accelerators that are not exact and that a time budget may use, by name, before it drops samples: one after
             the other in this order, each at the mildest setting that is enough.
         budget_memory (`float`, *optional*):
-            Fraction of the full peak memory that may be used, in (0, 1] (the paper's m); it lowers the batch size.
+            Fraction of the full peak memory that may be used, in (0, 1] (the paper's m). Where the model takes it,
+            activations are computed again in the backward pass: the same gradients in more time; then batches are
+            smaller.
         budget_spend (`str`, defaults to `"time"`):
             What becomes of time that is left of a time budget where nothing is dropped. `"time"`: the run is shorter.
             `"quality"`: more epochs of the same data, planned before training, with learning rates for as many: with

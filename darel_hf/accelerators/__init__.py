@@ -10,6 +10,7 @@ from .base import (
     Accelerator,
     CannotAccelerate,
     Choosing,
+    find_exact,
     first_line,
     in_order,
     make_accelerators,

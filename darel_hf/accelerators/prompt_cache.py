@@ -65,6 +65,7 @@ class PromptCache(unpad.PaddingFree):
         self._before = 0  # prompts that were kept before
         self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
         self._base_seen: list[tuple[str, nn.Parameter, int]] = []  # weights of the base, as the first step found them
+        self._timed: list[tuple[float, float]] = []  # steps that store prompts, and the same again, in seconds
         self.precision: torch.dtype | None = None  # in which what is stored was computed
 
     @property
@@ -118,6 +119,9 @@ class PromptCache(unpad.PaddingFree):
         if not self.reading:
             return seconds(lambda: self.transform(inputs))
         first, later = (super(PromptCache, self).measure(seconds, inputs) for _ in range(2))
+        self._timed.append((first, later))
+        firsts, laters = (sum(times) for times in zip(*(self._timed[1:] or self._timed), strict=True))  # one warms up
+        self.first_epoch = max(firsts / laters, 1.0)
         # Prompts are new in the first epoch only, if at all.
         return later + max(first - later, 0.0) / max(self.trainer.args.num_train_epochs, 1)
 

@@ -16,8 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import ACCELERATOR_FACTS
-from ..scoring import IGNORE, Trial, base_model, is_causal_lm
-from .base import Accelerator, first_line, register_accelerator
+from ..scoring import IGNORE, Trial, base_model
+from .base import Accelerator, first_line, not_causal, register_accelerator
 from .row_attention import attend, holds_places, places_of
 
 #: The name of our attention in transformers' registry.
@@ -157,13 +157,15 @@ class PaddingFree(Accelerator):
         self.tried = 0  # positions of the longest row that was tried out
         self.label_positions_only: bool | None = None  # whether only those that predict a label pass the head
 
+    def unfit(self) -> str | None:
+        """Return what models are not for it."""
+        return not_causal(self.trainer.model)
+
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: the model, the arguments, or what a few samples show."""
         model, args = base_model(self.trainer.model), self.trainer.args
         used, noise = getattr(getattr(model, "config", None), "_attn_implementation", None), args.neftune_noise_alpha
         layers = unknown_layers(model)
-        if not is_causal_lm(model):
-            return self._named(f"{type(model).__name__} is no causal language model")
         if used not in ("sdpa", self.attention):
             return self._named(f"attention is {used!r}; load it with attn_implementation='sdpa'")
         own = _sees_inputs_later(type(self.trainer))

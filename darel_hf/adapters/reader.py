@@ -240,7 +240,7 @@ class ReaderModel(LoraModel):
             self._inside = False
             # What is checkpointed is computed again in the backward pass, by some transformers with these hooks. To
             # ask a model whether anything is takes as long as a layer of a small one.
-            again = self._prompt is not None and model.training and torch.is_grad_enabled() and _checkpoints(model)
+            again = self._prompt is not None and model.training and torch.is_grad_enabled() and recomputes(model)
             if not again:
                 self._prompt, self._states = None, {}
 
@@ -310,7 +310,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _checkpoints(model: nn.Module) -> bool:
+def recomputes(model: nn.Module) -> bool:
+    """Whether a model computes activations again in the backward pass (gradient checkpointing)."""
     known = hasattr(type(model), "is_activation_checkpointing")  # transformers 5.23 warns of the older name
     return getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", False)
 

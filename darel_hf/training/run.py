@@ -76,15 +76,20 @@ class Run:
         """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
         trainer, data = self.trainer, self.data
         self._ready_model()
+        state = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
+        if state is None:
+            self.planner.save_memory()
+        else:
+            self.planner.recompute.set(state["plan"].get("recomputes", False))
         self.planner.try_accelerators()
         with preserve_rng_state():
             set_seed(data.seed)  # data that are augmented at random have the same fingerprint again
             data.take_fingerprint()
             self.offline.load_reference()
-            if self.checkpoint is None:
+            if state is None:
                 self._decide()
             else:
-                self._restore()
+                self._restore(state)
         trainer._train_batch_size = self.plan.batch_size
         visited = data.with_ids if self.online.in_loop else data.dataset
         if self.offline.positions is not None:
@@ -159,9 +164,8 @@ class Run:
         self.planner.count_offline(spent, self.offline.scores_reused)
         return scores
 
-    def _restore(self) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         """Take everything over from the checkpoint."""
-        state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
         checkpoints.check_adapters(self.checkpoint, self.trainer.model, finishes=self.finish is not None)
         remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"

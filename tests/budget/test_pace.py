@@ -197,6 +197,7 @@ def test_a_run_that_trains_on_everything_does_all_steps(tmp_path, monkeypatch, c
     assert trainer.state.global_step == 20 and trainer.report.decisions == []
 
 
+@pytest.mark.slow
 def test_smaller_batches_are_no_faster_machine(tmp_path, monkeypatch):
     """Trainer tries again with fewer rows after an out-of-memory error: a step takes less, all of them as much."""
 
