@@ -94,9 +94,10 @@ def test_a_model_that_takes_nothing(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert [line.split(": ")[0].split("left out  ")[1] for line in said] == [
         "fast_lora",
+        "fused_activation",
         "prompt_cache, share_prompts, unpad, last_block",
     ]
-    assert said[1].endswith("BertForSequenceClassification is no causal language model")
+    assert said[2].endswith("BertForSequenceClassification is no causal language model")
 
 
 def test_a_later_batch_that_cannot_be(tmp_path, caplog):
