@@ -34,12 +34,13 @@ lint: $(STAMP)  ## check style, and that each wing stands on those below it
 format: $(STAMP)  ## fix style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-# QUICK=--quick shows that all of them run; TEXTS, MODEL and IMAGES are folders of your own (E2E files, base model, parquet).
+# QUICK=--quick shows that all of them run; TEXTS, MODEL, REVIEWS, IMAGES are folders of your own (E2E files, base model, SST-2, parquet).
 ON_TEXTS := $(QUICK) $(if $(TEXTS),--data_dir $(TEXTS)) $(if $(MODEL),--model_name_or_path $(MODEL))
 bench: $(STAMP)  ## run the benchmarks (hours); QUICK=--quick: minutes, no claim rests on it
 	for name in overhead savings planner scores quality; do \
 		$(BIN)/python eval/benchmarks/$$name.py $(ON_TEXTS) || exit 1; done
 	for name in steps scale metrics faults hypercomplex; do $(BIN)/python eval/benchmarks/$$name.py $(QUICK) || exit 1; done
+	$(BIN)/python eval/benchmarks/beyond.py $(QUICK) $(if $(MODEL),--model_name_or_path $(MODEL)) $(if $(REVIEWS),--data_dir $(REVIEWS))
 	$(if $(QUICK)$(IMAGES),$(BIN)/python eval/benchmarks/vision.py $(QUICK) $(if $(IMAGES),--data_dir $(IMAGES)))
 
 clean:  ## remove build products (the environment stays)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,6 +145,13 @@ ACCELERATOR_FACTS = {
             not_with={"prompt_cache": "what it computes has labels nearly everywhere; leave out last_block"},
         ),
         AcceleratorFacts(
+            "fused_activation",
+            setting="fused_activation",
+            exactness="exact",
+            phrase="with activation functions in one pass",
+            fast=True,
+        ),
+        AcceleratorFacts(
             "fast_lora",
             setting="fast_lora",
             exactness="exact",
@@ -227,7 +236,9 @@ class DarelConfig:
             Accelerators that are not exact and that a time budget may use, by name, before it drops samples: one after
             the other in this order, each at the mildest setting that is enough.
         budget_memory (`float`, *optional*):
-            Fraction of the full peak memory that may be used, in (0, 1] (the paper's m); it lowers the batch size.
+            Fraction of the full peak memory that may be used, in (0, 1] (the paper's m). Where the model takes it,
+            activations are computed again in the backward pass: the same gradients in more time; then batches are
+            smaller.
         budget_spend (`str`, defaults to `"time"`):
             What becomes of time that is left of a time budget where nothing is dropped. `"time"`: the run is shorter.
             `"quality"`: more epochs of the same data, planned before training, with learning rates for as many: with
@@ -268,6 +279,10 @@ class DarelConfig:
             Let PEFT's LoRA layers compute in fewer passes: the same losses and gradients (but for rounding) in less
             time. Layers with dropout in LoRA, variants such as DoRA, several active adapters or a quantised base stay
             as they are; where a step gets no cheaper, all do. See [`darel_hf.accelerators.FastLora`].
+        fused_activation (`bool`, defaults to `False`):
+            Let torch's fused functions compute activations that the model's code writes out in many passes (GPT-2's
+            `gelu_new`): the same losses and gradients (but for rounding) in less time, and less is saved for the
+            backward pass. Left out where there are none. See [`darel_hf.accelerators.FusedActivation`].
         last_block (`bool`, defaults to `False`):
             Beside `unpad` or `share_prompts`: compute what follows attention in the last block only at positions that
             predict a label: the same losses and gradients (but for rounding and dropout) in less time. Left out where
@@ -339,6 +354,9 @@ class DarelConfig:
     )
     last_block: bool = field(default=False, metadata={"help": "last block for labels only, beside unpad: less time"})
     fast_lora: bool = field(default=False, metadata={"help": "LoRA layers in fewer passes: same gradients, less time"})
+    fused_activation: bool = field(
+        default=False, metadata={"help": "activation functions in one pass: same gradients, less time"}
+    )
     unpad: bool = field(default=False, metadata={"help": "train without padding: same gradients, less time"})
     length_correction: bool = field(default=True, metadata={"help": "compare losses among similar lengths"})
     track: bool = field(default=False, metadata={"help": "record the losses of trained rows"})
@@ -357,7 +375,7 @@ class DarelConfig:
         number = isinstance(self.finish_epochs, (int, float)) and not isinstance(self.finish_epochs, bool)
         remedy = "give a number of epochs, 0 or more"
         require(number, "finish_epochs", self.finish_epochs, remedy, TypeError)
-        require(self.finish_epochs >= 0, "finish_epochs", self.finish_epochs, remedy)
+        require(0 <= self.finish_epochs < math.inf, "finish_epochs", self.finish_epochs, remedy)
         remedy = "a run that may end early has no last epochs; leave it out"
         require(not self.finish_epochs or self.budget_time is None, "finish_epochs", self.finish_epochs, remedy)
         whole = isinstance(self.rescore_every, int) and not isinstance(self.rescore_every, bool)
@@ -365,6 +383,16 @@ class DarelConfig:
         require(self.rescore_every >= 1, "rescore_every", self.rescore_every, "give a number of epochs, at least 1")
         remedy = "give True or False, or leave it out"
         require(self.fast is None or isinstance(self.fast, bool), "fast", self.fast, remedy, TypeError)
+        for name in (each.name for each in dataclasses.fields(self) if each.type in (bool, "bool")):
+            value = getattr(self, name)  # a word that says no would be taken for yes
+            require(isinstance(value, bool), name, value, "give True or False", TypeError)
+        for name in ("scores", "reference_scores"):
+            value = getattr(self, name)
+            require(isinstance(value, (str, os.PathLike, type(None))), name, value, "give a path of a file", TypeError)
+            setattr(self, name, None if value is None else os.fspath(value))  # it is saved as JSON
+        for name in ("id_column", "group_column"):
+            value = getattr(self, name)
+            require(isinstance(value, (str, type(None))), name, value, "give the name of a column", TypeError)
         whole = isinstance(self.share_prompts, int) and not isinstance(self.share_prompts, bool)
         remedy = "give 1 to share what is in common by chance, more for batches with so many samples of a prompt, or 0"
         require(whole, "share_prompts", self.share_prompts, remedy, TypeError)
@@ -373,7 +401,12 @@ class DarelConfig:
             require(getattr(self, name) in choices, name, getattr(self, name), f"choose one of {choices}")
         for stage in ("offline", "online"):
             name, value = f"{stage}_rule", getattr(self, f"{stage}_rule")
-            require(value in RULE_FACTS, name, value, f"unknown rule; choose one of {', '.join(sorted(RULE_FACTS))}")
+            require(
+                isinstance(value, str) and value in RULE_FACTS,
+                name,
+                value,
+                f"unknown rule; choose one of {', '.join(sorted(RULE_FACTS))}",
+            )
             needed = "reference" in self.rule(stage).needs
             remedy = "it compares with a reference model: give reference_scores, a file made by `darel score` with it"
             require(not needed or self.reference_scores is not None, name, value, remedy)

@@ -1,6 +1,7 @@
 """`DarelConfig`: defaults that change nothing, and one clear error for each bad value."""
 
 import dataclasses
+import json
 
 import pytest
 from transformers import HfArgumentParser
@@ -49,6 +50,12 @@ def test_a_percentage_is_explained():
             "'sliced': memory is",
         ),
         ({"online_rule": "rho_loss"}, ValueError, "online_rule='rho_loss': .*give reference_scores"),
+        ({"offline_rule": ["hardest"]}, ValueError, "offline_rule=.*unknown rule"),
+        ({"unpad": "no"}, TypeError, "unpad='no': give True or False"),
+        ({"length_correction": 0}, TypeError, "length_correction=0: give True or False"),
+        ({"finish_epochs": float("inf")}, ValueError, "finish_epochs=inf: give a number of epochs"),
+        ({"scores": 5}, TypeError, "scores=5: give a path"),
+        ({"group_column": 4}, TypeError, "group_column=4: give the name of a column"),
         ({"budget_time": 0.5, "offline_keep": 0.8}, ValueError, "a budget derives this"),
         ({"budget_memory": 0.5, "rescore_every": 2}, ValueError, "a budget derives this"),
     ],
@@ -56,6 +63,11 @@ def test_a_percentage_is_explained():
 def test_bad_settings(settings, error, match):
     with pytest.raises(error, match=match):
         DarelConfig(**settings)
+
+
+def test_paths_are_kept_as_text(tmp_path):
+    """Settings are saved as JSON, in checkpoints and reports."""
+    assert json.loads(json.dumps(DarelConfig(scores=tmp_path).to_dict()))["scores"] == str(tmp_path)
 
 
 def test_composes_with_the_argument_parser():

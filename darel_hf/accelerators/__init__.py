@@ -10,6 +10,7 @@ from .base import (
     Accelerator,
     CannotAccelerate,
     Choosing,
+    find_exact,
     first_line,
     in_order,
     make_accelerators,
@@ -18,6 +19,7 @@ from .base import (
 )
 from .base_precision import BasePrecision
 from .fast_lora import FastLinear, FastLora
+from .fused_activation import FusedActivation
 from .last_block import LastBlock
 from .prompt_cache import PromptCache
 from .scores import CheapScores, share_rows

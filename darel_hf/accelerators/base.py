@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
 
 from ..config import ACCELERATOR_FACTS, AcceleratorFacts
 from ..files import require
-from ..scoring import SampleLosses, preserve_rng_state
+from ..scoring import SampleLosses, base_model, is_causal_lm, preserve_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,9 @@ class Accelerator(ABC):
         chooses (`bool`): whether it scores all candidates with the forward pass that trains, see [`Choosing`].
         on_model (`bool`): whether it acts on the model while it is attached, and not on batches alone.
         most (`float`): where a step with it was measured to take more than this of one without, it is left out.
+        keeps (`bool`): whether it keeps what it makes of samples for later steps: then scores before training are read
+            off its rows.
+        first_epoch (`float`): what a step of the first epoch takes relative to later ones, once that was measured.
     """
 
     facts: AcceleratorFacts
@@ -52,18 +56,24 @@ class Accelerator(ABC):
     chooses = False
     on_model = False
     most = math.inf
-    #: Whether it keeps what it makes of samples for later steps: then scores before training are read off its rows.
     keeps = False
+    first_epoch = 1.0
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.value = getattr(trainer.darel, self.facts.setting, None)
         self.asked = True
 
+    def unfit(self) -> str | None:
+        """Return why no model of this kind can have it, or `None`; of several, plans say the same words once."""
+        return None
+
     @abstractmethod
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """
         Return why this trainer cannot have it, or `None`; asked before any compute, and it leaves the model as it was.
+
+        Not asked of a model that is `unfit`.
 
         Args:
             few_rows (`Callable`, *optional*): makes a batch of a few samples, without ids, to compare with the slow
@@ -195,10 +205,36 @@ def make_accelerators(
             logger.warning("%s", accelerator.told(reason, "going on with"))
         else:
             accelerator.refuse(reason)
+    left_out |= find_exact(trainer, made, left_out, few_rows, first_found)
+    return in_order(made), left_out
+
+
+def find_exact(
+    trainer: Any,
+    made: list[Accelerator],
+    left_out: Mapping[str, str],
+    few_rows: Callable[[], Mapping[str, Any]] | None,
+    first_found: Callable[[Any], Any],
+) -> dict[str, str]:
+    """
+    Make and try out what `fast` finds beside others; of those that exclude each other the one that does most.
+
+    Asked again, once some of them were left out after all, it finds what these had excluded.
+
+    Args:
+        trainer (`DarelMixin`): the trainer.
+        made (`list[Accelerator]`): those that are there; those that are found are added.
+        left_out (`Mapping[str, str]`): those that are not looked at again.
+        few_rows, first_found: see [`make_accelerators`].
+
+    Returns:
+        why others cannot be had.
+    """
+    reasons = {}
     for name, value, reason in trainer.darel.candidates():
         accelerator = _found(trainer, name, value)
-        same = [other.facts for other in made if _exclude(other.facts, accelerator.facts)]
-        if same:
+        known = name in left_out or any(name == other.facts.name for other in made)
+        if known or any(_exclude(other.facts, accelerator.facts) for other in made):
             continue  # what is there does all that it would
         if reason is None and few_rows is None:
             reason = "of a stream nothing can be tried out before training"
@@ -206,8 +242,8 @@ def make_accelerators(
         if reason is None:
             made.append(accelerator)
         else:
-            left_out[name] = reason
-    return in_order(made), left_out
+            reasons[name] = reason
+    return reasons
 
 
 def make_allowed(
@@ -265,7 +301,7 @@ def _reason(accelerator: Accelerator, few_rows: Any, first_found: Callable[[Any]
     error, reason = None, None
     try:
         with preserve_rng_state():
-            reason = accelerator.why_not(few_rows)
+            reason = accelerator.unfit() or accelerator.why_not(few_rows)
     except Exception as found:  # of any kind: the other processes wait
         if should_reduce_batch_size(found):
             reason = f"trying it out takes more memory than there is ({first_line(found)})"
@@ -277,6 +313,12 @@ def _reason(accelerator: Accelerator, few_rows: Any, first_found: Callable[[Any]
     if error is not None:
         raise error
     return first_found(reason)  # of any process: they must all do the same
+
+
+def not_causal(model: nn.Module) -> str | None:
+    """Return what is wrong with a model for what is for causal language models only, or `None`."""
+    model = base_model(model)
+    return None if is_causal_lm(model) else f"{type(model).__name__} is no causal language model"
 
 
 def first_line(error: Exception) -> str:

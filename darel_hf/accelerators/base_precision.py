@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from ..config import ACCELERATOR_FACTS
 from ..scoring import Trial, base_model, is_sharded
 from .base import Accelerator, first_line, register_accelerator
+
+logger = logging.getLogger(__name__)
 
 #: What autocast computes in; and what a gradient and a loss of a few rows may differ by before it is no rounding.
 DTYPE = torch.bfloat16
@@ -110,15 +114,35 @@ class BasePrecision(Accelerator):
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         self.trainer.computing = self._autocast
 
+    def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the inputs; raises `ValueError` where a callback, say, trains a rounded weight: it would be lost."""
+        if any(layer.weight.requires_grad for layer, _ in self._before):
+            layer = next(layer for layer, _ in self._before if layer.weight.requires_grad)
+            name = next(name for name, module in self._model.named_modules() if module is layer)
+            reason = f"{name}.weight is trained from now on, and what is trained stays in float32"
+            raise ValueError(self.told(reason, "set it to"))
+        return inputs
+
     def detach(self) -> None:
-        """Give layers the parameters back that they had."""
+        """Give layers the parameters back that they had; say aloud where what they have now was changed meanwhile."""
+        model, found = self._model, [(layer, layer.weight, weight) for layer, weight in self._before]
         for layer, weight in self._before:
             layer.weight = weight
         for hook in self._hooks:
             hook.remove()
         self._before, self._hooks, self._contexts = [], [], []
-        if self._model is not None:
+        if model is not None:
             self._model, self.trainer.computing = None, None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            changed = [layer for layer, rounded, weight in found if not torch.equal(rounded, weight.to(DTYPE))]
+            if changed:
+                logger.warning(
+                    "base_precision=%r: %d frozen weights (%s.weight is one) were changed while training lasted, by a "
+                    "callback, say; they are as before again. Change them after training, or leave base_precision out",
+                    self.value,
+                    len(changed),
+                    next(name for name, module in model.named_modules() if module is changed[0]),
+                )
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.trainer.args.device.type, DTYPE)

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters import recomputes
 from ..config import ACCELERATOR_FACTS
 from ..scoring import Trial, base_model, is_sharded
 from . import share_prompts, unpad
-from .base import Accelerator, first_line, register_accelerator
+from .base import Accelerator, first_line, not_causal, register_accelerator
 from .frozen_base import linears_of, take_positions
 from .row_attention import holds_places
 
@@ -123,6 +124,10 @@ class LastBlock(Accelerator):
         super().__init__(trainer)
         self.shortened: Shortened | None = None
 
+    def unfit(self) -> str | None:
+        """Return what models are not for it."""
+        return not_causal(self.trainer.model)
+
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: other settings, the model, or what a few samples show."""
         trainer, model = self.trainer, self.trainer.model
@@ -134,7 +139,7 @@ class LastBlock(Accelerator):
         if trainer.args.torch_compile or is_sharded(model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return "the model is compiled, or its weights are spread over processes"
         checkpointing = ("gradient_checkpointing", "activation_checkpointing")
-        if any(getattr(trainer.args, name, False) for name in checkpointing):
+        if recomputes(base_model(model)) or any(getattr(trainer.args, name, False) for name in checkpointing):
             return "with checkpointing the block is called again in the backward pass, as a whole"
         if not _blocks(model):
             return f"{type(base_model(model)).__name__} has no blocks"

@@ -64,6 +64,8 @@ class PromptCache(unpad.PaddingFree):
         self._in_loop, self._rows, self._settled = False, 0, 0  # rows so far, and after how many all have been seen
         self._before = 0  # prompts that were kept before
         self._asked = self._missed = 0  # prompts since then, and those of them that were not kept
+        self._base_seen: list[tuple[str, nn.Parameter, int]] = []  # weights of the base, as the first step found them
+        self._timed: list[tuple[float, float]] = []  # steps that store prompts, and the same again, in seconds
         self.precision: torch.dtype | None = None  # in which what is stored was computed
 
     @property
@@ -90,9 +92,9 @@ class PromptCache(unpad.PaddingFree):
         model, args = self.trainer.model, self.trainer.args
         if not self.reading:
             return "adapters act on prompts, too, so what a prompt gives changes with every step; use ReaderLoraConfig"
-        for name, parameter in base_model(model).base_model.named_parameters():
-            if parameter.requires_grad and "lora_" not in name:
-                return self._named(f"{name} is trained, on which what a prompt gives may depend")
+        trained = self._trained(base_model(model))
+        if trained is not None:
+            return trained
         rope = getattr(base_model(model).config, "rope_parameters", None) or {}
         kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, Mapping)}
         if kinds & set(BY_LENGTH):
@@ -117,6 +119,9 @@ class PromptCache(unpad.PaddingFree):
         if not self.reading:
             return seconds(lambda: self.transform(inputs))
         first, later = (super(PromptCache, self).measure(seconds, inputs) for _ in range(2))
+        self._timed.append((first, later))
+        firsts, laters = (sum(times) for times in zip(*(self._timed[1:] or self._timed), strict=True))  # one warms up
+        self.first_epoch = max(firsts / laters, 1.0)
         # Prompts are new in the first epoch only, if at all.
         return later + max(first - later, 0.0) / max(self.trainer.args.num_train_epochs, 1)
 
@@ -159,6 +164,33 @@ class PromptCache(unpad.PaddingFree):
             return {**row, "alora_offsets": [row["input_ids"].shape[1]]}
         return {**row, "prompt_lengths": torch.zeros(1, dtype=torch.int64, device=ids.device)}
 
+    def _trained(self, model: nn.Module) -> str | None:
+        """Return which weight besides adapters is trained, in a sentence, or `None`."""
+        for name, parameter in model.base_model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                return self._named(f"{name} is trained, on which what a prompt gives may depend")
+        return None
+
+    def _watch_base(self) -> None:
+        """Notice a base that somebody (a callback, say) trains or changes while training lasts."""
+        if not self._in_loop:
+            return
+        if not self._base_seen:
+            named = self.base.model.base_model.named_parameters()
+            self._base_seen = [(name, p, p._version) for name, p in named if "lora_" not in name]
+        if any(p.requires_grad for _, p, _ in self._base_seen):
+            self.refuse(self._trained(self.base.model))
+        changed = next((name for name, p, version in self._base_seen if p._version != version), None)
+        if changed is not None and type(self.store) is not Recompute:
+            self.store.close()
+            self.store = Recompute()
+            logger.warning(
+                "prompt_cache=%r: %s was changed while training lasts, so what was kept of prompts is not used again; "
+                "they are computed in every step from now on",
+                self.value,
+                changed,
+            )
+
     def _computed(self, ids: torch.Tensor, labels: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
         """Return which positions are no prompt, bool `[B, L]`."""
         acts = invoked(self.trainer.model, ids) if self.invocation is not None else None
@@ -180,6 +212,7 @@ class PromptCache(unpad.PaddingFree):
                 self.store, self.precision = None, precision
             self.base = FrozenBase(model, max(_rows(ids, used), key=len), adapted=self.invocation is None)
             self.store = self.store or self._make_store(prompts)
+        self._watch_base()
 
     def _prepare(self, prompts: list[tuple[int, ...]], rest: torch.Tensor) -> torch.Tensor:
         """
@@ -333,7 +366,7 @@ class PromptCache(unpad.PaddingFree):
 
     def attach(self) -> None:
         """Begin to look whether prompts stay as they are."""
-        self._in_loop, self._rows = True, 0
+        self._in_loop, self._rows, self._base_seen = True, 0, []
         self._before = 0 if self.store is None or self.store.full else len(self.store)
 
     def close(self) -> None:

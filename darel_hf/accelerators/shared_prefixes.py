@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,8 +43,9 @@ def shared_prefixes(model: nn.Module) -> Iterator[None]:
     (`DPOTrainer`, `RewardTrainer`), groups of completions (`GRPOTrainer`), one instruction before all samples.
 
     Calls with a cache (generation), with embeddings in place of tokens, or that ask for attentions or all hidden
-    states are left alone, and so are batches that this would make less than a tenth smaller. The first batch is
-    computed in both ways; where they differ, a warning says so, and all stays as it was. A call that does not say
+    states are left alone, and so are batches that this would make less than a tenth smaller. The first batch, and the
+    first that is longer than a sliding window, is computed in both ways; where they differ, a warning says so, and all
+    stays as it was. A call that does not say
     `use_cache=True` gets no cache.
 
     Args:
@@ -96,17 +98,22 @@ class _Door:
     def __init__(self, decoder: nn.Module):
         self.decoder, self.signature = decoder, inspect.signature(decoder.forward)
         self.shown: bool | None = None  # whether the first batch has shown that nothing changes
+        self.tried = 0  # positions of the rows in which that was shown
         self.trying = False
         self._calls: list[torch.Tensor | None] = []  # of those in progress: where each position is in the row
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         given = None if self.trying or self.shown is False else self._given(args, kwargs)
-        if self.shown is None and torch.is_inference_mode_enabled():
-            given = None  # nothing can be shown of gradients
         made = None if given is None else self._row(given)
-        if made is not None and self.shown is None:
-            self.shown = self._show(given, *made)
-            made = made if self.shown else None
+        length = 0 if made is None else given["input_ids"].shape[1]
+        window = getattr(decoder.config, "sliding_window", None) or math.inf
+        # A window that attention is not told of is not seen in rows that are shorter.
+        if made is not None and (self.shown is None or self.tried <= window < length):
+            if torch.is_inference_mode_enabled():
+                made = None  # nothing can be shown of gradients
+            else:
+                self.shown, self.tried = self._show(given, *made), length
+                made = made if self.shown else None
         self._calls.append(None if made is None else made[1])
         if made is None:
             return None

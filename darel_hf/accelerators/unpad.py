@@ -16,8 +16,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import ACCELERATOR_FACTS
-from ..scoring import IGNORE, Trial, base_model, is_causal_lm
-from .base import Accelerator, first_line, register_accelerator
+from ..scoring import IGNORE, Trial, base_model
+from .base import Accelerator, first_line, not_causal, register_accelerator
 from .row_attention import attend, holds_places, places_of
 
 #: The name of our attention in transformers' registry.
@@ -122,6 +122,23 @@ def within(
     return sdpa(module, query, key, value, mask, **{**kwargs, "is_causal": is_causal})[0]
 
 
+def _sees_inputs_later(cls: type) -> str | None:
+    """
+    Return the method of somebody's own trainer class that gets what a step trains on after us, or `None`.
+
+    Trials, which compute losses, do not show what it does. A `training_step` of a class on top of ours gets it before.
+    """
+    below = False
+    for one in cls.__mro__:
+        home = one.__module__.partition(".")[0]
+        below |= home == __package__.partition(".")[0]
+        names = ("_prepare_inputs", "training_step") if below else ("_prepare_inputs",)
+        found = next((name for name in names if name in vars(one)), None)
+        if found is not None and home not in (__package__.partition(".")[0], "transformers", "trl"):
+            return f"{one.__name__}.{found}"
+    return None
+
+
 @register_accelerator
 class PaddingFree(Accelerator):
     """
@@ -140,15 +157,22 @@ class PaddingFree(Accelerator):
         self.tried = 0  # positions of the longest row that was tried out
         self.label_positions_only: bool | None = None  # whether only those that predict a label pass the head
 
+    def unfit(self) -> str | None:
+        """Return what models are not for it."""
+        return not_causal(self.trainer.model)
+
     def why_not(self, few_rows: Callable[[], Mapping[str, Any]] | None) -> str | None:
         """Return what is in the way: the model, the arguments, or what a few samples show."""
         model, args = base_model(self.trainer.model), self.trainer.args
         used, noise = getattr(getattr(model, "config", None), "_attn_implementation", None), args.neftune_noise_alpha
         layers = unknown_layers(model)
-        if not is_causal_lm(model):
-            return self._named(f"{type(model).__name__} is no causal language model")
         if used not in ("sdpa", self.attention):
             return self._named(f"attention is {used!r}; load it with attn_implementation='sdpa'")
+        own = _sees_inputs_later(type(self.trainer))
+        if own is not None:
+            return self._named(
+                f"{own} would be given the rows of a step without padding, and may do other things to them"
+            )
         if noise is not None:
             return self._named(f"neftune_noise_alpha={noise} is scaled by the length of rows")
         if layers:

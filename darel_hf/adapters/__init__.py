@@ -13,6 +13,7 @@ from .reader import (
     base_alone,
     find_reader,
     prompt_positions,
+    recomputes,
     to_lora,
     with_prompt_lengths,
 )

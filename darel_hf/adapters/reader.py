@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import enum
+import functools
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..files import require
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -100
 #: Settings of LoRA that act on prompts themselves, on the base, or on rows: with what they must be.
@@ -236,7 +240,7 @@ class ReaderModel(LoraModel):
             self._inside = False
             # What is checkpointed is computed again in the backward pass, by some transformers with these hooks. To
             # ask a model whether anything is takes as long as a layer of a small one.
-            again = self._prompt is not None and model.training and torch.is_grad_enabled() and _checkpoints(model)
+            again = self._prompt is not None and model.training and torch.is_grad_enabled() and recomputes(model)
             if not again:
                 self._prompt, self._states = None, {}
 
@@ -306,7 +310,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _checkpoints(model: nn.Module) -> bool:
+def recomputes(model: nn.Module) -> bool:
+    """Whether a model computes activations again in the backward pass (gradient checkpointing)."""
     known = hasattr(type(model), "is_activation_checkpointing")  # transformers 5.23 warns of the older name
     return getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", False)
 
@@ -350,7 +355,19 @@ def prompt_positions(used: torch.Tensor, labels: torch.Tensor | None, lengths: A
             f"labels: row {row} of a batch has labels in {int(starts[row].sum())} places, say several answers of a "
             "conversation; generation reads the earlier ones as prompt: make a row of each answer"
         )
+    if (labelled & (columns == first)).any(1).all():
+        _warn_of_no_prompts()
     return columns < torch.where(labelled, columns, used.shape[1] + 1).amin(1, keepdim=True) - 1
+
+
+@functools.cache
+def _warn_of_no_prompts() -> None:
+    """Say once that rows have no prompts: nothing else shows it, before texts are generated."""
+    logger.warning(
+        "labels: all rows of a batch have one at their first token, so there is no prompt to read, and adapters act "
+        "everywhere; generation takes what it is given for a prompt that they leave alone. Set labels of prompts to "
+        "-100, or train a LoraConfig"
+    )
 
 
 @contextlib.contextmanager

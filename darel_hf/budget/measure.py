@@ -6,12 +6,16 @@ import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from ..accelerators import Accelerator, CheapScores, first_line, share_rows
 from ..data import ID_KEY, feature_length, token_batches
@@ -25,6 +29,7 @@ from ..scoring import (
     untouched,
 )
 from .plan import Costs
+from .typical import typical_batches
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +43,9 @@ def _batch_of(trainer: Any, collator: Callable, items: list[Mapping]) -> dict[st
     return {key: value for key, value in trainer._prepare_inputs(collator(items)).items() if key != ID_KEY}
 
 
-def _batches(
-    trainer: Any, dataset: Any, collator: Callable, rows: int, count: int, visited: Sequence[int] | None = None
-) -> list[Mapping]:
-    """Collate `count` batches of `rows` samples spread over the data set, or such as the run `visited` has."""
-    generator = np.random.default_rng(0)
-    batches = []
-    for _ in range(count):
-        if visited is None or len(visited) < rows:
-            positions = generator.choice(len(dataset), size=rows, replace=len(dataset) < rows)
-        else:
-            start = rows * int(generator.integers(len(visited) // rows))
-            positions = visited[start : start + rows]
-        batches.append(_batch_of(trainer, collator, [dataset[int(i)] for i in positions]))
-    return batches
+def _collated(trainer: Any, dataset: Any, collator: Callable, parts: Sequence[Sequence[int]]) -> list[Mapping]:
+    """Collate the batches of these positions."""
+    return [_batch_of(trainer, collator, [dataset[int(i)] for i in part]) for part in parts]
 
 
 def clock(device: torch.device) -> float:
@@ -69,8 +63,13 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
+    items = trainer._get_num_items_in_batch([batch], trainer.args.device)  # as in training: losses may rely on it
     with trainer.autocast():
-        return trainer.compute_loss(trainer.model, dict(batch))
+        return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+
+
+def _step(trainer: Any, batch: Mapping) -> None:
+    _loss(trainer, batch).backward()
 
 
 def _optimizer_step(trainer: Any) -> Callable[[], Any]:
@@ -102,7 +101,6 @@ def measure_costs(
     candidates: int,
     most: float,
     *,
-    least: int = 2,
     offline: bool = True,
     offline_scorer: torch.nn.Module | None = None,
     accelerators: Sequence[Accelerator] = (),
@@ -119,8 +117,7 @@ def measure_costs(
         collator (`Callable`): makes batches of its items.
         rows (`int`): batch size b.
         candidates (`int`): rows of a candidate batch, which are padded to more columns; 0: none will be scored.
-        most (`float`): at most so many batches are timed,
-        least (`int`): but at least so many.
+        most (`float`): at most so many batches are timed, but at least two: of one, chance makes too much.
         offline (`bool`): whether there may be an offline pass.
         offline_scorer (`nn.Module`, *optional*): what scores in the offline pass; default: the model itself.
         accelerators (`Sequence[Accelerator]`): what will make steps cheaper; they are timed one on top of the other.
@@ -137,15 +134,20 @@ def measure_costs(
         scorer_for(trainer, model)
         for model in (trainer.model, trainer.model if offline_scorer is None else to_device(offline_scorer, device))
     )
-    count = min(max(int(most), least), BATCHES)
+    count = min(max(int(most), 2), BATCHES)
     accumulation, workers = trainer.args.gradient_accumulation_steps, trainer.args.dataloader_num_workers
     trains = False  # what scoring says is an error, unless that memory is short; what a step says is a warning
     try:
+        parts = typical_batches(dataset, rows, count)
         started = time.perf_counter()
-        batches = _batches(trainer, dataset, collator, rows, count + 1)
+        batches = _collated(trainer, dataset, collator, parts)
         loading = (time.perf_counter() - started) / len(batches)
-        ours = batches if visited is None else _batches(trainer, dataset, collator, rows, count + 1, visited)
-        scored = _batches(trainer, dataset, collator, candidates, max(count // 2, 1) + 1) if candidates else []
+        ours, scored = batches, []
+        if visited is not None:
+            ours = _collated(trainer, dataset, collator, typical_batches(dataset, rows, count, visited))
+        if candidates:
+            parts = typical_batches(dataset, candidates, max(count // 2, 1))
+            scored = _collated(trainer, dataset, collator, parts)
         with untouched(trainer.model):
 
             def seconds(prepare: Callable[[], Mapping]) -> float:
@@ -228,21 +230,33 @@ def _factors(
     return factors
 
 
-def measure_slowdown(trainer: Any, dataset: Any, collator: Callable, full: int, rows: int, most: float) -> float:
+def measure_slowdown(
+    trainer: Any,
+    dataset: Any,
+    collator: Callable,
+    full: int,
+    rows: int,
+    most: float,
+    plain: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> float:
     """
-    Return the time of a row in batches of `rows`, relative to a row in batches of `full`.
+    Return the time of a row in batches of `rows`, relative to a row in batches of `full` in the context of `plain`.
 
     The median over pairs of steps, one right after the other: a busy machine slows down both. There are at most `most`
     pairs, but at least two.
     """
-    count = min(max(int(most), 2), PAIRS) + 1
-    pairs = zip(*(_batches(trainer, dataset, collator, size, count) for size in (full, rows)), strict=True)
+    count = min(max(int(most), 2), PAIRS)
+    batches = (_collated(trainer, dataset, collator, typical_batches(dataset, size, count)) for size in (full, rows))
+    pairs = zip(*batches, strict=True)
     ratios = []
     with untouched(trainer.model):
         for pair in pairs:
-            whole, small = (
-                _seconds(lambda batch=batch: _loss(trainer, batch).backward(), trainer.args.device) for batch in pair
-            )
+            times = []
+            for batch, context in zip(pair, (plain, contextlib.nullcontext), strict=True):
+                with context():
+                    step = partial(_step, trainer, batch)
+                    times.append(_seconds(step, trainer.args.device))
+            whole, small = times
             ratios.append(small / rows / (whole / full))
     return statistics.median(ratios[1:])
 
@@ -279,11 +293,44 @@ def _offline_seconds(trainer: Any, scorer: BatchScorer, dataset: Any, collator: 
     return min(timed[1:]) / len(chosen)
 
 
+class _Living(TorchDispatchMode):
+    """
+    Count the bytes of the tensors that are made while it is on, as long as they live: `now`, and at most `peak`.
+
+    Args:
+        there (`Iterable[torch.Tensor]`): what is there already; views of it are made, too.
+    """
+
+    def __init__(self, there: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in there}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._note, made)
+        return made
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if size and place not in self._known:  # else a view of what is known
+            self._known.add(place)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, place, size)
+        return tensor
+
+    def _forget(self, place: int, size: int) -> None:
+        self._known.discard(place)
+        self.now -= size
+
+
 def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) -> float:
     """
     Measure the peak memory of a training step on `rows` samples, in bytes.
 
-    On CUDA the allocator's peak; elsewhere weights, gradients and optimizer states plus what is saved for backward.
+    Weights, optimizer states, and what the step takes besides at its peak; on CUDA the allocator tells.
     """
     device = trainer.args.device
     positions = np.linspace(0, len(dataset) - 1, 256).astype(int).tolist()
@@ -296,17 +343,8 @@ def measure_memory(trainer: Any, dataset: Any, collator: Callable, rows: int) ->
             torch.cuda.reset_peak_memory_stats(device)
             _loss(trainer, batch).backward()
             return float(torch.cuda.max_memory_allocated(device) + 2 * trainable)
-        saved: dict[int, int] = {}
-
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = _loss(trainer, batch)
-        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-        activations = sum(size for pointer, size in saved.items() if pointer not in weights)
-        del loss
+        there = (*trainer.model.parameters(), *trainer.model.buffers(), *filter(torch.is_tensor, batch.values()))
+        with _Living(there) as living:
+            _loss(trainer, batch).backward()
         everything = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-        return float(everything + 3 * trainable + activations)
+        return float(everything + 2 * trainable + living.peak)

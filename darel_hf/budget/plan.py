@@ -85,7 +85,7 @@ class Plan:
         scores_free (`bool`): whether the offline scores cost nothing (saved ones, or no offline stage).
         fixed_steps (`bool`): whether `max_steps` fixes the number of steps.
         slowdown (`float`): time of all rows in batches of `batch_size`, relative to the batch size that the user gave
-            (T_new / T; above 1 where a memory budget made batches smaller).
+            (T_new / T; above 1 where a memory budget made batches smaller, or has activations computed again).
         overhead (`float`): time already spent on measuring, relative to plain training.
         method (`str`): `"settings"` (the user's fractions), `"measured"` or `"paper"` (a budget).
         costs ([`Costs`]): what the prediction rests on.
@@ -97,6 +97,7 @@ class Plan:
         more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more).
         prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
             train on prompts, too; `None`: not counted.
+        recomputes (`bool`): whether a memory budget has activations computed again in the backward pass.
     """
 
     offline_keep: float
@@ -117,6 +118,7 @@ class Plan:
     budget_time: float | None = None
     more: float = 1.0
     prompt_share: float | None = None
+    recomputes: bool = False
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
@@ -248,7 +250,12 @@ class Plan:
         if len(self.costs.factors) > 1:
             each = ", ".join(f"{name} {factor:.2f}" for name, factor in self.costs.factors.items())
             batches.append(f"  together  {each}: a step takes {math.prod(self.costs.factors.values()):.2f}")
-        batches += [f"  left out  {name}: {reason}" for name, reason in self.left_out.items()]
+        if self.recomputes:
+            batches.append("  memory    activations are computed again in the backward pass (exact)")
+        alike: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            alike.setdefault(reason, []).append(name)
+        batches += [f"  left out  {', '.join(names)}: {reason}" for reason, names in alike.items()]
         source = "measured" if self.costs.measured else "assumed"
         lines = [
             f"DAREL plan ({self.method})",
@@ -386,8 +393,8 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
         budget_time (`float`, *optional*): t, fraction of the full time. `None`: no time was asked for, only memory; it
-            is the full time then, or, where the smaller batches are so slow that this cannot be had, nothing is
-            dropped.
+            is the full time then, or, where the smaller batches are so slow that this cannot be had, or activations
+            are computed again, nothing is dropped.
         offline (`bool`): whether samples may be dropped offline.
 
     Returns:
@@ -400,7 +407,7 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     budget_time = 1.0 if memory_only else budget_time
     everything = replace(plan.everything, method="measured")
     whole = online_term(1.0, 1, plan.epochs, plan.costs)  # of an epoch in which nothing is dropped
-    if plan.fixed_steps:  # dropping samples saves none of them
+    if plan.fixed_steps or (memory_only and plan.recomputes):  # dropping saves no steps; or memory is paid for in time
         return everything
     # All of the time is plain training; or less padding is enough.
     if (budget_time == 1 and plan.slowdown <= 1) or (whole < 1 and everything.predicted_time <= budget_time):
@@ -516,22 +523,26 @@ def spend_on_epochs(plan: Plan, budget_time: float) -> Plan:
     return replace(plan, more=max((budget_time - plan.overhead) / training, 1.0))
 
 
-def batch_size_within(memory: Callable[[int], float], batch_size: int, budget_memory: float) -> int:
+def batch_size_within(
+    memory: Callable[[int], float], batch_size: int, budget_memory: float, full: float | None = None
+) -> int:
     """
     Return the largest batch size whose peak memory is within a fraction of the full one.
 
     Args:
         memory (`Callable`): `batch size -> bytes`, measured; called a few times. Memory grows linearly in between.
         batch_size (`int`): the full batch size.
-        budget_memory (`float`): m, fraction of `memory(batch_size)`.
+        budget_memory (`float`): m, a fraction of
+        full (`float`, *optional*): the memory that counts as the full one; default: `memory(batch_size)`.
 
     Raises:
         ValueError: if even one row does not fit; says what the smallest possible budget is.
     """
-    full, one = memory(batch_size), memory(1)
+    largest, one = memory(batch_size), memory(1)
+    full = largest if full is None else full
     remedy = f"cannot be met: one row needs {one / full:.3f} of the memory of {batch_size}; give as much"
     require(one <= budget_memory * full, "budget_memory", budget_memory, remedy)
-    if batch_size == 1 or full <= one:
+    if batch_size == 1 or largest <= max(one, budget_memory * full):
         return batch_size
-    slope = (full - one) / (batch_size - 1)
+    slope = (largest - one) / (batch_size - 1)
     return min(batch_size, int(1 + (budget_memory * full - one) / slope + 1e-9))

@@ -20,6 +20,7 @@ from .columns import (
     feature_length,
     group_numbers,
     has_labels,
+    is_plain,
     is_stream,
     read_column,
     read_items,

@@ -81,6 +81,38 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)
 
 
+def _saved_adapter(checkpoint: str | os.PathLike, name: str) -> dict[str, Any]:
+    """Return the settings of an adapter in a checkpoint, as PEFT has saved them; empty where there are none."""
+    path = Path(checkpoint, *([] if name == "default" else [name]), "adapter_config.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def is_lora(checkpoint: str | os.PathLike, model: Any) -> bool:
+    """Whether an adapter that is active in a model is stock LoRA in a checkpoint."""
+    return any(_saved_adapter(checkpoint, name).get("peft_type") == "LORA" for name in model.active_adapters)
+
+
+def check_adapters(checkpoint: str, model: Any, finishes: bool) -> None:
+    """
+    Raise `ValueError` if a checkpoint's adapters act elsewhere than the model's: weights of either kind fit the other.
+
+    Args:
+        checkpoint (`str`): the folder.
+        model (`nn.Module`): what its weights will be loaded into.
+        finishes (`bool`): whether its readers become stock LoRA in the last epochs.
+    """
+    for name, config in getattr(model, "peft_config", {}).items():
+        saved = _saved_adapter(checkpoint, name)
+        own = json.loads(json.dumps(config.to_dict(), default=str))
+        for key in ("peft_type", "alora_invocation_tokens") if saved else ():
+            become = finishes and key == "peft_type" and {saved.get(key), own.get(key)} == {"READER", "LORA"}
+            remedy = (
+                f"the adapter {name!r} has {key}={saved.get(key)!r} there and {own.get(key)!r} in the model: they "
+            )
+            remedy += "act at other positions; resume with adapters of the same kind"
+            require(become or saved.get(key) == own.get(key), "resume_from_checkpoint", checkpoint, remedy)
+
+
 def problem(checkpoint: str | os.PathLike) -> str | None:
     """Return what is wrong with a checkpoint, naming the file, or `None` if it is complete and readable."""
     checkpoint, expected = Path(checkpoint), []

@@ -21,10 +21,11 @@ class FinishEverywhere(TrainerCallback):
     Args:
         trainer (`Trainer`): its model is a reader.
         epochs (`float`): how many, at the end.
+        begun (`bool`): whether the checkpoint that the run goes on from is stock LoRA already.
     """
 
-    def __init__(self, trainer: Any, epochs: float):
-        self.trainer, self.epochs = trainer, epochs
+    def __init__(self, trainer: Any, epochs: float, begun: bool = False):
+        self.trainer, self.epochs, self.begun = trainer, epochs, begun
         self.first: int | None = None  # number of steps that are done when it begins
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
@@ -33,6 +34,26 @@ class FinishEverywhere(TrainerCallback):
         self.first = state.max_steps - max(round(self.epochs * steps), 1)
         remedy = f"the run has {state.max_steps} steps, {steps} an epoch; give less, or train a LoraConfig"
         require(self.first > 0, "finish_epochs", self.epochs, remedy)
+        if self.begun and state.global_step < self.first:
+            logger.warning(
+                "finish_epochs=%g: adapters of the checkpoint act everywhere already, and this run is longer: from "
+                "step %d to %d they leave prompts alone again",
+                self.epochs,
+                state.global_step + 1,
+                self.first,
+            )
+        self.set(state.global_step >= self.first)  # a run that goes on from its end does no further step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say it aloud where training was stopped before it began."""
+        if state.global_step <= self.first:
+            logger.warning(
+                "finish_epochs=%g: training ended after step %d, before adapters act everywhere (from step %d on): "
+                "what is saved is a reader, no stock LoRA",
+                self.epochs,
+                state.global_step,
+                self.first + 1,
+            )
 
     def start_step(self, step: int) -> None:
         """Let them act where it is time; called before anything of a step is done, `step` are done before it."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..accelerators import Accelerator, in_order, make_accelerators, make_allowed
+from ..accelerators import Accelerator, find_exact, in_order, make_accelerators, make_allowed
 from ..adapters import adapts_prompts
 from ..budget import (
     SHARE,
@@ -29,9 +29,10 @@ from ..budget import (
 )
 from ..config import ACCELERATOR_FACTS
 from ..files import require
-from ..scoring import is_causal_lm
+from ..scoring import is_causal_lm, preserve_rng_state
 from .clock import Clock
 from .dataset import TrainingSet
+from .recompute import Recompute
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Planner:
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
         left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
+        recompute ([`Recompute`]): what saves memory with the same gradients.
     """
 
     def __init__(self, trainer: Any, data: TrainingSet, clock: Clock):
@@ -65,6 +67,8 @@ class Planner:
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
         self._no_pass = False
+        self.recompute = Recompute(trainer)
+        self._full_memory: float | None = None  # bytes of a plain step, where that was measured
 
     def draft(self, scores_free: bool) -> None:
         """Begin with the plan of the settings; raise `ValueError` for fractions that whole rows cannot make."""
@@ -87,12 +91,35 @@ class Planner:
         rows = self.trainer._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return max(1.0, self.args.max_steps * rows / len(self.data))
 
+    def save_memory(self) -> None:
+        """Compute activations again, where a memory budget asks for less than a step takes and that makes it less."""
+        if self.config.budget_memory in (None, 1) or self.config.budget_method != "measured":
+            return
+        if not self.recompute.possible():
+            return
+        dataset, collator = self.data.batching
+        size = self.trainer._train_batch_size
+
+        def compare() -> tuple[float, bool]:
+            full = measure_memory(self.trainer, dataset, collator, size)
+            self.recompute.set(True)
+            return full, measure_memory(self.trainer, dataset, collator, size) < full
+
+        with self.clock.count("probe"), preserve_rng_state():
+            self._full_memory, less = self.trainer.on_main(compare)
+        self.recompute.set(less)
+
     def try_accelerators(self) -> None:
         """Find out which accelerators this model takes, of those that are asked for or that `fast` looks for."""
         if self.config.accelerators or self.config.finds_exact:
-            few_rows = None if self.data.streams else self.data.few_rows
             with self.clock.count("probe"):
-                self.accelerators, self.left_out = make_accelerators(self.trainer, few_rows, self._first_found)
+                found = make_accelerators(self.trainer, self._few_rows, self._first_found)
+                self.accelerators, self.left_out = found
+
+    @property
+    def _few_rows(self) -> Callable[[], Mapping[str, Any]] | None:
+        """What makes a batch to try something out on; `None`: the data are a stream."""
+        return None if self.data.streams else self.data.few_rows
 
     def _leave_out(self, reasons: Mapping[str, str]) -> None:
         """Go on without some accelerators; say so aloud of those that were asked for by name."""
@@ -107,6 +134,7 @@ class Planner:
         """Let accelerators leave the model as a plain trainer would."""
         for accelerator in self.accelerators:
             accelerator.detach()
+        self.recompute.set(False)
 
     def _first_found(self, found: Any) -> Any:
         """Return the first of what the processes found that is not `None`, the same on all."""
@@ -132,14 +160,14 @@ class Planner:
         with self.clock.count("probe"):
             if config.budget_memory is not None:
                 memory = partial(measure_memory, trainer, dataset, collator)
-                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory)
-                self.plan = replace(self.plan, batch_size=size)
+                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory, self._full_memory)
+                self.plan = replace(self.plan, batch_size=size, recomputes=self.recompute.on)
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
             rows, share = round(candidates * size), SHARE if config.has_budget else SHARE / 2
-            decides = config.has_budget or any(not a.asked or a.most < math.inf for a in self.accelerators)
-            prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
-            visited = None if prompts is None else list(self.data.by_prompt(prompts, size))
+            visited = self._visited()
+            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
+            again = partial(again, visited=visited)
             costs = measure_costs(
                 trainer,
                 dataset,
@@ -147,7 +175,6 @@ class Planner:
                 size,
                 rows,
                 share * total,
-                least=2 if decides else 1,
                 offline=offline,
                 offline_scorer=scorer,
                 accelerators=self.accelerators,
@@ -155,24 +182,69 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
-                slow = {name: factor for name, factor in costs.factors.items() if factor > most.get(name, math.inf)}
-                self._leave_out(
-                    {name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()}
-                )
-                there = [accelerator.facts.name for accelerator in self.accelerators]
-                costs = replace(costs, factors={k: v for k, v in costs.factors.items() if k in there})
+                costs = replace(costs, factors=self._keep_what_pays(costs.factors, again))
                 self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
-                if size != full_size:
-                    slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, SHARE * total)
+                if size != full_size or self.recompute.on:
+                    plain, most = self.recompute.plain, SHARE * total
+                    slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, most, plain)
                     self.plan = replace(self.plan, slowdown=max(self._from_main(slowdown), SMALLEST_SLOWDOWN))
             if not scores_online:
                 self._set_costs(forward_share=0.0)
             self._set_costs(one_forward=any(accelerator.chooses for accelerator in self.accelerators))
         self._count_overhead(scorer_seconds)
         if config.budget_allows:
-            again = partial(measure_costs, trainer, dataset, collator, size, 0, share * total, offline=False)
-            self._allow(partial(again, visited=visited), scorer_seconds)
+            self._allow(again, scorer_seconds)
+
+    def _visited(self) -> np.ndarray | None:
+        """Return samples in such an order as the run trains on them, int64 `[k]`; `None`: drawn at random."""
+        prompts = None if self.data.waits else self.data.prompts  # the pass will read all items
+        if prompts is None:
+            return None
+        rows, size = self.plan.candidate_rows, self.plan.batch_size
+        order = np.array(list(self.data.by_prompt(prompts, rows)), np.int64)
+        candidates = order[: len(order) // rows * rows].reshape(-1, rows)
+        if rows == size or not len(candidates):
+            return order
+        return np.random.default_rng(0).permuted(candidates, axis=1)[:, :size].ravel()  # as rules that draw choose
+
+    def _keep_what_pays(self, factors: Mapping[str, float], measure: Callable[..., Costs | None]) -> dict[str, float]:
+        """
+        Leave out accelerators with which steps are no cheaper; those that these had excluded are tried in their place.
+
+        Args:
+            factors (`Mapping`): of the accelerators that are there, as measured.
+            measure (`Callable`): measures what a step costs with `accelerators`.
+
+        Returns:
+            the factors of those that stay.
+        """
+        while True:
+            most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
+            slow = {name: factor for name, factor in factors.items() if factor > most.get(name, math.inf)}
+            self._leave_out({name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()})
+            more = bool(slow) and self._find_more()
+            there = {accelerator.facts.setting for accelerator in self.accelerators}
+            beside = {a.facts.name: a.facts.beside for a in self.accelerators if a.facts.beside}
+            alone = {name: others for name, others in beside.items() if not there & set(others)}
+            self._leave_out({name: f"it goes beside {' or '.join(others)}" for name, others in alone.items()})
+            if not more:
+                there = [accelerator.facts.name for accelerator in self.accelerators]
+                return {name: factor for name, factor in factors.items() if name in there}
+            costs = self._from_main(measure(accelerators=self.accelerators))
+            if costs is None:
+                found = [a.facts.name for a in self.accelerators if not a.asked and a.facts.name not in factors]
+                self._leave_out(dict.fromkeys(found, "what a step with it takes could not be measured"))
+            else:
+                factors = costs.factors
+
+    def _find_more(self) -> bool:
+        """Return whether there is more that is exact, now that something was left out; take it."""
+        if not self.config.finds_exact:
+            return False
+        before, found = len(self.accelerators), self._first_found
+        self.left_out |= find_exact(self.trainer, self.accelerators, self.left_out, self._few_rows, found)
+        self.accelerators = in_order(self.accelerators)
+        return len(self.accelerators) > before
 
     def _count_overhead(self, scorer_seconds: float) -> None:
         if self.plan.costs.measured:
@@ -354,16 +426,26 @@ class Planner:
         plan, config = self.plan, self.config
         if config.budget_time is None or plan.method != "measured" or not plan.costs.measured or plan.fixed_steps:
             return
+        if plan.kept == 1 and plan.too_short(config.budget_time):  # it has been said that all is trained on
+            return
         # Of a step relative to a plain one: what it takes without scoring, and what scoring adds to that.
         base = plan.step_time * plan.effective_online_keep
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
         step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * plan.step_time
+        # The first epoch may cost more than others, which a clock that looks at its steps must know.
+        first, epochs = math.prod(a.first_epoch for a in self.accelerators), max(plan.trained_epochs, 1.0)
+        mean = (first + epochs - 1) / epochs
+
+        def step_cost(step: int) -> float:
+            training = (first if step < self.pace.progress.planned / epochs else 1.0) / mean
+            return training + (scoring and scoring * is_fresh(step))
+
         self._row_seconds = step / plan.batch_size
         seconds = self.clock.seconds
         self.pace = KeepBudget(
             seconds=max(config.budget_time, plan.predicted_time) * self.full_seconds,
             elapsed=lambda: self.clock.elapsed - seconds["evaluation"],
-            step_cost=lambda step: 1 + (scoring and scoring * is_fresh(step)),
+            step_cost=step_cost,
             step_seconds=step,
             scoring=None if plan.costs.one_forward else lambda: seconds["scoring"],
             decide=self.trainer.on_main,
@@ -373,8 +455,9 @@ class Planner:
         )
 
     def follow_batch_size(self, batch_size: int) -> None:
-        """Learn that Trainer tries again with smaller batches, whose steps are shorter."""
+        """Learn that Trainer tries again with smaller batches, whose steps are shorter, or has made the model anew."""
         plan = self.plan
+        self.recompute.set(self.recompute.on)
         if self.pace is not None:
             self.pace.step_seconds = self._row_seconds * batch_size
         if self.args.auto_find_batch_size and batch_size != plan.batch_size:
@@ -415,6 +498,8 @@ class Planner:
         used = self.plan.used
         if used is None:  # of before a budget looked for any
             used = {a.facts.name: a.value for a in self.accelerators if self.config.fast}
+        with self.clock.count("probe"):
+            self._find_more()  # it may have come in the place of something that is left out
         for accelerator in [a for a in self.accelerators if not a.asked and a.facts.name not in used]:
             accelerator.detach()
             self.accelerators.remove(accelerator)

@@ -55,8 +55,10 @@ class Run:
         self.planner = Planner(trainer, self.data, self.clock)
         self.offline = OfflineStage(trainer, self.data, self.clock, self.folder)
         self.online: OnlineStage | None = None
-        finishes = self.config.finish_epochs > 0
-        self.finish = FinishEverywhere(trainer, self.config.finish_epochs) if finishes else None
+        self.finish: FinishEverywhere | None = None
+        if self.config.finish_epochs:
+            begun = checkpoint is not None and checkpoints.is_lora(checkpoint, trainer.model)
+            self.finish = FinishEverywhere(trainer, self.config.finish_epochs, begun)
 
     @property
     def plan(self) -> Plan:
@@ -74,15 +76,20 @@ class Run:
         """Check the data, decide the plan (or restore it), select offline, and hand Trainer what it trains on."""
         trainer, data = self.trainer, self.data
         self._ready_model()
+        state = None if self.checkpoint is None else checkpoints.load(self.checkpoint)
+        if state is None:
+            self.planner.save_memory()
+        else:
+            self.planner.recompute.set(state["plan"].get("recomputes", False))
         self.planner.try_accelerators()
         with preserve_rng_state():
             set_seed(data.seed)  # data that are augmented at random have the same fingerprint again
             data.take_fingerprint()
             self.offline.load_reference()
-            if self.checkpoint is None:
+            if state is None:
                 self._decide()
             else:
-                self._restore()
+                self._restore(state)
         trainer._train_batch_size = self.plan.batch_size
         visited = data.with_ids if self.online.in_loop else data.dataset
         if self.offline.positions is not None:
@@ -157,10 +164,10 @@ class Run:
         self.planner.count_offline(spent, self.offline.scores_reused)
         return scores
 
-    def _restore(self) -> None:
+    def _restore(self, state: dict[str, Any]) -> None:
         """Take everything over from the checkpoint."""
-        state = checkpoints.load(self.checkpoint)
         checkpoints.check_same(state, self.checkpoint, self.data.fingerprint, self.config)
+        checkpoints.check_adapters(self.checkpoint, self.trainer.model, finishes=self.finish is not None)
         remedy = f"the checkpoint was made with {state['batch_size']}; resume with that"
         size = self.trainer._train_batch_size
         same = size == state["batch_size"] or self.args.auto_find_batch_size
@@ -243,7 +250,7 @@ class Run:
             scores_reused=offline.scores_reused,
             decisions=(planner.decisions or [])[1:],
             in_use={a.facts.name: a.value for a in planner.accelerators},
-            left_out={**planner.plan.left_out, **online.given_up},
+            left_out={**planner.left_out, **online.given_up},
             step_time=planner.step_time,
         )
         if self.stores:

@@ -128,6 +128,29 @@ class Task:
         )
 
 
+def training_arguments(
+    folder: Path, epochs: float, seed: int, options: argparse.Namespace, **settings: Any
+) -> TrainingArguments:
+    """Return what all runs share that quality is measured of."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=options.batch_size,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        seed=seed,
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1000,
+        dataloader_pin_memory=False,
+        **{"learning_rate": options.learning_rate, **settings},
+    )
+
+
 def seconds_of(trainer: Trainer) -> float:
     """Train and return the seconds it took, everything counted."""
     started = time.perf_counter()
@@ -175,6 +198,12 @@ def latest_rows(name: str, settings: dict[str, Any], **results: Any) -> dict[str
     for row in found.values():
         by_arm.setdefault(row["arm"], []).append(row)
     return by_arm
+
+
+def has_row(name: str, settings: dict[str, Any], arm: str, seed: int) -> bool:
+    """Whether the results of an arm and seed are stored already."""
+    stored = latest_rows(name, settings) if (RESULTS / f"{name}.jsonl").exists() else {}
+    return any(row["seed"] == seed for row in stored.get(arm, []))
 
 
 def store(name: str, settings: dict[str, Any], results: dict[str, Any]) -> None:

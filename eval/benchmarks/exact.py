@@ -9,11 +9,11 @@ The full run, on a quiet machine (an hour or two; DATA is the folder of E2E's fi
     $run --samples 64 --epochs 3 --layers 12 --width 768 --ways whole,rounded
     $run --samples 160 --epochs 3 --parts
 
-Ways are those of the benchmark `prompts`, LoRA of r 8 in batches of 8: `plain+fast` and `reader+fast` are the wholes,
-with LoRA everywhere and with a reader; `alone` and `without` are lists of each exact accelerator alone and of the
-wholes without it; `base_precision` comes on top. With --full all weights are trained. Times are relative to the plain
-run of the same round. Beside them, of a run of its own in a process of its own: FLOPs of the loop and the memory that
-the loop adds at its peak (on a CPU, of the process), relative to plain. Rows go to results/exact.jsonl, tables to
+Ways are those of the benchmark `prompts`, by default LoRA of r 8 in batches of 8: `plain+fast` and `reader+fast` are
+the wholes, with LoRA everywhere and with a reader; `alone` and `without` are lists of each exact accelerator alone and
+of the wholes without it; `base_precision` comes on top. With --full all weights are trained. Times are relative to the
+plain run of the same round. Beside them, of a run of its own in a process of its own: FLOPs of the loop and the memory
+that the loop adds at its peak (on a CPU, of the process), relative to plain. Rows go to results/exact.jsonl, tables to
 results/exact.md.
 
 --parts writes what is left of a step, in milliseconds of processor time with one thread, to results/exact_parts.jsonl:
@@ -36,15 +36,23 @@ from typing import Any
 
 import torch
 from common import RESULTS, parser, seconds_of, store
-from prompts import TARGETS, Runs, tables_of
+from prompts import Runs, add_adapters, tables_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
 from darel_hf.training.online import OnlineStage
 
 #: Each exact accelerator alone, and the wholes of LoRA everywhere and of a reader without one of theirs.
-ALONE = ("unpad", "share_1", "unpad+last_block", "plain+fast_lora", "reader")
-WITHOUT = ("unpad+last_block+fast_lora", "share_1+fast_lora", "share_1+last_block", "slow+fast_lora", "reader")
+ALONE = ("unpad", "share_1", "unpad+last_block", "plain+fused_activation", "plain+fast_lora", "reader")
+WITHOUT = (
+    "unpad+last_block+fused_activation+fast_lora",
+    "share_1+fused_activation+fast_lora",
+    "share_1+last_block+fast_lora",
+    "share_1+last_block+fused_activation",
+    "slow+fused_activation+fast_lora",
+    "reader+fast_lora",
+    "reader+fused_activation",
+)
 WHOLE = ("plain+fast", "reader+fast")
 ROUNDED = ("plain+base_precision", "plain+fast+base_precision", "reader+fast+base_precision")
 LISTS = {"alone": ALONE, "without": WITHOUT, "whole": WHOLE, "rounded": ROUNDED}
@@ -179,6 +187,7 @@ def main() -> None:
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--full", action="store_true", help="train all weights; then the way is plain+fast")
     made.add_argument("--bf16", action="store_true", help="Trainer's, for all ways")
+    add_adapters(made)
     made.add_argument("--parts", action="store_true", help="what is left of a step, in place of whole runs")
     options = made.parse_args()
     options.lengths, options.same, options.family = None, 1, "gpt2"
@@ -188,7 +197,7 @@ def main() -> None:
         options.threads, options.ways = 1, "plain,whole"
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
-    settings = {**runs.task.settings, "lora_r": None if options.full else 8, "targets": ",".join(TARGETS["gpt2"])}
+    settings = {**runs.settings, **({"lora_r": None} if options.full else {})}
     left_out = ("ways", "parts", "lengths", "same", "family")
     settings = {key: value for key, value in settings.items() if key not in left_out}
     if options.layers:

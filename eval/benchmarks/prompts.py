@@ -20,6 +20,7 @@ stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -64,6 +65,17 @@ SFT = {"sft_packing": {"packing": True}, "sft_padding_free": {"padding_free": Tr
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": "all-linear"}
 
 
+def add_adapters(made: argparse.ArgumentParser) -> None:
+    """Add the options of adapters."""
+    made.add_argument("--lora_r", type=int, default=8)
+    made.add_argument("--targets", help="layers with adapters, with commas between; default: attention and MLP")
+
+
+def targets_of(options: argparse.Namespace) -> list[str] | str:
+    """Return the layers that have adapters, as PEFT takes them."""
+    return options.targets.split(",") if options.targets else TARGETS[options.family]
+
+
 class Runs:
     """Trainers of all ways, on the same rows."""
 
@@ -92,8 +104,9 @@ class Runs:
     def model(self, way: str) -> torch.nn.Module:
         """Return a model with adapters on attention and MLP, of the kind that a way trains."""
         way = way.partition("+")[0]
-        settings: dict[str, Any] = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"}
-        settings["target_modules"] = TARGETS[self.options.family]
+        rank = self.options.lora_r
+        settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "task_type": "CAUSAL_LM"}
+        settings["target_modules"] = targets_of(self.options)
         config = LoraConfig(**settings) if way not in READERS else ReaderLoraConfig(**settings)
         if way == "alora":
             config = completion_lora(LoraConfig(**settings), self.data, self.tokenizer)
@@ -110,6 +123,13 @@ class Runs:
         else:
             base = AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
         return base if getattr(self.options, "full", False) else get_peft_model(base, config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was run."""
+        targets = targets_of(self.options)
+        named = {"targets": targets if isinstance(targets, str) else ",".join(targets)}
+        return {**self.task.settings, "lora_r": self.options.lora_r, **named}
 
     @property
     def layers(self) -> int:
@@ -212,6 +232,7 @@ def main() -> None:
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--family", choices=sorted(TARGETS), default="gpt2", help="of a model with random weights")
     made.add_argument("--bf16", action="store_true")
+    add_adapters(made)
     runs = Runs(made.parse_args())
     options = runs.options
     names, full = options.ways.split(","), []
@@ -230,8 +251,7 @@ def main() -> None:
             times[name].append(seconds_of(trainer) / full[-1])
             if getattr(trainer, "report", None) is not None:
                 predicted[name].append(trainer.report.plan.predicted_time)
-    targets = TARGETS[options.family]
-    settings = {**runs.task.settings, "lora_r": 8, "targets": targets if type(targets) is str else ",".join(targets)}
+    settings = runs.settings
     usual = (("same", 1), ("family", "gpt2"))
     settings = {key: value for key, value in settings.items() if key != "ways" and (key, value) not in usual}
     if options.layers:

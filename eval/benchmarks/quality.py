@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from common import RESULTS, add_quick, data_and_model, latest_rows, store
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from common import RESULTS, add_quick, data_and_model, has_row, latest_rows, store, training_arguments
+from transformers import DataCollatorForSeq2Seq
 
 from darel_hf import DarelConfig, NLGMetrics
 from darel_hf.comparison.statistics import t_quantile
@@ -109,7 +109,8 @@ def arms() -> dict[str, Arm]:
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
     made["fewer_0.67"] = Arm(share_of_epochs=0.67)
-    for share in (0.67, 0.5, 0.33):
+    made["reader_fast_bf16"] = Arm({"fast": True, "base_precision": "bf16"}, task={"lora_on": "reader"})
+    for share in (0.83, 0.67, 0.5, 0.33):
         made[f"reader_fewer_{share}"] = made["reader"]._replace(share_of_epochs=share)
     made["alora"] = Arm(cached, task={"lora_on": "completion"})
     for most in (1, 2, 4):
@@ -221,12 +222,6 @@ def main() -> None:
             summarize(options.name, settings)
 
 
-def has_row(name: str, settings: dict[str, Any], arm: str, seed: int) -> bool:
-    """Whether the results of an arm and seed are stored already."""
-    stored = latest_rows(name, settings) if (RESULTS / f"{name}.jsonl").exists() else {}
-    return any(row["seed"] == seed for row in stored.get(arm, []))
-
-
 def outputs_of(output: Path, task: NLGArguments, mrs: list[str], beams: int) -> list[str]:
     """Return the outputs of a run; by beam search they are written first, once."""
     path = output / "predictions.txt"
@@ -287,29 +282,6 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
         wordnet="none",
     )
     return task, settings, folder
-
-
-def training_arguments(
-    folder: Path, epochs: float, seed: int, options: argparse.Namespace, **settings: Any
-) -> TrainingArguments:
-    """Return what all runs share."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=options.batch_size,
-        lr_scheduler_type="linear",
-        warmup_steps=0.06,
-        weight_decay=0.01,
-        seed=seed,
-        bf16=options.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1000,
-        dataloader_pin_memory=False,
-        **{"learning_rate": options.learning_rate, **settings},
-    )
 
 
 def test_loss(output: Path, base: str, held: dict[str, list[str]]) -> float:

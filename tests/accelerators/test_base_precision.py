@@ -99,6 +99,34 @@ def test_the_base_comes_back_after_an_error(tmp_path):
     assert trainer.computing is None and not any(m._forward_pre_hooks for m in trainer.model.modules())
 
 
+class Meanwhile(TrainerCallback):
+    """Do something to a frozen weight in the middle of training."""
+
+    def __init__(self, do):
+        self.do = do
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 3:
+            with torch.no_grad():
+                self.do(model.get_base_model().transformer.h[0].attn.c_attn.base_layer.weight)
+
+
+def test_frozen_weights_that_somebody_trains_or_changes(tmp_path, caplog):
+    """It would be lost when training ends: the first is an error, the second is said aloud."""
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Meanwhile(lambda weight: weight.requires_grad_(True)))
+    with pytest.raises(
+        ValueError, match=r"base_precision='bf16': .*c_attn\.base_layer\.weight is trained from now on"
+    ):
+        trainer.train()
+    assert "were changed" not in caplog.text
+    trainer = trainer_for(tmp_path)
+    trainer.add_callback(Meanwhile(lambda weight: weight.data.mul_(1.5)))
+    trainer.train()
+    said = "base_precision='bf16': 1 frozen weights (base_model.model.transformer.h.0.attn.c_attn.base_layer.weight"
+    assert said in caplog.text
+
+
 def test_the_base_comes_back_where_memory_ends_halfway(tmp_path, monkeypatch):
     trainer, made = trainer_for(tmp_path), []
     before = {name: (p, p.detach().clone()) for name, p in trainer.model.named_parameters()}

@@ -162,7 +162,8 @@ def test_what_it_cannot_be_had_for(tmp_path, caplog):
             darel=DarelConfig(last_block=True, **darel),
         )
         few = PadCollator()([token_data(4)[i] for i in range(4)])
-        return LastBlock(trainer).why_not((lambda: few) if rows else None)
+        block = LastBlock(trainer)
+        return block.unfit() or block.why_not((lambda: few) if rows else None)
 
     unpadded = {"unpad": True}
     assert "set unpad=True or share_prompts=1 beside it" in reason({})

@@ -732,6 +732,44 @@ def test_a_base_that_is_trained_is_refused(tmp_path):
         assert f"{part}.weight is trained" in refusal(model, tmp_path)
 
 
+class Meanwhile(TrainerCallback):
+    """Do something to a weight of the base in the middle of training."""
+
+    def __init__(self, do, step=3):
+        self.do, self.step = do, step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                self.do(model.get_base_model().model.layers[0].mlp.up_proj.base_layer.weight)
+
+
+def test_a_base_that_changes_meanwhile(tmp_path, caplog):
+    """A callback that unfreezes it is refused; after one that changes it, prompts are computed again."""
+
+    def run(cls, do, darel=None):
+        model = adapted("llama", ReaderLoraConfig)
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        trainer = cls(
+            model=model,
+            args=arguments(tmp_path, **GENTLE, num_train_epochs=2),
+            train_dataset=data(),
+            data_collator=PadCollator(),
+            callbacks=[Meanwhile(do)],
+            **({"darel": DarelConfig(**darel)} if darel else {}),
+        )
+        trainer.train()
+        return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}, start
+
+    message = r"prompt_cache='ram': .*layers\.0\.mlp\.up_proj\.base_layer\.weight is trained, .*; set it to None"
+    with pytest.raises(ValueError, match=message):
+        run(DarelTrainer, lambda weight: weight.requires_grad_(True), {"prompt_cache": "ram"})
+    wanted, start = run(Trainer, lambda weight: weight.mul_(1.5))
+    found, _ = run(DarelTrainer, lambda weight: weight.mul_(1.5), {"prompt_cache": "ram"})
+    assert distance(found, wanted, start) < 1e-4
+    assert caplog.text.count("up_proj.base_layer.weight was changed while training lasts") == 1
+
+
 def test_a_row_that_is_all_padding(tmp_path):
     inputs = rows([(5, 4), (4, 3)])
     for key, value in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 from helpers import PAD
-from readers import FAMILIES, adapted, distance, make_base, rows
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from readers import FAMILIES, SMALL, adapted, distance, make_base, rows
+from transformers import LlamaConfig, LlamaForSequenceClassification, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from darel_hf import ReaderLoraConfig, shared_prefixes
 from darel_hf.accelerators import row_attention
@@ -57,6 +57,22 @@ def test_logits_and_gradients(family, make, side, positions):
     assert distance(gradients, wanted) < 1e-5
     again, _ = results(model, batch)
     assert torch.equal(again, logits), "the model is as it was"
+
+
+def test_a_window_that_attention_is_not_told_of(caplog):
+    """Qwen2-MoE has its window in the mask alone; a first batch that is shorter than it does not show that."""
+    torch.manual_seed(0)
+    experts = dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16)
+    experts |= {"num_experts": 2, "num_experts_per_tok": 1}
+    window = {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **experts, **window)).eval()
+    batches = [rows(lengths, same_prompts=True) for lengths in ([(5, 3), (5, 2)], [(16, 5), (16, 4)])]
+    wanted = [results(model, batch)[0] for batch in batches]
+    with shared_prefixes(model):
+        for batch, logits in zip(batches, wanted, strict=True):
+            used = batch["attention_mask"].bool()
+            torch.testing.assert_close(results(model, batch)[0][used], logits[used], rtol=1e-4, atol=1e-4)
+    assert caplog.text.count("prefixes are not shared") == 1
 
 
 def test_logits_to_keep(positions):

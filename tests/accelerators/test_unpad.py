@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from darel_hf import DarelConfig, DarelTrainer
+from darel_hf import DarelConfig, DarelMixin, DarelTrainer
 from darel_hf.accelerators import row_attention
 from darel_hf.accelerators.unpad import flatten
 
@@ -367,6 +367,48 @@ def rows_of(lengths, prompt=True):
         for ids, own in zip(rows, labels, strict=True)
     ]
     return datasets.Dataset.from_list(rows)
+
+
+class Hides(Trainer):
+    """Trains on other inputs than a loss is tried out with."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        return super().training_step(model, {**inputs, "labels": hidden(inputs["labels"])}, *args, **kwargs)
+
+
+class Prepares(Trainer):
+    def _prepare_inputs(self, inputs):
+        inputs = super()._prepare_inputs(inputs)
+        return {**inputs, "labels": hidden(inputs["labels"])}
+
+
+def hidden(labels):
+    """Without the labels of the second half of a row: of a batch in one row, not those."""
+    return labels.clone().index_fill_(1, torch.arange(labels.shape[1] // 2, labels.shape[1]), -100)
+
+
+@pytest.mark.parametrize("base", [Hides, Prepares])
+def test_a_step_that_does_more_to_its_inputs(base, tmp_path):
+    """Below ours it would be given one row; on top of ours it gets the batch before."""
+
+    class Below(DarelMixin, base):
+        pass
+
+    class OnTop(Hides, DarelTrainer):
+        pass
+
+    def run(cls, **darel):
+        more = {"darel": DarelConfig(**darel)} if darel else {}
+        args = arguments(tmp_path, num_train_epochs=1, optim="sgd")
+        trainer = cls(model=tiny_lora(), args=args, train_dataset=token_data(16), data_collator=PadCollator(), **more)
+        trainer.train()
+        return weights(trainer.model)
+
+    with pytest.raises(ValueError, match=rf"unpad=True: .*{base.__name__}\.(training_step|_prepare_inputs) would be"):
+        run(Below, unpad=True)
+    wanted = run(base)
+    for found in [run(Below, fast=True), *([run(OnTop, unpad=True)] if base is Hides else [])]:
+        assert all((found[name] - value).abs().max() < 1e-5 for name, value in wanted.items())
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from transformers import GenerationConfig, Trainer, pipeline
 
 from darel_hf import DarelTrainer, ReaderLoraConfig, to_lora
 from darel_hf.adapters import acting_everywhere, find_reader, prompt_positions, with_prompt_lengths
+from darel_hf.adapters.reader import _warn_of_no_prompts
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2)]
 
@@ -323,6 +324,18 @@ def test_padding_inside_a_prompt():
     inputs["attention_mask"][0, 2:4] = 0
     wanted = model(**inputs).loss
     assert torch.equal(model(**with_prompt_lengths(model, inputs)).loss, wanted)
+
+
+def test_rows_without_prompts_are_noticed(caplog):
+    """Labels of all tokens, as collators for plain language modelling make them: nothing would ever read a prompt."""
+    _warn_of_no_prompts.cache_clear()
+    model, batch = adapted("llama", ReaderLoraConfig), rows([(3, 2), (0, 4)])
+    model(**batch)  # one of them has a prompt
+    assert "no prompt" not in caplog.text
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for _ in range(2):
+        model(**batch)
+    assert caplog.text.count("there is no prompt to read") == 1
 
 
 def test_adapters_of_both_kinds_at_once():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer
+from darel_hf.budget import Plan
 from darel_hf.budget.pace import KeepBudget, Progress
 from darel_hf.budget.plan import candidate_rows
 
@@ -183,6 +184,17 @@ def test_training_ends_early_with_the_rate_decayed(tmp_path, monkeypatch):
     assert again.report.decisions[: len(decisions) - 1] == decisions[1:]
     assert again.state.global_step < planned / 2
     assert set(again.lr_scheduler.get_last_lr()) == {0.0}
+
+
+@pytest.mark.slow
+def test_a_run_that_trains_on_everything_does_all_steps(tmp_path, monkeypatch, caplog):
+    """Where measuring has eaten the budget, it says so, and is not cut short on the way."""
+    trainer = trainer_for(tmp_path, epochs=2)
+    monkeypatch.setattr(Plan, "too_short", lambda plan, budget: True)
+    trainer.add_callback(Slower(trainer, monkeypatch))
+    trainer.train()
+    assert "it trains on everything" in caplog.text
+    assert trainer.state.global_step == 20 and trainer.report.decisions == []
 
 
 @pytest.mark.slow

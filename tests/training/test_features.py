@@ -81,8 +81,9 @@ def test_a_rule_of_the_users_own(tmp_path):
 @pytest.mark.slow
 def test_trials_are_planned_with_their_own_arguments(tmp_path):
     pytest.importorskip("optuna")
-    darel = {"budget_memory": 0.8, "offline_rule": "random"}
-    trainer = trainer_for(tmp_path, darel=darel, model_init=lambda trial: tiny_lora(), eval_strategy="epoch")
+    darel = {"budget_memory": 0.9, "offline_rule": "random"}
+    others = {"eval_strategy": "epoch", "gradient_checkpointing": True}  # so that batches must be smaller
+    trainer = trainer_for(tmp_path, darel=darel, model_init=lambda trial: tiny_lora(), **others)
     seen = []
 
     class Remember(TrainerCallback):

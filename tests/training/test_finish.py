@@ -1,6 +1,7 @@
 """Finishing: a reader's last epochs train everywhere, and what is saved is stock LoRA."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel
 from readers import GENTLE, adapted, data, distance, make_base, trained
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 
@@ -110,6 +111,60 @@ def test_a_second_run_begins_as_a_reader_again(tmp_path):
     for _ in range(2):
         trainer.train()
         assert [saved_type(tmp_path / f"checkpoint-{step}") for step in (6, 12)] == ["READER", "LORA"]
+
+
+def finishing(folder, **more):
+    model = adapted("gpt2", ReaderLoraConfig)
+    return model, trained(DarelTrainer, folder, model, {"finish_epochs": 1}, save_strategy="epoch", **more)
+
+
+def test_a_run_that_goes_on_from_its_end_is_stock_lora(tmp_path):
+    """No further step is done, and what is saved afterwards is what the checkpoint is."""
+    finishing(tmp_path)
+    model, _ = finishing(tmp_path, resume=True)
+    model.save_pretrained(tmp_path / "saved")
+    assert saved_type(tmp_path / "saved") == "LORA"
+
+
+def test_a_longer_run_says_that_adapters_leave_prompts_alone_again(tmp_path, caplog):
+    finishing(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        finishing(tmp_path, resume=True, num_train_epochs=4)
+    assert "act everywhere already, and this run is longer: from step 13 to 18 they leave prompts alone" in caplog.text
+
+
+def test_training_that_is_stopped_before_says_so(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 6
+
+    trainer = DarelTrainer(
+        model=adapted("gpt2", ReaderLoraConfig),
+        args=arguments(tmp_path, **GENTLE),
+        train_dataset=data(),
+        data_collator=PadCollator(),
+        callbacks=[Stop()],
+        darel=DarelConfig(finish_epochs=1),
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert "finish_epochs=1: training ended after step 6, before adapters act everywhere (from step 7" in caplog.text
+    caplog.clear()
+    finishing(tmp_path / "whole")
+    assert "training ended" not in caplog.text
+
+
+def test_weights_of_the_other_kind_are_not_gone_on_with(tmp_path):
+    """They would fit, and act at other positions."""
+    for first, second, said in (
+        (ReaderLoraConfig, LoraConfig, "peft_type='READER' there and 'LORA' in the model"),
+        (LoraConfig, ReaderLoraConfig, "peft_type='LORA' there and 'READER' in the model"),
+    ):
+        folder = tmp_path / first.__name__
+        darel = {"base_precision": "bf16"}
+        trained(DarelTrainer, folder, adapted("gpt2", first), darel, save_strategy="epoch", num_train_epochs=1)
+        with pytest.raises(ValueError, match=f"resume_from_checkpoint=.*checkpoint-6.*{said}.*of the same kind"):
+            trained(DarelTrainer, folder, adapted("gpt2", second), darel, resume=True)
 
 
 def test_refusals(tmp_path):

@@ -14,14 +14,14 @@ from readers import adapted
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import ACCELERATORS, Accelerator, FastLora, LastBlock, register_accelerator
+from darel_hf.accelerators import ACCELERATORS, Accelerator, FastLora, LastBlock, PromptCache, register_accelerator
 from darel_hf.budget import Costs
 from darel_hf.config import ACCELERATOR_FACTS, AcceleratorFacts
 from darel_hf.training import planner
 from darel_hf.training.planner import Planner
 
 #: What a step takes with an accelerator, by its setting: what is measured on a tiny model is chance.
-FACTORS = {"share_prompts": 0.8, "fast_lora": 1.1, "last_block": 1.1, 16: 0.7, 8: 0.5, 4: 0.9}
+FACTORS = {"share_prompts": 0.8, "fast_lora": 1.1, "fused_activation": 1.1, "last_block": 1.1, 16: 0.7, 8: 0.5, 4: 0.9}
 
 
 @dataclass
@@ -221,6 +221,35 @@ def test_the_combination_is_measured(tmp_path, monkeypatch):
     assert shortened and all(shortened)
 
 
+@pytest.mark.parametrize(
+    ("factors", "used"),
+    [
+        ({"share_prompts": 1.2, "unpad": 0.8, "last_block": 0.9}, {"unpad": True, "last_block": True}),
+        ({"share_prompts": 1.2, "unpad": 1.1, "last_block": 0.9}, {}),
+    ],
+)
+def test_where_one_way_does_not_pay_the_next_is_tried(factors, used, tmp_path, measured, monkeypatch):
+    """Of ways that exclude each other; and what goes beside others does not stay alone."""
+    for name, factor in factors.items():
+        monkeypatch.setitem(FACTORS, name, factor)
+    whole = trainer_for(tmp_path, adapted("llama"), budget_time=0.95)
+    whole.train()
+    plan = whole.report.plan
+    assert plan.used == used and [set(names) - {"fast_lora"} for names in measured] == [
+        {"share_prompts", "last_block"},
+        {"unpad", "last_block"},
+    ]
+    assert plan.costs.factors == {name: FACTORS[name] for name in used}
+    slow = {name for name, factor in factors.items() if factor > 1}
+    assert all("of one without it" in plan.left_out[name] for name in slow)
+    if not used:
+        assert plan.left_out["last_block"] == "it goes beside unpad or share_prompts"
+    again = trainer_for(tmp_path, adapted("llama"), budget_time=0.95)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert len(measured) == 2 and again.report.plan == plan and again.report.in_use == used
+    assert_same_weights(weights(again.model), weights(whole.model))
+
+
 QUALITY = {"budget_spend": "quality", "budget_time": 1.0}
 
 
@@ -299,6 +328,30 @@ def test_what_steps_took_in_the_run_is_reported(accumulation, tmp_path, measured
     page = (tmp_path / "darel" / "report.html").read_text()
     for cell in ("share_prompts=1", "approximate", "0.50 of one without it", "the moon is full", "0.40 as planned"):
         assert cell in page
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_first_epoch_that_stores_prompts_ends_no_run_early(known, tmp_path, measured, monkeypatch):
+    """By a clock of its own: steps take three times as long in the first of three epochs; where that is known."""
+
+    class Clock(TrainerCallback):
+        now = 0.0
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.now += 0.5 * 1e4 * (3.0 if state.global_step < 10 else 1.0) / (5 / 3)
+
+    clock = Clock()
+    monkeypatch.setattr("darel_hf.training.clock.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("darel_hf.training.clock.clock", lambda device: clock.now)
+    monkeypatch.setitem(FACTORS, "prompt_cache", 0.5)
+    monkeypatch.setattr(PromptCache, "first_epoch", 3.0 if known else 1.0)
+    trainer = trainer_for(
+        tmp_path, adapted("llama", ReaderLoraConfig), with_prompts(token_data(40)), budget_time=0.505
+    )
+    trainer.add_callback(clock)
+    trainer.train()
+    assert trainer.report.plan.kept == 1 and list(trainer.report.in_use) == ["prompt_cache"]
+    assert (trainer.state.global_step == 30 and not trainer.report.decisions) == known
 
 
 @pytest.mark.parametrize("darel", [{**QUALITY, "fast": False}, {**QUALITY, "budget_time": 0.6}])

@@ -195,7 +195,7 @@ CAUSAL = ("causal LM", "mixture of experts")
 def refused(task, kind):
     """What a refusal says, or `None`. (Sliced steps fall back, with a warning; then they are subset steps.)"""
     if kind == "unpad" and task not in CAUSAL:
-        return "unpad=True: .* cannot be trained without padding: .* is no causal language model; set it to False"
+        return "unpad=True: .* is no causal language model; set it to False"
     if task == "question answering" and kind != "random":
         return "BertForQuestionAnswering takes no labels for; pass per_sample_loss="
     if task == "CTC" and kind != "random":
