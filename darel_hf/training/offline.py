@@ -145,6 +145,9 @@ class OfflineStage:
                 share=partial(share_rows, accelerators=accelerators),
                 ids_of=self.data.ids_of,
             )
+        for accelerator in accelerators:
+            if accelerator.keeps:  # what it keeps of samples it has by now
+                accelerator.first_epoch = 1.0
         self.data.learn()
         scores = replace(scores, origin={**origin, "data": self.data.fingerprint})  # that of ids which waited, too
         scores = match_scores(scores, self.data.ids, self.data.fingerprint, "offline pass")

@@ -13,7 +13,7 @@ from readers import GENTLE, adapted, items_of, make_base, oracle, rows
 from transformers import BloomConfig, BloomForCausalLM
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import share_rows
+from darel_hf.accelerators import PromptCache, share_rows, unpad
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.accelerators.scores import SharedRows
 from darel_hf.adapters import completion_lora
@@ -227,6 +227,7 @@ class Spy(DarelTrainer):
         self.before, self.after = [], []
         super()._prepare_run()
         self.before, Spy.counted = Spy.counted, self.after
+        self.first_epochs = [accelerator.first_epoch for accelerator in self._run.planner.accelerators]
 
 
 @pytest.fixture
@@ -326,11 +327,14 @@ def test_alora_fills_the_store(tmp_path, counted, ways):
     assert not {prompt for prompt in trainer.after if len(prompt) > 2} & {*trainer.before}
 
 
-def test_more_prompts_than_are_kept_of_the_data_are_no_change(tmp_path, counted, caplog):
-    """The store knows the prompts of all samples, the loop visits half of them."""
+def test_more_prompts_than_are_kept_of_the_data_are_no_change(tmp_path, counted, caplog, monkeypatch):
+    """The store knows the prompts of all samples, the loop visits half of them, its first epoch computes none."""
+    monkeypatch.setattr(PromptCache, "first_epoch", 3.0)
+    monkeypatch.setattr(PromptCache, "measure", unpad.PaddingFree.measure)
     table = items_of(rows([(5 + i % 3, 3) for i in range(40)]))
-    trainer_for(tmp_path, adapted("llama", ReaderLoraConfig), table, prompt_cache="ram").train()
-    assert "prompts change" not in caplog.text
+    trainer = trainer_for(tmp_path, adapted("llama", ReaderLoraConfig), table, prompt_cache="ram")
+    trainer.train()
+    assert "prompts change" not in caplog.text and trainer.first_epochs == [1.0]
 
 
 @pytest.mark.parametrize("there", [False, pytest.param(True, marks=pytest.mark.slow)])
