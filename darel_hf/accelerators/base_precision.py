@@ -134,7 +134,7 @@ class BasePrecision(Accelerator):
         if model is not None:
             self._model, self.trainer.computing = None, None
         with contextlib.suppress(torch.OutOfMemoryError):
-            changed = [layer for layer, rounded, weight in found if not torch.equal(rounded, weight.to(DTYPE))]
+            changed = [layer for layer, rounded, weight in found if not torch.equal(rounded, weight.to(rounded))]
             if changed:
                 logger.warning(
                     "base_precision=%r: %d frozen weights (%s.weight is one) were changed while training lasted, by a "
