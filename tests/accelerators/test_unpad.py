@@ -338,7 +338,7 @@ def refused(tmp_path, model, data=None, collator=None, **settings):
 def test_models_and_batches_that_are_refused(tmp_path):
     torch.manual_seed(0)
     bert = BertForMaskedLM(BertConfig(**SIZES))
-    assert "unpad=True: BertForMaskedLM cannot" in refused(tmp_path / "bert", bert)
+    assert "unpad=True: BertForMaskedLM is no causal language model" in refused(tmp_path / "bert", bert)
     eager = llama()
     eager.set_attn_implementation("eager")
     assert "attn_implementation='sdpa'" in refused(tmp_path / "eager", eager)
