@@ -69,11 +69,11 @@ def test_loss_and_gradients_in_rows(family, tmp_path, in_rows):
     check_twins(family, "ram", "right", tmp_path)
 
 
-def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True):
+def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True, dtype=torch.float32):
     inputs = rows(lengths, side=side, same_prompts=same_prompts)
     if side == "left":
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
+    stock, model = adapted(family).to(dtype), adapted(family, ReaderLoraConfig).to(dtype).train()
     loss, _ = oracle(stock, inputs)
     loss.backward()
     cache = cache_for(model, folder, way)
@@ -94,7 +94,8 @@ def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5), st.booleans())
 def test_any_rows(tmp_path_factory, lengths, same_prompts):
-    check_twins("qwen3", "ram", "right", tmp_path_factory.mktemp("rows"), lengths, same_prompts)
+    # In float32 norms of keys can make more of rounding: either way was 2e-5 to 6e-5 from this.
+    check_twins("qwen3", "ram", "right", tmp_path_factory.mktemp("rows"), lengths, same_prompts, torch.float64)
 
 
 def test_nested_prompts_one_group_and_none(tmp_path):

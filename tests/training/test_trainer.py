@@ -561,6 +561,7 @@ def test_budget_memory_lowers_the_batch_size(tmp_path):
         tmp_path,
         darel=DarelConfig(budget_memory=0.7, online_rule="hardest"),
         per_device_train_batch_size=8,
+        gradient_checkpointing=True,  # else it would be switched on, and be enough
     )
     counter = CountRows(trainer.model)
     trainer.train()
