@@ -43,7 +43,7 @@ class FusedActivation(Accelerator):
     """
     Let the activation functions of a model be computed by torch's fused ones. Exact.
 
-    GPT-2's takes eight passes over memory forward, more backward, and saves five tensors; torch's takes one and saves
+    GPT-2's takes eight passes over memory forward, more backward, and saves four tensors; torch's takes one and saves
     its input. A module changes its class, to a subclass of its own, and nothing else.
     """
 
