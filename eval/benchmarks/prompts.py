@@ -274,10 +274,13 @@ def main() -> None:
 def tables_of(name: str, shares: dict[str, str], stored: bool = False) -> str:
     """Return a table for all settings that there are rows of; `shares`: results by column; the latest row counts."""
     tables: dict[str, dict[str, Any]] = {}
+    all_settings: dict[str, dict[str, Any]] = {}
     for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         gpu = {"gpu": row["hardware"]["gpu"]} if row["hardware"]["gpu"] else {}
-        tables.setdefault(json.dumps({**row["settings"], **gpu}), {})[row["arm"]] = row
+        key = json.dumps(settings := {**row["settings"], **gpu}, sort_keys=True)
+        tables.setdefault(key, {})[row["arm"]] = row
+        all_settings.setdefault(key, settings)
     parts = []
     for key, rows in tables.items():
         columns = ["way", "time, median (span)", "as fast", "predicted", *shares, *(["stored"] if stored else [])]
@@ -291,7 +294,7 @@ def tables_of(name: str, shares: dict[str, str], stored: bool = False) -> str:
                 cells.append(f"{row['stored_bytes'] / 2**20:.1f} MiB" if row.get("stored_bytes") else "-")
             lines.append(f"| {' | '.join(cells)} |")
         said = ", ".join(
-            f"{setting} {value}" for setting, value in json.loads(key).items() if value not in (None, False)
+            f"{setting} {value}" for setting, value in all_settings[key].items() if value not in (None, False)
         )
         parts.append("\n".join(lines) + f"\n\nSettings: {said}.\n")
     return "\n".join(parts)
