@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import ACCELERATOR_FACTS, AcceleratorFacts
 from ..files import require
-from ..scoring import SampleLosses, base_model, is_causal_lm, preserve_rng_state
+from ..scoring import SampleLosses, Trial, base_model, is_causal_lm, preserve_rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,16 @@ class Accelerator(ABC):
         """Return what computes the loss of a training step on these inputs, to try out or compare with."""
         items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)
         return lambda: self.trainer.own_loss(inputs, items, smoothed=True)
+
+    def try_attached(self, inputs: Mapping[str, Any]) -> str | None:
+        """Do the step of a batch without it and while it is attached; return what would change, or `None`."""
+        step = self.step(inputs)
+        trial = Trial(self.trainer, step)
+        try:
+            with self.attached():
+                return trial.difference(step)
+        except Exception as error:  # whatever it is, the model has just done the step without
+            return f"{type(error).__name__}: {first_line(error)}"
 
     def transform(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what the model trains on in place of a micro-batch, which has no ids and weights any more."""

@@ -13,8 +13,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import ACCELERATOR_FACTS
-from ..scoring import Trial, is_sharded
-from .base import Accelerator, first_line, register_accelerator
+from ..scoring import is_sharded
+from .base import Accelerator, register_accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -268,20 +268,10 @@ class FastLora(Accelerator):
         stock = "; ".join(f"{kind} ({n} of {len(layers)} LoRA layers, {first[kind]})" for kind, n in kinds.items())
         if len(reasons) == len(layers):
             return f"there are {stock}"
-        problem = None if few_rows is None else self._try_out(few_rows())
+        problem = None if few_rows is None else self.try_attached(few_rows())
         if problem is None and stock:
             logger.warning("fast_lora=True: there are %s; these layers compute as PEFT has them", stock)
         return problem
-
-    def _try_out(self, inputs: Mapping[str, Any]) -> str | None:
-        """Do the step of a batch in both ways; return what would change, or `None`."""
-        step = self.step(inputs)
-        trial = Trial(self.trainer, step)
-        try:
-            with self.attached():
-                return trial.difference(step)
-        except Exception as error:  # whatever it is, PEFT's own layers have just done it
-            return f"{type(error).__name__}: {first_line(error)}"
 
     def attach(self) -> None:
         """Make layers fast."""

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from transformers.activations import AccurateGELUActivation, FastGELUActivation, NewGELUActivation
 
 from ..config import ACCELERATOR_FACTS
-from ..scoring import Trial, base_model
-from .base import Accelerator, first_line, register_accelerator
+from ..scoring import base_model
+from .base import Accelerator, register_accelerator
 
 
 class _TanhGELU(nn.Module):
@@ -58,17 +58,7 @@ class FusedActivation(Accelerator):
             return "torch_compile=True puts passes together itself"
         if not any(type(module) in FUSED for module in model.modules()):
             return f"{type(base_model(model)).__name__} has no activation function that is written out in many passes"
-        return None if few_rows is None else self._try_out(few_rows())
-
-    def _try_out(self, inputs: Mapping[str, Any]) -> str | None:
-        """Do the step of a batch in both ways; return what would change, or `None`."""
-        step = self.step(inputs)
-        trial = Trial(self.trainer, step)
-        try:
-            with self.attached():
-                return trial.difference(step)
-        except Exception as error:  # whatever it is, the model's own code has just done it
-            return f"{type(error).__name__}: {first_line(error)}"
+        return None if few_rows is None else self.try_attached(few_rows())
 
     def attach(self) -> None:
         """Make activations fused."""
