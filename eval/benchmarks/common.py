@@ -97,12 +97,12 @@ class Task:
         self,
         darel: DarelConfig | None = None,
         cls: type[Trainer] | None = None,
-        lora_on: str = "all",
+        lora_on: str | None = None,
         **settings: Any,
     ) -> Trainer:
         """Return a fresh trainer; plain if `darel` is None."""
         self.runs += 1
-        model, tokenizer = load_model(replace(self.args, lora_on=lora_on))
+        model, tokenizer = load_model(replace(self.args, lora_on=lora_on or self.args.lora_on))
         cls = cls or (Trainer if darel is None else DarelTrainer)
         return cls(
             model=model,
