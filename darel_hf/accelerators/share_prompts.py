@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..config import ACCELERATOR_FACTS
-from ..data import prompt_length
+from ..data import by_beginning, prompt_length
 from ..scoring import IGNORE
 from .base import register_accelerator
 from .row_attention import rows_of_places
@@ -33,21 +33,15 @@ def beginnings(rows: list[np.ndarray], most: list[int]) -> tuple[list[int], list
         of them, int64 `[n]`, in the order of `rows`. A sample has places of its own from the first one that exceeds
         those of all samples before it.
     """
-    order = sorted(range(len(rows)), key=lambda i: rows[i].tolist())
-    nothing = np.empty(0, np.int64)
-    places, before, size = [nothing] * len(rows), None, 0
-    for i in order:  # in this order, none before has more in common with a sample than the one right before it
-        common = 0
-        if before is not None:
-            length = min(len(rows[i]), len(rows[before]), most[i], most[before])
-            unlike = (rows[i][:length] != rows[before][:length]).any(1)
-            common = int(unlike.argmax()) if unlike.any() else length
-            common = common if common >= LEAST else 0
+    order, alike = by_beginning(rows)
+    places, before, size = [np.empty(0, np.int64)] * len(rows), 0, 0
+    for i, common in zip(order.tolist(), alike.tolist(), strict=True):
+        common = min(common, most[i], most[before])
+        common = common if common >= LEAST else 0
         own = len(rows[i]) - common
-        first = places[before][:common] if common else nothing
-        places[i], before = np.concatenate([first, np.arange(size, size + own)]), i
-        size += own
-    return order, places
+        places[i] = np.concatenate([places[before][:common], np.arange(size, size + own)])
+        before, size = i, size + own
+    return order.tolist(), places
 
 
 def share(inputs: Mapping[str, Any], label_positions_only: bool = False) -> dict[str, Any]:

@@ -45,8 +45,7 @@ def shared_prefixes(model: nn.Module) -> Iterator[None]:
     Calls with a cache (generation), with embeddings in place of tokens, or that ask for attentions or all hidden
     states are left alone, and so are batches that this would make less than a tenth smaller. The first batch, and the
     first that is longer than a sliding window, is computed in both ways; where they differ, a warning says so, and all
-    stays as it was. A call that does not say
-    `use_cache=True` gets no cache.
+    stays as it was. A call that does not say `use_cache=True` gets no cache.
 
     Args:
         model (`nn.Module`): a causal language model or one with another head on its decoder, PEFT's adapters included;

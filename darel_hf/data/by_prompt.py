@@ -48,7 +48,8 @@ def by_beginning(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     Sort samples so that those which begin alike follow one another.
 
     Args:
-        tokens (`Sequence[np.ndarray]`): of each of n samples, int64 `[k]`.
+        tokens (`Sequence[np.ndarray]`): of each of n samples, int64 `[k]`, or `[k, m]` where m numbers say what is at
+            a position.
 
     Returns:
         their order, int64 `[n]`; and how many tokens each one in it begins with as the one before does, int64 `[n]`,
@@ -62,12 +63,12 @@ def by_beginning(tokens: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     ```
     """
     order = sorted(range(len(tokens)), key=lambda i: tokens[i].tolist())
-    common, before = np.zeros(len(order), np.int64), np.empty(0, np.int64)
-    for place, i in enumerate(order):
-        length = min(len(tokens[i]), len(before))
-        unlike = tokens[i][:length] != before[:length]
+    common = np.zeros(len(order), np.int64)
+    for place in range(1, len(order)):
+        before, own = tokens[order[place - 1]], tokens[order[place]]
+        length = min(len(before), len(own))
+        unlike = (own[:length] != before[:length]).any(axis=tuple(range(1, own.ndim)))
         common[place] = int(unlike.argmax()) if unlike.any() else length
-        before = tokens[i]
     return np.array(order, np.int64), common
 
 

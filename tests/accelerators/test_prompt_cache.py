@@ -132,20 +132,26 @@ def test_what_all_prompts_begin_with_in_rows(tmp_path, in_rows):
     check_kept_once("mistral", "ram", tmp_path)
 
 
-def check_kept_once(family, way, folder):
-    inputs = with_preamble([(25, 4), (27, 3), (21, 5), (30, 2), (25, 4)])
-    inputs["input_ids"][4] = inputs["input_ids"][0]
+def checked_cache(family, way, folder, inputs, few):
+    """A cache on these rows, whose steps have the oracle's loss and gradients; first tried out on a few of them."""
     stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
     loss, _ = oracle(stock, inputs)
     loss.backward()
     cache = cache_for(model, folder, way, train_dataset=items_of(inputs))
-    assert cache.why_not(lambda: inputs) is None
+    assert cache.why_not(lambda: few) is None
     for _ in range(2):
         model.zero_grad()
         found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
         found.backward()
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
         assert distance(gradients(model), gradients(stock)) < 1e-5
+    return cache
+
+
+def check_kept_once(family, way, folder):
+    inputs = with_preamble([(25, 4), (27, 3), (21, 5), (30, 2), (25, 4)])
+    inputs["input_ids"][4] = inputs["input_ids"][0]
+    cache = checked_cache(family, way, folder, inputs, inputs)
     once = 20 + 4 + 6 + 0 + 9  # the first 20 tokens, and what the four different prompts have besides
     assert len(cache.base.step.positions) == once  # adapted keys and values are made once, too
     if way == "ram":
@@ -188,17 +194,7 @@ def with_instructions(n=16):
 @pytest.mark.parametrize(("family", "way"), [("gpt2", "ram"), ("mistral", "disk")])
 def test_beginnings_of_several_kinds_are_kept_once(family, way, tmp_path):
     inputs = with_instructions()
-    stock, model = adapted(family), adapted(family, ReaderLoraConfig).train()
-    loss, _ = oracle(stock, inputs)
-    loss.backward()
-    cache = cache_for(model, tmp_path, way, train_dataset=items_of(inputs))
-    assert cache.why_not(lambda: {key: values[:4] for key, values in inputs.items()}) is None
-    for _ in range(2):
-        model.zero_grad()
-        found = model(**cache.transform(inputs)).loss * inputs["labels"].ne(-100).sum()
-        found.backward()
-        torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
-        assert distance(gradients(model), gradients(stock)) < 1e-5
+    cache = checked_cache(family, way, tmp_path, inputs, {key: values[:4] for key, values in inputs.items()})
     assert [len(beginning) for beginning in cache.store.beginnings] == [16, 20, 36]
     prompts = {tuple(ids[: int(own.nonzero()[0]) - 1].tolist()) for ids, own in zip(
         inputs["input_ids"], inputs["labels"].ne(-100), strict=True
