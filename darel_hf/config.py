@@ -181,7 +181,7 @@ CHOICES = {
     "budget_method": ("measured", "paper"),
     "budget_spend": ("time", "quality"),
     "online_backward": BACKWARDS,
-    "prompt_cache": (None, "ram", "disk", "recompute", "auto"),
+    "prompt_cache": (None, "device", "ram", "disk", "recompute", "auto"),
 }
 
 
@@ -272,7 +272,8 @@ class DarelConfig:
         prompt_cache (`str`, *optional*):
             Compute completions only: what the frozen base makes of a prompt is computed once, for adapters that leave
             prompts alone ([`darel_hf.ReaderLoraConfig`]). The same losses and gradients (but for rounding and
-            dropout). `"ram"`, `"disk"` (a file in the output folder, which later runs on the same base use again),
+            dropout). `"ram"`, `"device"` (a GPU's memory, while a quarter of what is free there lasts, then the
+            machine's), `"disk"` (a file in the output folder, which later runs on the same base use again),
             `"recompute"` (nothing is kept: prompts are run in every step, without gradient) or `"auto"`, which says
             what it takes and why. See [`darel_hf.accelerators.PromptCache`].
         fast_lora (`bool`, defaults to `False`):

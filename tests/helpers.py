@@ -9,6 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
 
+from darel_hf.accelerators import row_attention
+
 VOCABULARY = 64
 PAD = 0
 
@@ -115,3 +117,37 @@ def assert_same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Te
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different, different
+
+
+def attend_as(way, monkeypatch):
+    """
+    Let samples in a row be attended to in a way that a CPU does not take by itself; return what will list its calls.
+
+    The kernel of GPUs, which `packed` calls, is stood in for by a loop that does what torch says of it.
+    """
+    used, real = [], getattr(row_attention.Rows, way)
+
+    def spy(*given):
+        used.append(way)
+        return real(*given)
+
+    monkeypatch.setattr(row_attention, "on_cpu", lambda device: way == "one_by_one")
+    monkeypatch.setattr(row_attention, "has_kernel", lambda *states: way == "packed")
+    monkeypatch.setattr(row_attention, "varlen_attn", kernel)
+    monkeypatch.setattr(row_attention.Rows, way, spy)
+    return used
+
+
+def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """Do what `torch.nn.attention.varlen.varlen_attn` does, where causal means that the last query sees all keys."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1])
+    lengths, outputs = (cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()), []
+    assert (max(lengths[0]), max(lengths[1])) == (max_q, max_k) and window_size[1] == 0
+    for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
+        distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+        seen = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else len(k)))
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)

@@ -60,7 +60,7 @@ def attention(
         return unpad.attention(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
     stored = layer.base.keys_and_values(layer, step.kept[module], step.positions)
     call = partial(unpad.within, module, kwargs)
-    return attend(call, query, (key, value), attention_mask, sliding_window, stored), None
+    return attend(call, query, (key, value), attention_mask, sliding_window, stored, kwargs), None
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -279,7 +279,16 @@ class PromptCache(unpad.PaddingFree):
                 form += f"-{_name(self.precision)}"
             key = f"{model_fingerprint(trainer.model, without_adapters=True)}-{form}"
             return OnDisk(folder, key, trainer.args.process_index, list(beginnings))
-        return InMemory(list(beginnings)) if way == "ram" else Recompute()
+        room = self._room_on_device() if way == "device" else 0
+        return Recompute() if way == "recompute" else InMemory(list(beginnings), room)
+
+    def _room_on_device(self) -> int:
+        """Return how many bytes of a GPU's memory prompts may take: a quarter, the step needs it first."""
+        device = self.trainer.args.device
+        if device.type != "cuda":
+            return 0
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 4
 
     def _look(self) -> list[tuple[int, ...]]:
         """Return the different prompts of some rows spread over the data set, the same in every run."""
@@ -317,12 +326,20 @@ class PromptCache(unpad.PaddingFree):
             if reads < AGAIN:
                 way = "recompute"
             else:
-                way = "ram" if size <= room else "disk" if size <= free else "recompute"
-                why += f"; {room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
-        if self.value == "auto" and way == "disk":
-            computing, loading = self._time(max(few, key=len), existing)
-            way = "disk" if loading < computing else "recompute"
-            why += f"; a prompt is computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
+                rooms = {"device": self._room_on_device(), "ram": room, "disk": free}
+                way = next((where for where, most in rooms.items() if size <= most), "recompute")
+                on_device = f"{rooms['device'] / 2**30:.2f} GiB of the GPU's memory, " if rooms["device"] else ""
+                why += (
+                    f"; {on_device}{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
+                )
+        if self.value == "auto" and (way == "disk" or (way == "ram" and self.trainer.args.device.type != "cpu")):
+            together = [prompt for prompt in dict.fromkeys(few) if prompt] or [(0,)]
+            if self.trainer.args.device.type == "cpu":  # where each is computed alone
+                together = [max(together, key=len)]
+            computing, loading = self._time(together, existing if way == "disk" else None)
+            way = way if loading < computing else "recompute"
+            said = "a prompt is" if len(together) == 1 else f"{len(together)} prompts are"
+            why += f"; {said} computed in {computing * 1e3:.1f} ms, stored and loaded in {loading * 1e3:.1f} ms"
         is_way = f" is {way!r}" if self.value == "auto" else ""
         self.trainer.accelerator.print(f"prompt_cache={self.value!r}{is_way}: {why}")
         return way if self.value == "auto" else self.value
@@ -351,17 +368,23 @@ class PromptCache(unpad.PaddingFree):
         rows *= 2 if "online" in scored else 1
         return rows + (n if "offline" in scored and settings.scores is None else 0)
 
-    def _time(self, prompt: tuple[int, ...], folder: Path) -> tuple[float, float]:
-        """Return the seconds to compute a prompt, and to write it to a disk and read it back."""
+    def _time(self, prompts: list[tuple[int, ...]], folder: Path | None) -> tuple[float, float]:
+        """Return the seconds to compute prompts, and to keep them in memory, or a file of a folder, and read them."""
+        device = self.trainer.args.device
+        if device.type != "cpu":
+            self.base.record(prompts)  # warms up
         started = time.perf_counter()
-        data = self.base.record([prompt])[0].cpu().view(torch.uint8).numpy().tobytes()
+        made = self.base.record(prompts)[0].cpu()
         computed = time.perf_counter()
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            file.read()
+        if folder is not None:
+            data = made.view(torch.uint8).numpy().tobytes()
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                file.seek(0)
+                file.read()
+        made.to(device).sum().item()  # waits for a GPU
         return computed - started, time.perf_counter() - computed
 
     def attach(self) -> None:

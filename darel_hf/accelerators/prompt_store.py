@@ -16,6 +16,7 @@ from typing import IO
 import numpy as np
 import torch
 
+from . import row_attention
 from .frozen_base import FrozenBase
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,11 @@ class Recompute:
 
 class Kept(Recompute):
     """
-    Keep prompts from when they are first needed, one by one; beginnings that several have in common once.
+    Keep prompts from when they are first needed; beginnings that several have in common once.
 
-    Each is computed alone, and so is each beginning, so that what is kept does not depend on the batch in which it
-    came first: a run that is resumed ends bit for bit as one that was not stopped.
+    On a CPU each is computed alone, and so is each beginning, so that what is kept does not depend on the batch in
+    which it came first: a run that is resumed ends bit for bit as one that was not stopped. On a GPU, where a prompt
+    alone takes as long as many, those of a batch are computed together, and differ by rounding.
 
     Args:
         beginnings (`Sequence[tuple]`): what prompts begin with, shorter ones first; one may go on from another.
@@ -75,8 +77,12 @@ class Kept(Recompute):
         """Return how many prompts are kept."""
 
     @abstractmethod
-    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
-        """Return what is kept of a prompt from a position on, `[len(prompt) - start, width]`, on the CPU."""
+    def _find(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor | None:
+        """Return what is kept of a prompt from a position on, `[len(prompt) - start, width]`, or `None`."""
+
+    @abstractmethod
+    def _keep(self, prompt: Prompt, start: int, made: torch.Tensor) -> torch.Tensor:
+        """Keep that, if there is room, and return it."""
 
     def parts(self, prompt: Prompt) -> list[Prompt]:
         """Return the beginnings of a prompt, the prompt itself last; each is kept from where the one before ends."""
@@ -97,17 +103,32 @@ class Kept(Recompute):
         ends = np.cumsum([len(part) - starts[part] for part in asked])
         where = {part: np.arange(end - len(part) + starts[part], end) for part, end in zip(asked, ends, strict=True)}
         places = [np.concatenate([where[part] for part in chain]) for chain in chains]
-        kept = torch.cat([self._one(base, part, starts[part]) for part in asked]).to(device, non_blocking=True)
+        known = {part: self._find(base, part, starts[part]) for part in asked}
+        missing = [part for part in asked if known[part] is None]
+        groups = [[part] for part in missing] if row_attention.on_cpu(device) else [missing] if missing else []
+        for group in groups:
+            made, rows = base.record(group)
+            for part, row in zip(group, rows, strict=True):
+                taken = torch.from_numpy(row[starts[part] :]).to(device)
+                known[part] = self._keep(part, starts[part], made.index_select(0, taken))
+        kept = torch.cat([known[part].to(device, non_blocking=True) for part in asked])
         base.reach(max(prompts, key=len))
         return kept, torch.cat([torch.arange(starts[part], len(part)) for part in asked]).to(device), places
 
 
 class InMemory(Kept):
-    """Keep prompts in memory."""
+    """
+    Keep prompts in memory.
 
-    def __init__(self, beginnings: Sequence[Prompt] = ()):
+    Args:
+        beginnings (`Sequence[tuple]`): see [`Kept`].
+        room (`int`): bytes of the memory of the model's device that may be filled first; then that of the machine is.
+    """
+
+    def __init__(self, beginnings: Sequence[Prompt] = (), room: int = 0):
         super().__init__(beginnings)
         self.known: dict[Prompt, torch.Tensor] = {}
+        self.room = room
 
     def knows(self, prompt: Prompt) -> bool:
         return prompt in self.known or prompt in self.beginnings
@@ -115,13 +136,18 @@ class InMemory(Kept):
     def __len__(self) -> int:
         return len(self.known)
 
-    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
-        found = self.known.get(prompt)
-        if found is None:
-            found = base.record([prompt])[0][start:].cpu().clone()
-            if not self.full:
-                self.known[prompt] = found
-        return found
+    def _find(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor | None:
+        return self.known.get(prompt)
+
+    def _keep(self, prompt: Prompt, start: int, made: torch.Tensor) -> torch.Tensor:
+        if self.full:
+            return made
+        if made.nbytes <= self.room:
+            self.room -= made.nbytes
+        else:
+            made = made.cpu()
+        self.known[prompt] = made
+        return made
 
 
 class OnDisk(Kept):
@@ -182,21 +208,24 @@ class OnDisk(Kept):
     def __len__(self) -> int:
         return len(self.places)
 
-    def _one(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor:
-        if (prompt, start) in self.places:
-            begin, length, checksum = self.places[prompt, start]
-            data = bytearray(os.pread(self._open()[0].fileno(), length, begin))
-            whole = (len(prompt) - start) * base.row_bytes
-            if len(data) == length == whole and zlib.crc32(data) == checksum:
-                return torch.frombuffer(data, dtype=base.dtype).reshape(len(prompt) - start, -1)
-            del self.places[prompt, start]
-            if not self._warned:
-                logger.warning("%s is damaged; what is wrong in it is computed again", self.path)
-            self._warned = True
-        kept = base.record([prompt])[0][start:].cpu()
+    def _find(self, base: FrozenBase, prompt: Prompt, start: int) -> torch.Tensor | None:
+        if (prompt, start) not in self.places:
+            return None
+        begin, length, checksum = self.places[prompt, start]
+        data = bytearray(os.pread(self._open()[0].fileno(), length, begin))
+        whole = (len(prompt) - start) * base.row_bytes
+        if len(data) == length == whole and zlib.crc32(data) == checksum:
+            return torch.frombuffer(data, dtype=base.dtype).reshape(len(prompt) - start, -1)
+        del self.places[prompt, start]
+        if not self._warned:
+            logger.warning("%s is damaged; what is wrong in it is computed again", self.path)
+        self._warned = True
+        return None
+
+    def _keep(self, prompt: Prompt, start: int, made: torch.Tensor) -> torch.Tensor:
         if not self.full:
-            self._write(prompt, start, kept)
-        return kept
+            self._write(prompt, start, made.cpu())
+        return made
 
     def _write(self, prompt: Prompt, start: int, kept: torch.Tensor) -> None:
         data = kept.contiguous().view(torch.uint8).numpy().tobytes()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch has it since 2.10
+    varlen_attn = None
 
 #: Keys and values, `[1, heads, N, d]` each.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -68,11 +74,13 @@ class Rows:
         pieces (`list[int]`): lengths of what keys are cut into, in the order of places: what is of the same samples.
         samples (`list[tuple]`): of each that has positions of its own: how many; the numbers of the pieces that
             it sees, in order; and how many positions of these are not its own.
+        order (`np.ndarray`): int64 `[M]`, the places of these samples, one after the other.
     """
 
     stored: int
     pieces: list[int]
     samples: list[tuple[int, list[int], int]]
+    order: np.ndarray
     _made: dict[Any, Any] = field(default_factory=dict)  # masks and places, the same in all layers
 
     @classmethod
@@ -88,12 +96,13 @@ class Rows:
             counts.append(own)
             cursor += own
         bounds = np.array(sorted(cuts))
-        samples = []
+        samples, order = [], [np.empty(0, np.int64)]
         for row, own in zip(rows, counts, strict=True):
             if own:
                 seen = np.flatnonzero(np.isin(bounds[:-1], row)).tolist()
                 samples.append((own, seen, len(row) - own))
-        return cls(stored, np.diff(bounds).tolist(), samples)
+                order.append(row)
+        return cls(stored, np.diff(bounds).tolist(), samples, np.concatenate(order))
 
     @cached_property
     def _pieces_stored(self) -> int:
@@ -145,6 +154,36 @@ class Rows:
             mask = torch.zeros(own, shared + own, dtype=like.dtype, device=like.device)
             self._made[key] = mask.masked_fill(hidden.to(like.device), -torch.inf)[None, None]
         return self._made[key]
+
+    def packed(
+        self, query: torch.Tensor, keys: Pair, stored: Pair | None, window: int | None, scale: float | None
+    ) -> torch.Tensor:
+        """
+        Attend to all samples in one call that knows where each begins, as [`Rows.one_by_one`]; see [`has_kernel`].
+
+        Args:
+            query (`torch.Tensor`): `[1, heads, N, d]`.
+            keys, stored: of the row, and of what precedes it.
+            window (`int`, *optional*): positions that a position sees, itself included.
+            scale (`float`, *optional*): of scores; default: d^-0.5.
+
+        Returns:
+            `[1, N, heads, d]`.
+        """
+        if "packed" not in self._made:
+            lengths = np.array([(own, shared + own) for own, _, shared in self.samples], np.int32)
+            starts = torch.from_numpy(np.concatenate([np.zeros((1, 2), np.int32), lengths.cumsum(0, dtype=np.int32)]))
+            queries, seen = starts.T.contiguous().to(query.device)
+            order = None if self.apart else torch.from_numpy(self.order).to(query.device)
+            self._made["packed"] = queries, seen, *lengths.max(0).tolist(), order
+        *bounds, order = self._made["packed"]
+        states = []
+        for own, before in zip(keys, stored or (None, None), strict=True):
+            part = (own if before is None else torch.cat([before, own], dim=2))[0].transpose(0, 1)
+            states.append(part if order is None else part.index_select(0, order))
+        groups = {"enable_gqa": True} if query.shape[1] != keys[0].shape[1] else {}
+        sees = (-1 if window is None else window - 1, 0)
+        return varlen_attn(query[0].transpose(0, 1), *states, *bounds, scale=scale, window_size=sees, **groups)[None]
 
     def at_once(
         self,
@@ -200,16 +239,34 @@ class Rows:
         return self._made["seen", window]
 
 
-def on_cpu(states: torch.Tensor) -> bool:
-    """Whether calls are cheap where they are computed."""
-    return states.device.type == "cpu"
+def on_cpu(device: torch.device) -> bool:
+    """Whether calls are cheap on a device."""
+    return device.type == "cpu"
+
+
+def has_kernel(query: torch.Tensor, *states: torch.Tensor) -> bool:
+    """Whether torch attends to rows of any lengths at once, without padding: in 16 bits, on GPUs since Ampere."""
+    if varlen_attn is None or not query.is_cuda or torch.version.cuda is None or query.dtype not in NARROW:
+        return False
+    grouped = query.shape[1] != states[0].shape[1]
+    if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+        return False
+    alike = {(one.dtype, one.shape[-1]) for one in (query, *states)} == {(query.dtype, query.shape[-1])}
+    fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+    return alike and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by mask: all layers of a model are handed the same
 
 
 def attend(
-    call: Call, query: torch.Tensor, keys: Pair, mask: torch.Tensor, window: int | None, stored: Pair | None = None
+    call: Call,
+    query: torch.Tensor,
+    keys: Pair,
+    mask: torch.Tensor,
+    window: int | None,
+    stored: Pair | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
     """
     Attend within samples that were put into one row.
@@ -223,6 +280,7 @@ def attend(
             follows theirs in the row.
         window (`int`, *optional*): positions that a position sees, itself included.
         stored (*optional*): keys and values of P positions before, `[1, heads, P, d]` each.
+        given (`Mapping`, *optional*): what else transformers gave an attention function; without it no kernel is used.
 
     Returns:
         `[1, N, heads, d]`.
@@ -231,10 +289,13 @@ def attend(
     rows = _FOUND.get(mask)
     if rows is None or rows.stored != before:
         rows = _FOUND[mask] = Rows.find(mask[0, 0], before + query.shape[2], before)
-    if on_cpu(query):
+    if on_cpu(query.device):
         if not {states.dtype for states in (query, *keys, *(stored or ()))} & NARROW:
             return rows.one_by_one(call, query, keys, stored, window)
         with torch.autocast(query.device.type, enabled=False):
             wide = [None if pair is None else tuple(states.float() for states in pair) for pair in (keys, stored)]
             return rows.one_by_one(call, query.float(), *wide, window).to(keys[1].dtype)
+    beyond = given is None or given.get("dropout") or given.get("position_bias") is not None  # what no kernel does
+    if not beyond and has_kernel(query, *keys, *(stored or ())):
+        return rows.packed(query, keys, stored, window, given.get("scaling"))
     return rows.at_once(call, query, keys, stored, window, mask[0, 0])

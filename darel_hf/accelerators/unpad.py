@@ -103,7 +103,8 @@ def attention(
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
     if not holds_places(attention_mask):
         return sdpa(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    attends = partial(attend, partial(within, module, kwargs), query, (key, value), attention_mask, sliding_window)
+    call = partial(within, module, kwargs)
+    attends = partial(attend, call, query, (key, value), attention_mask, sliding_window, given=kwargs)
     instead = INSTEAD.get(module)
     return (attends() if instead is None else instead(attends)), None
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PadCollator, arguments
+from helpers import PadCollator, arguments, attend_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -29,7 +29,7 @@ from readers import (
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
-from darel_hf.accelerators import CheapScores, FastLora, PromptCache, row_attention
+from darel_hf.accelerators import CheapScores, FastLora, PromptCache
 from darel_hf.accelerators.frozen_base import FrozenBase
 from darel_hf.adapters import completion_lora
 from darel_hf.data import CarryIds, add_ids
@@ -50,11 +50,10 @@ def cache_for(model, folder, way="ram", train_dataset=None, **more):
     return PromptCache(trainer)
 
 
-@pytest.fixture
-def in_rows(monkeypatch):
+@pytest.fixture(params=["at_once", "packed"])
+def in_rows(request, monkeypatch):
     """Attend as on a GPU."""
-    monkeypatch.setattr(row_attention.Rows, "one_by_one", None)
-    monkeypatch.setattr(row_attention, "on_cpu", lambda states: False)
+    attend_as(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -66,7 +65,7 @@ def test_loss_and_gradients(family, way, side, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_in_rows(family, tmp_path, in_rows):
-    check_twins(family, "ram", "right", tmp_path)
+    check_twins(family, "device", "right", tmp_path)
 
 
 def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True, dtype=torch.float32):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import token_data, with_prompts
+from helpers import attend_as, token_data, with_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import FAMILIES, adapted, distance, make_base, rows, trained
 from transformers import Trainer
 
 from darel_hf import DarelTrainer
-from darel_hf.accelerators import row_attention, share
+from darel_hf.accelerators import share
 from darel_hf.data import ShuffledByPrompt
 
 #: Tokens of prompts and completions: long enough to be shared, one of a single token, an empty one.
@@ -51,10 +51,10 @@ def check(model, batch, bound=1e-5, ways=(False, True)):
     return row
 
 
-@pytest.fixture(params=["one_by_one", "at_once"])
+@pytest.fixture(params=["one_by_one", "at_once", "packed"])
 def way(request, monkeypatch):
     """Attend as on a CPU, and as on a GPU."""
-    monkeypatch.setattr(row_attention, "on_cpu", lambda states: request.param == "one_by_one")
+    attend_as(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

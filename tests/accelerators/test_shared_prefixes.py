@@ -35,9 +35,9 @@ def positions(monkeypatch):
     """How many positions attention has computed queries for."""
     seen, attend = [], row_attention.attend
 
-    def spy(call, query, *args):
+    def spy(call, query, *args, **more):
         seen.append(query.shape[2])
-        return attend(call, query, *args)
+        return attend(call, query, *args, **more)
 
     monkeypatch.setattr("darel_hf.accelerators.unpad.attend", spy)
     return seen

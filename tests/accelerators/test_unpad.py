@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import PadCollator, arguments, tiny_gpt2, tiny_lora, token_data, weights
+from helpers import PadCollator, arguments, attend_as, tiny_gpt2, tiny_lora, token_data, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig, get_peft_model
@@ -91,20 +91,13 @@ def gradients(model, batch):
 
 
 @pytest.mark.parametrize("make", [tiny_gpt2, tiny_lora, llama, windowed])
-@pytest.mark.parametrize("way", ["one_by_one", "at_once"])
+@pytest.mark.parametrize("way", ["one_by_one", "at_once", "packed"])
 @pytest.mark.parametrize("collator", [PadCollator, PadsLeft])
 def test_gradients(make, way, collator, monkeypatch):
     model = make()
     batch = collator()([token_data()[i] for i in range(5)])
     wanted = gradients(model, batch)
-    used, real = [], getattr(row_attention.Rows, way)
-
-    def spy(*given):
-        used.append(way)
-        return real(*given)
-
-    monkeypatch.setattr(row_attention, "on_cpu", lambda states: way == "one_by_one")
-    monkeypatch.setattr(row_attention.Rows, way, spy)
+    used = attend_as(way, monkeypatch)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.set_attn_implementation("darel_padding_free")
     for label_positions_only in (False, True):
