@@ -6,16 +6,18 @@ What a step costs when prompts are not computed again: whole runs, interleaved, 
     python eval/benchmarks/prompts.py --layers 6 --width 256 --lengths 256,64 --same 64 --samples 64 --ways share_1
 
 `plain` is Trainer with LoRA everywhere, `unpad` the same without padding, `share_1`, `share_4` ... the same with
-`share_prompts` of that number, `reader` a reader on stored prompts, `recompute` one whose prompts run in every step,
-`finish_1` a reader whose last epoch trains everywhere, `alora` PEFT's aLoRA on stored keys and values, `slow` a reader
-under plain Trainer, `sft_packing` and `sft_padding_free` trl's SFTTrainer with LoRA everywhere (on a CPU trl says that
-its rows see each other there: the times are those of its steps). The samples are all references of a seeded part of
-the representations, or with --lengths P,C random tokens, every prompt another or --same samples with each; with
---layers and --width the model is a GPT-2 (or --family llama) of that shape with random weights. Any way but trl's may
-be followed by settings that it has besides, DAREL's or those of TrainingArguments: `unpad+last_block+fast_lora`,
-`reader+fast`, `plain+budget_time=0.5`, `unpad+torch_compile`. Times are relative to the plain run of the same round.
-Beside them, of one batch: FLOPs, and bytes that are saved for the backward pass, relative to plain; bytes that are
-stored for all prompts. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
+`share_prompts` of that number, `reader` a reader on stored prompts, `device` on such in a GPU's memory, `recompute`
+one whose prompts run in every step, `finish_1` a reader whose last epoch trains everywhere, `alora` PEFT's aLoRA on
+stored keys and values, `slow` a reader under plain Trainer, `sft_packing` and `sft_padding_free` trl's SFTTrainer with
+LoRA everywhere (on a CPU trl says that its rows see each other there: the times are those of its steps). The samples
+are all references of a seeded part of the representations, or with --lengths P,C random tokens, every prompt another
+or --same samples with each; with --layers and --width the model is a GPT-2 (or --family llama) of that shape with
+random weights. Any way but trl's may be followed by settings that it has besides, DAREL's or those of
+TrainingArguments: `unpad+last_block+fast_lora`, `reader+fast`, `plain+budget_time=0.5`, `unpad+torch_compile`. Times
+are relative to the plain run of the same round; so are steps alone, the last half of each run's, where nothing is
+tried out, stored or compiled any more. Beside them, of one batch: FLOPs, and bytes that are saved for the backward
+pass, relative to plain; bytes that are stored for all prompts; on a GPU the memory that the loop adds at its peak,
+what is stored included. A row a way goes to results/prompts.jsonl, all tables to results/prompts.md.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -55,6 +59,7 @@ from darel_hf.nlg.task import tokenize_pairs
 
 READERS: dict[str, dict[str, Any]] = {
     "reader": {"prompt_cache": "ram"},
+    "device": {"prompt_cache": "device"},
     "disk": {"prompt_cache": "disk"},
     "recompute": {"prompt_cache": "recompute"},
     "finish_1": {"prompt_cache": "ram", "finish_epochs": 1},
@@ -63,6 +68,32 @@ READERS: dict[str, dict[str, Any]] = {
 }
 SFT = {"sft_packing": {"packing": True}, "sft_padding_free": {"padding_free": True, "max_length": None}}
 TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"], "llama": "all-linear"}
+
+
+class LastHalf(TrainerCallback):
+    """Time the last half of the steps, and see how much memory the loop adds to a GPU's."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to look at memory."""
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to look at the clock."""
+        if state.global_step == state.max_steps // 2:
+            self.started, self.steps = self._now(args.device), state.max_steps - state.global_step
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say what there was."""
+        self.step_seconds = (self._now(args.device) - self.started) / self.steps
+        self.peak_bytes = torch.cuda.max_memory_allocated() - self.before if args.device.type == "cuda" else None
+
+    @staticmethod
+    def _now(device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def add_adapters(made: argparse.ArgumentParser) -> None:
@@ -111,18 +142,21 @@ class Runs:
         if way == "alora":
             config = completion_lora(LoraConfig(**settings), self.data, self.tokenizer)
         torch.manual_seed(0)
-        if self.options.family == "llama":
-            width = self.options.width
-            shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": self.options.layers}
-            heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256)}
-            base = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **shape, **heads))
-        elif self.options.layers:
-            width = self.options.width
-            shape = {"n_layer": self.options.layers, "n_embd": width, "n_head": max(width // 64, 4)}
-            base = GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
-        else:
-            base = AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # where billions are drawn in no time
+            base = self.base()
         return base if getattr(self.options, "full", False) else get_peft_model(base, config)
+
+    def base(self) -> torch.nn.Module:
+        """Return a model without adapters: the one that is given, or one with random weights."""
+        width, layers = self.options.width, self.options.layers
+        if self.options.family == "llama":
+            shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+            heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256)}
+            return LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **shape, **heads))
+        if layers:
+            shape = {"n_layer": layers, "n_embd": width, "n_head": max(width // 64, 4)}
+            return GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
+        return AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -149,6 +183,7 @@ class Runs:
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "bf16": self.options.bf16,
+            "use_cpu": not torch.cuda.is_available(),
             "seed": 0,
         }
         if way in SFT:
@@ -210,7 +245,7 @@ class Runs:
             with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
                 loss = trainer.model(**inputs).loss
             loss.backward()
-        if way.partition("+")[0] in ("reader", "disk", "alora"):
+        if way.partition("+")[0] in ("reader", "device", "disk", "alora"):
             stored = self.stored(accelerators[0].base.row_bytes)
         for accelerator in accelerators:
             accelerator.detach()
@@ -244,11 +279,17 @@ def main() -> None:
             # What is chosen while training is prepared (`fast`, budgets) is not known of a batch.
             known = way not in (*SFT, "slow") and set(way.split("+")[1:]) <= set(ACCELERATOR_FACTS)
             costs[way] = runs.one_batch(way) if known else {}
+    last: dict[str, list[LastHalf]] = {name: [] for name in ("plain", *names)}
     for _ in range(options.pairs):
-        full.append(seconds_of(runs.trainer("plain")))
-        for name in names:
+        for name in ("plain", *names):
             trainer = runs.trainer(name)
-            times[name].append(seconds_of(trainer) / full[-1])
+            last[name].append(LastHalf())
+            trainer.add_callback(last[name][-1])
+            seconds = seconds_of(trainer)
+            if name == "plain":
+                full.append(seconds)
+                continue
+            times[name].append(seconds / full[-1])
             if getattr(trainer, "report", None) is not None:
                 predicted[name].append(trainer.report.plan.predicted_time)
     settings = runs.settings
@@ -263,11 +304,18 @@ def main() -> None:
         settings["processes"] = int(os.environ["WORLD_SIZE"])
     for name in names:
         row = {"arm": name, "seed": 0, "full_seconds": full, "times": times[name], "predicted": predicted[name]}
+        pairs = list(zip(last[name], last["plain"], strict=True))
+        row["steps_of_plain"] = statistics.median(one.step_seconds / plain.step_seconds for one, plain in pairs)
+        row["plain_step_seconds"] = statistics.median(plain.step_seconds for plain in last["plain"])
+        if last[name][0].peak_bytes is not None:
+            row["peak_of_plain"] = statistics.median(one.peak_bytes / plain.peak_bytes for one, plain in pairs)
+            row["plain_peak_bytes"] = last["plain"][0].peak_bytes
         if costs.get(name):
             row |= {f"{key}_of_plain": costs[name][key] / costs["plain"][key] for key in ("flops", "saved_bytes")}
             row["stored_bytes"] = costs[name]["stored_bytes"]
         store("prompts", settings, row)
-    shares = {"FLOPs": "flops_of_plain", "saved for backward": "saved_bytes_of_plain"}
+    shares = {"steps alone": "steps_of_plain", "FLOPs": "flops_of_plain", "saved for backward": "saved_bytes_of_plain"}
+    shares["peak on the GPU"] = "peak_of_plain"
     (RESULTS / "prompts.md").write_text(tables_of("prompts", shares, stored=True), encoding="utf-8")
 
 

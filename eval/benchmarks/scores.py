@@ -6,10 +6,10 @@ Cheaper scores: what an offline pass costs, and whether it still ranks samples t
 Each way scores the same samples; the first is what `DarelTrainer` does by default (eval mode, batches sorted by
 length, labelled positions only through the head, adapters that are the identity switched off, what several samples
 begin with computed once, in one row a batch); each other one changes what its name says, or is of a reader, whose
-prompts the pass stores for training. Cost is processor time of the pass relative to an epoch of plain training,
-interleaved, medians of three. Spearman's correlation is to the losses of the first. The samples are all references of
-a seeded part of the representations, as in the whole training set. A row goes to results/scores.jsonl, the table to
-scores.md.
+prompts the pass stores for training. Cost is processor time (on a GPU: time) of the pass relative to an epoch of plain
+training, interleaved, medians of three. Spearman's correlation is to the losses of the first. The samples are all
+references of a seeded part of the representations, as in the whole training set. A row goes to results/scores.jsonl,
+the table to scores.md.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main() -> None:
     dataset = add_ids(columns, np.arange(len(columns)))
     collator = CarryIds(trainer.data_collator)
     plain = copy.deepcopy(trainer.model).unload()  # the base model, as if there had never been adapters
-    bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    device = trainer.args.device.type
+    bf16 = functools.partial(torch.autocast, device, torch.bfloat16)
+    clock = time.process_time if device == "cpu" else time.perf_counter  # scores are read, so a GPU is waited for
 
     def way(
         scored: nn.Module,
@@ -104,9 +106,9 @@ def main() -> None:
     for _ in range(3):
         runs = {"epoch": task.trainer(num_train_epochs=1).train, **ways}
         for name, run in runs.items():
-            started = time.process_time()
+            started = clock()
             found[name] = run()
-            seconds[name].append(time.process_time() - started)
+            seconds[name].append(clock() - started)
     epoch = statistics.median(seconds["epoch"])
     rows = {
         name: {
