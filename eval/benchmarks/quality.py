@@ -73,9 +73,10 @@ def arms() -> dict[str, Arm]:
     by_length = {"batch_by_length": True}
     made = {"full": Arm(), "full_by_length": Arm(by_length)}
     made["full_group_by_length"] = Arm(training={"train_sampling_strategy": "group_by_length"})  # Trainer's own
-    for keep in (0.9, 0.8, 0.7, 0.5):
+    for keep in (0.9, 0.8, 0.7, 0.5, 0.4, 0.3):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
         made[f"exact_first_{keep}"] = Arm({"budget_time": keep})
+        made[f"reader_exact_first_{keep}"] = Arm({"budget_time": keep}, task={"lora_on": "reader"})
         dropping = {"budget_time": keep, "fast": False}
         made[f"budget_{keep}"] = Arm(dropping)
         grouped = {**dropping, "group_column": "mr"}
