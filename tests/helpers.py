@@ -138,15 +138,14 @@ def attend_as(way, monkeypatch):
     return used
 
 
-def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size):
     """Do what `torch.nn.attention.varlen.varlen_attn` does, where causal means that the last query sees all keys."""
-    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and enable_gqa == (query.shape[1] != key.shape[1])
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and query.shape[1:] == key.shape[1:] == value.shape[1:]
     lengths, outputs = (cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()), []
     assert (max(lengths[0]), max(lengths[1])) == (max_q, max_k) and window_size[1] == 0
     for q, k, v in zip(query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1]), strict=True):
         distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
         seen = (distance >= 0) & (distance <= (window_size[0] if window_size[0] >= 0 else len(k)))
-        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         outputs.append(torch.einsum("hqk,khd->qhd", weights, v))

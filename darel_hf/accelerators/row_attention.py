@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,13 +176,13 @@ class Rows:
             order = None if self.apart else torch.from_numpy(self.order).to(query.device)
             self._made["packed"] = queries, seen, *lengths.max(0).tolist(), order
         *bounds, order = self._made["packed"]
-        states = []
+        states, groups = [], query.shape[1] // keys[0].shape[1]
         for own, before in zip(keys, stored or (None, None), strict=True):
             part = (own if before is None else torch.cat([before, own], dim=2))[0].transpose(0, 1)
-            states.append(part if order is None else part.index_select(0, order))
-        groups = {"enable_gqa": True} if query.shape[1] != keys[0].shape[1] else {}
+            part = part if order is None else part.index_select(0, order)
+            states.append(part if groups == 1 else part.repeat_interleave(groups, dim=1))  # as torch 2.11 wants it
         sees = (-1 if window is None else window - 1, 0)
-        return varlen_attn(query[0].transpose(0, 1), *states, *bounds, scale=scale, window_size=sees, **groups)[None]
+        return varlen_attn(query[0].transpose(0, 1), *states, *bounds, scale=scale, window_size=sees)[None]
 
     def at_once(
         self,
@@ -197,19 +196,20 @@ class Rows:
         """Attend to all samples at once, padded; for devices on which calls are dear; as [`Rows.one_by_one`]."""
         n = query.shape[2]
         if "places" not in self._made:
-            self._made["places"] = self._queries(places, n)
-        queries, shared = self._made["places"]
+            queries, shared = self._queries(places, n)
+            taken = [where.clamp(max=most - 1).flatten() for where, most in ((queries, n), (places, self.stored + n))]
+            self._made["places"] = queries, shared, *taken
+        queries, shared, asking, asked = self._made["places"]
         if stored is not None:
             keys = tuple(torch.cat(pair, dim=2) for pair in zip(stored, keys, strict=True))
 
         def rows(states: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-            taken = states[0].transpose(0, 1).index_select(0, where.clamp(max=states.shape[2] - 1).flatten())
-            return taken.unflatten(0, where.shape).transpose(1, 2)
+            return states[0].index_select(1, where).unflatten(1, (len(places), -1)).transpose(0, 1)
 
         # Causal attention never looks ahead, to where the padding is: so it needs no mask, only the sample's start.
         causal = self.apart and (window is None or places.shape[1] <= window)
         seen = None if causal else self._seen(queries, shared, places.shape[1], window)
-        output = call(rows(query, queries), *(rows(states, places) for states in keys), seen, causal).flatten(0, 1)
+        output = call(rows(query, asking), *(rows(states, asked) for states in keys), seen, causal).flatten(0, 1)
         return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, queries.flatten(), output)[None, :n]
 
     def _queries(self, places: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,9 +247,6 @@ def on_cpu(device: torch.device) -> bool:
 def has_kernel(query: torch.Tensor, *states: torch.Tensor) -> bool:
     """Whether torch attends to rows of any lengths at once, without padding: in 16 bits, on GPUs since Ampere."""
     if varlen_attn is None or not query.is_cuda or torch.version.cuda is None or query.dtype not in NARROW:
-        return False
-    grouped = query.shape[1] != states[0].shape[1]
-    if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:
         return False
     alike = {(one.dtype, one.shape[-1]) for one in (query, *states)} == {(query.dtype, query.shape[-1])}
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256

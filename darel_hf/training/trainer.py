@@ -196,6 +196,16 @@ class DarelMixin:
             settle = online.end_row()
         return settle(loss)
 
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """Return what the class below does; the parameters that `Trainer` counts in every step are counted once."""
+        tokens = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        whose = next(cls for cls in type(self).__mro__ if cls is not DarelMixin and "floating_point_ops" in vars(cls))
+        if whose is not Trainer or not torch.is_tensor(tokens) or not tokens.numel():
+            return super().floating_point_ops(inputs)
+        if self._counted is not self.model:
+            self._counted, self._flops = self.model, super().floating_point_ops(inputs) // tokens.numel()
+        return self._flops * tokens.numel()
+
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss as the class below does; where a rule gives weights or rows are chosen here, that loss."""
         online = None if self._run is None else self._run.online
@@ -241,6 +251,7 @@ class DarelMixin:
 
     _reading: Reading | None = None
     _looked_at: nn.Module | None = None  # the model of which is known
+    _counted: nn.Module | None = None  # the model of whose operations a token is known
     _reads: bool = False  # whether it is a reader
 
     def autocast(self) -> contextlib.AbstractContextManager:

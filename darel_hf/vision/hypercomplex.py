@@ -191,7 +191,7 @@ class _NormalizeTogether(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, inverse, parts, var = ctx.saved_tensors
         sums = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, None, mean, parts, mean, inverse, False, ctx.eps, [False, True, True]
+            gradient, x, torch.ones_like(mean), mean, parts, mean, inverse, False, ctx.eps, [False, True, True]
         )
         products, total = sums[1] / inverse, sums[2]  # sums over samples and pixels: of g (x - mean), and of g
         product = products.view(ctx.n, -1).sum(0)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What is claimed of GPUs, measured on one of them: at most eight minutes on a data-centre GPU, nothing needed from outside.
+# What is claimed of GPUs, measured on one of them: about eight minutes on a data-centre GPU, nothing needed from outside.
 #
 #     bash eval/benchmarks/gpu.sh [--tiny]
 #
 # Rows go to results/ as those of every benchmark, with the GPU in them, and results/gpu.md says what each part did. A part
 # that fails or takes longer than its share costs its own rows only. --tiny shows on any machine that all parts run:
-# sizes that no claim rests on, results to outputs/benchmarks. PYTHON: the interpreter; IMAGES: a folder with CIFAR-10
-# (else made-up images, of which only times count).
+# sizes that no claim rests on, results to outputs/benchmarks. PYTHON: the interpreter; TEXTS and MODEL: folders with the
+# files of E2E and a model whose tokenizer is taken (else both are made); IMAGES: a folder with CIFAR-10 (else made-up
+# images, of which only times count); ONLY: run the parts whose names match this expression, and go on with gpu.md.
 set -u
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python} here=eval/benchmarks results=eval/benchmarks/results tiny=""
@@ -19,11 +20,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
 report=$results/gpu.md began=$SECONDS failed=0
-printf '| part | seconds | result |\n| --- | --- | --- |\n' > "$report"
+[ -n "${ONLY:-}" -a -e "$report" ] || printf '| part | seconds | result |\n| --- | --- | --- |\n' > "$report"
 
 part() {  # NAME LIMIT COMMAND...: run a part for at most LIMIT seconds; say how it ended
     local name=$1 limit=$2 start=$SECONDS log="$work/log" said
     shift 2
+    [ -z "${ONLY:-}" ] || [[ $name =~ $ONLY ]] || return 0
     if timeout --kill-after 5 "$limit" "$@" > "$log" 2>&1; then said=done; else
         said="failed ($?): $(grep -E '(Error|error):' "$log" | tail -1 | tr '|' '/' | cut -c1-160)"
         failed=$((failed + 1))
@@ -32,7 +34,10 @@ part() {  # NAME LIMIT COMMAND...: run a part for at most LIMIT seconds; say how
 }
 
 # Text and a small base model are made once. Shapes have random weights: what a step costs does not depend on them.
-part "make data and a tokenizer" 120 "$python" - "$work" "$here" "$tiny" <<'PYTHON'
+texts=(--data_dir "${TEXTS:-$work/data}" --model_name_or_path "${MODEL:-$work/model}" --threads 4 $tiny)
+if [ -z "${TEXTS:-}${MODEL:-}" ]; then
+    every=${ONLY:-} ONLY=""
+    part "make data and a tokenizer" 120 "$python" - "$work" "$here" "$tiny" <<'PYTHON'
 import sys
 from types import SimpleNamespace
 work, here, tiny = sys.argv[1:]
@@ -43,33 +48,41 @@ from darel_hf.nlg.demo import DemoSettings
 none = SimpleNamespace(data_dir=None, model_name_or_path=None)
 data_and_model(none, Path(work), DemoSettings(warm_up_representations=20, warm_up_epochs=1, width=64, layers=2))
 PYTHON
-
-texts=(--data_dir "$work/data" --model_name_or_path "$work/model" --threads 4 $tiny)
-if [ -n "$tiny" ]; then
-    medium=(--layers 2 --width 64) llama=(--family llama --layers 2 --width 64) some=(--samples 16 --batch_size 4)
-    few=(--samples 8 --batch_size 4) long=24,6 image=() limit=300
-else
-    medium=(--layers 24 --width 1024 --bf16) llama=(--family llama --layers 16 --width 2048 --bf16)
-    some=(--samples 512 --batch_size 32 --epochs 2 --pairs 3)
-    few=(--samples 128 --batch_size 16 --epochs 2 --pairs 3) long=512,32 image=(--bf16 --channels_last --narrow 1)
-    image+=(--batch_size 256 --epochs 2 --workers 4 --seeds 1) limit=75
+    ONLY=$every
 fi
-ways=unpad,share_1,plain+fast,reader,reader+fast,recompute,alora,plain+budget_time=0.5,reader+budget_time=0.3
-[ -n "$tiny" ] || ways+=,finish_1,plain+base_precision,reader+fast+base_precision  # --quick has one epoch
+
+if [ -n "$tiny" ]; then
+    medium=(--layers 2 --width 64) llama=(--family llama --layers 2 --width 64) shape=(--layers 2 --width 64)
+    some=(--samples 16 --batch_size 4) few=(--samples 8 --batch_size 4) once=("${few[@]}") long=24,6 image=() limit=300
+    ways=unpad,plain+fast,device,reader+fast rest=alora  # one epoch, on CPUs that may not have bfloat16
+else
+    medium=(--layers 24 --width 1024 --vocabulary 50257 --bf16) shape=(--layers 24 --width 1024 --bf16)
+    llama=(--family llama --layers 16 --width 2048 --vocabulary 32000 --bf16)
+    some=(--samples 256 --batch_size 32 --epochs 2 --pairs 2) few=(--samples 96 --batch_size 32 --epochs 3 --pairs 2)
+    once=("${few[@]}" --pairs 1) long=512,32 limit=110
+    image=(--bf16 --channels_last --narrow 1 --batch_size 256 --epochs 2 --workers 4 --seeds 1)
+    ways=unpad,plain+fast,device,reader+fast,reader+fast+base_precision rest=alora,finish_1
+fi
 prompts() { part "$1" "$limit" "$python" $here/prompts.py "${texts[@]}" "${@:2}"; }
-prompts "GPT-2 medium's shape, E2E's lengths" "${medium[@]}" "${some[@]}" --ways "$ways"
-prompts "prompts of 512, completions of 32" "${medium[@]}" "${few[@]}" --lengths "$long" --ways unpad,reader,recompute,reader+fast
-prompts "Llama of 1 B's shape" "${llama[@]}" "${few[@]}" --ways unpad,plain+fast,reader,reader+fast,recompute
-prompts "eight samples a prompt" "${medium[@]}" "${few[@]}" --lengths "$long" --same 8 --ways unpad,share_1,reader
-prompts "compiled" "${medium[@]}" "${few[@]}" --lengths "$long" --ways plain+torch_compile
-part "DistributedDataParallel, one process" "$limit" "$python" -m torch.distributed.run --nproc_per_node 1 --master_port 29541 \
-    $here/prompts.py "${texts[@]}" "${medium[@]}" "${few[@]}" --ways unpad,reader,plain+fast
-part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${medium[@]}" "${few[@]}" --ways shared,padding_free
-part "one forward pass, compiled and not" "$limit" "$python" $here/steps.py $tiny --layers 24 --width 1024 --rows 32 --lengths 128 \
-    --keeps 0.25,0.5 --tuning lora --bf16 --name steps_gpu
-part "scores of the offline pass" "$limit" "$python" $here/scores.py "${texts[@]}" --samples 512 --batch_size 32
+prompts "GPT-2 medium's shape, E2E's lengths" "${medium[@]}" "${some[@]}" --ways $ways
+prompts "Llama of 1 B's shape, prompts of 512" "${llama[@]}" "${few[@]}" --lengths $long \
+    --ways plain+fast,device,recompute,reader+fast
+prompts "GPT-2 medium's shape, prompts of 512" "${medium[@]}" "${once[@]}" --lengths $long \
+    --ways plain+fast,device,reader,recompute,reader+fast
+prompts "eight samples a prompt" "${medium[@]}" "${once[@]}" --lengths $long --same 8 --ways share_1
+part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${shape[@]}" "${once[@]}" \
+    --ways shared,padding_free
+prompts "compiled" "${llama[@]}" "${once[@]}" --lengths $long --ways plain+torch_compile
 part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" --name vision_gpu \
     ${IMAGES:+--data_dir "$IMAGES"} $([ -n "$tiny${IMAGES:-}" ] || echo --made_up 50000) --max_train_samples 50000 \
     --arms full,random_0.5,darel_0.5,dual,double
+part "scores of the offline pass" "$limit" "$python" $here/scores.py "${texts[@]}" --samples 512 --batch_size 32
+part "DistributedDataParallel, one process" "$limit" "$python" -m torch.distributed.run --nproc_per_node 1 \
+    --master_port 29541 $here/prompts.py "${texts[@]}" "${medium[@]}" "${once[@]}" --lengths $long --ways device
+part "one forward pass, compiled and not" "$limit" "$python" $here/steps.py $tiny --layers 24 --width 1024 --rows 32 \
+    --lengths 128 --keeps 0.25,0.5 --tuning lora --bf16 --name steps_gpu
+prompts "aLoRA, and a last epoch everywhere" "${medium[@]}" "${some[@]}" --pairs 1 --ways $rest
+"$python" -c "import liger_kernel" 2> /dev/null &&  # where it is installed, last: it changes transformers' classes
+    prompts "Liger's kernels" "${llama[@]}" "${once[@]}" --lengths $long --ways plain+use_liger_kernel
 echo "all parts: $((SECONDS - began)) s, $failed failed; see $report"
 exit $((failed > 0))

@@ -149,13 +149,14 @@ class Runs:
     def base(self) -> torch.nn.Module:
         """Return a model without adapters: the one that is given, or one with random weights."""
         width, layers = self.options.width, self.options.layers
+        tokens = getattr(self.options, "vocabulary", None) or len(self.tokenizer)
         if self.options.family == "llama":
             shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
             heads = {"num_attention_heads": width // 64, "num_key_value_heads": max(1, width // 256)}
-            return LlamaForCausalLM(LlamaConfig(vocab_size=len(self.tokenizer), **shape, **heads))
+            return LlamaForCausalLM(LlamaConfig(vocab_size=tokens, **shape, **heads))
         if layers:
             shape = {"n_layer": layers, "n_embd": width, "n_head": max(width // 64, 4)}
-            return GPT2LMHeadModel(GPT2Config(vocab_size=len(self.tokenizer), n_positions=1024, **shape))
+            return GPT2LMHeadModel(GPT2Config(vocab_size=tokens, n_positions=1024, **shape))
         return AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
 
     @property
@@ -265,6 +266,7 @@ def main() -> None:
     made.add_argument("--same", type=int, default=1, help="samples of each random prompt")
     made.add_argument("--layers", type=int, help="a GPT-2 of this depth with random weights")
     made.add_argument("--width", type=int, default=256)
+    made.add_argument("--vocabulary", type=int, help="of such a model; default: that of the tokenizer")
     made.add_argument("--family", choices=sorted(TARGETS), default="gpt2", help="of a model with random weights")
     made.add_argument("--bf16", action="store_true")
     add_adapters(made)
