@@ -52,37 +52,22 @@ PYTHON
 fi
 
 if [ -n "$tiny" ]; then
-    medium=(--layers 2 --width 64) llama=(--family llama --layers 2 --width 64) shape=(--layers 2 --width 64)
-    some=(--samples 16 --batch_size 4) few=(--samples 8 --batch_size 4) once=("${few[@]}") long=24,6 image=() limit=300
-    ways=unpad,plain+fast,device,reader+fast rest=alora  # one epoch, on CPUs that may not have bfloat16
+    shape=(--layers 2 --width 64) once=(--samples 8 --batch_size 4) medium=("${shape[@]}") image=() limit=300 rest=alora
 else
-    medium=(--layers 24 --width 1024 --vocabulary 50257 --bf16) shape=(--layers 24 --width 1024 --bf16)
-    llama=(--family llama --layers 16 --width 2048 --vocabulary 32000 --bf16)
-    some=(--samples 256 --batch_size 32 --epochs 2 --pairs 2) few=(--samples 96 --batch_size 32 --epochs 3 --pairs 2)
-    once=("${few[@]}" --pairs 1) long=512,32 limit=110
+    shape=(--layers 24 --width 1024 --bf16) once=(--samples 96 --batch_size 32 --epochs 3 --pairs 1) limit=110
+    medium=("${shape[@]}" --vocabulary 50257) rest=alora,finish_1
     image=(--bf16 --channels_last --narrow 1 --batch_size 256 --epochs 2 --workers 4 --seeds 1)
-    ways=unpad,plain+fast,device,reader+fast,reader+fast+base_precision rest=alora,finish_1
 fi
-prompts() { part "$1" "$limit" "$python" $here/prompts.py "${texts[@]}" "${@:2}"; }
-prompts "GPT-2 medium's shape, E2E's lengths" "${medium[@]}" "${some[@]}" --ways $ways
-prompts "Llama of 1 B's shape, prompts of 512" "${llama[@]}" "${few[@]}" --lengths $long \
-    --ways plain+fast,device,recompute,reader+fast
-prompts "GPT-2 medium's shape, prompts of 512" "${medium[@]}" "${once[@]}" --lengths $long \
-    --ways plain+fast,device,reader,recompute,reader+fast
-prompts "eight samples a prompt" "${medium[@]}" "${once[@]}" --lengths $long --same 8 --ways share_1
+part "steps" 240 "$python" $here/gpu.py "${texts[@]}" --seconds 200
 part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${shape[@]}" "${once[@]}" \
     --ways shared,padding_free
-prompts "compiled" "${llama[@]}" "${once[@]}" --lengths $long --ways plain+torch_compile
-part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" --name vision_gpu \
+part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" \
     ${IMAGES:+--data_dir "$IMAGES"} $([ -n "$tiny${IMAGES:-}" ] || echo --made_up 50000) --max_train_samples 50000 \
-    --arms full,random_0.5,darel_0.5,dual,double
+    --arms full,random_0.5,darel_0.5,dual,double --name vision_gpu
 part "scores of the offline pass" "$limit" "$python" $here/scores.py "${texts[@]}" --samples 512 --batch_size 32
 part "DistributedDataParallel, one process" "$limit" "$python" -m torch.distributed.run --nproc_per_node 1 \
-    --master_port 29541 $here/prompts.py "${texts[@]}" "${medium[@]}" "${once[@]}" --lengths $long --ways device
+    --master_port 29541 $here/prompts.py "${texts[@]}" "${medium[@]}" "${once[@]}" --ways "device,$rest"
 part "one forward pass, compiled and not" "$limit" "$python" $here/steps.py $tiny --layers 24 --width 1024 --rows 32 \
     --lengths 128 --keeps 0.25,0.5 --tuning lora --bf16 --name steps_gpu
-prompts "aLoRA, and a last epoch everywhere" "${medium[@]}" "${some[@]}" --pairs 1 --ways $rest
-"$python" -c "import liger_kernel" 2> /dev/null &&  # where it is installed, last: it changes transformers' classes
-    prompts "Liger's kernels" "${llama[@]}" "${once[@]}" --lengths $long --ways plain+use_liger_kernel
 echo "all parts: $((SECONDS - began)) s, $failed failed; see $report"
 exit $((failed > 0))

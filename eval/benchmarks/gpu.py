@@ -1,0 +1,117 @@
+"""
+What steps cost on a GPU: shapes of models and lengths, and ways of a step, all in one process; steps alone.
+
+    python eval/benchmarks/gpu.py [--data_dir FOLDER --model_name_or_path FOLDER] [--seconds 200] [--quick]
+
+Shapes have random weights, bfloat16 by autocast, LoRA of r 8 on attention and MLP; ways are those of the benchmark
+`prompts`. What counts is a step of the last half of a run, in which nothing is tried out, stored or compiled any more,
+relative to the plain one of the same shape, which is measured first; and the memory that the run adds at its peak,
+what is stored included. A way that fails costs its own row; after --seconds no further way begins. Rows go to
+results/gpu_steps.jsonl, the table to results/gpu_steps.md. --quick: sizes that no claim rests on, on any machine.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import QUICK, RESULTS, data_and_model, store
+from prompts import LastHalf, Runs, parser_of_runs
+
+from darel_hf.nlg.demo import DemoSettings
+
+LLAMA = "--family llama --layers 16 --width 2048 --vocabulary 32000"
+MEDIUM = "--layers 24 --width 1024 --vocabulary 50257"
+LONG = "--lengths 512,32 --samples 96 --epochs 3 --batch_size 32"
+TINY = "--layers 2 --width 64 --samples 16 --batch_size 4 --epochs 2"
+#: What is measured, the most telling first: a name, settings, ways.
+SHAPES = [
+    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "device+fast plain+fast device recompute"),
+    ("GPT-2 medium, E2E", f"{MEDIUM} --samples 128 --epochs 3 --batch_size 32", "device+fast plain+fast device"),
+    ("Llama 1B, eight samples a prompt of 512", f"{LLAMA} {LONG} --same 8", "share_1+fast"),
+    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "plain+use_liger_kernel"),  # which changes Llama for good
+    ("GPT-2 medium, E2E, batches of 128", f"{MEDIUM} --samples 384 --epochs 3 --batch_size 128", "device+fast"),
+    ("GPT-2 medium, prompts of 512", f"{MEDIUM} {LONG}", "device+fast plain+torch_compile"),
+]
+
+
+def measure(runs: Runs, way: str) -> dict[str, Any]:
+    """Return what a step of a way costs."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    started, watch = time.perf_counter(), LastHalf()
+    trainer = runs.trainer(way)
+    trainer.add_callback(watch)
+    trainer.train()
+    plan = getattr(getattr(trainer, "report", None), "plan", None)
+    return {
+        "step_seconds": watch.step_seconds,
+        "peak_bytes": watch.peak_bytes,
+        "steps": watch.steps,
+        "run_seconds": time.perf_counter() - started,
+        "plan": None if plan is None else str(plan).splitlines(),
+    }
+
+
+def main() -> None:
+    made = parser_of_runs()
+    made.description = __doc__
+    made.add_argument("--seconds", type=float, default=300.0, help="after so many no further way begins")
+    given, began = made.parse_args(), time.perf_counter()
+    folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
+    small = DemoSettings(warm_up_representations=20, warm_up_epochs=1, width=64, layers=2)
+    data, model, _ = data_and_model(given, folder, small)  # once for all shapes
+    plain: dict[str, list[float]] = {}
+    for name, settings, ways in SHAPES:
+        words = [*settings.split(), "--data_dir", data, "--model_name_or_path", model, "--threads", str(given.threads)]
+        options = made.parse_args([*words, *(TINY.split() if QUICK else []), *([] if QUICK else ["--bf16"])])
+        if QUICK and options.lengths:
+            options.lengths = "24,6"
+        runs = Runs(options)
+        for way in [*(["plain"] if name not in plain else []), *ways.split()]:
+            if time.perf_counter() - began > given.seconds:
+                print(f"{name}, {way}: no time is left")
+                continue
+            try:
+                found = measure(runs, way)
+            except Exception as error:  # one way less
+                print(f"{name}, {way}: {type(error).__name__}: {str(error)[:400]}", flush=True)
+                continue
+            if way == "plain":
+                plain.setdefault(name, []).append(found["step_seconds"])
+            found["steps_of_plain"] = found["step_seconds"] / statistics.mean(plain.get(name, [float("nan")]))
+            left_out = ("ways", "quick", "pairs", "seconds")
+            kept = {k: v for k, v in runs.settings.items() if k not in left_out and v not in (None, False)}
+            store("gpu_steps", {**kept, "shape": name}, {"arm": way, "seed": 0, **found})
+        write_table()
+
+
+def write_table() -> None:
+    """Write the latest row of each way, by shape and GPU."""
+    tables: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for line in (RESULTS / "gpu_steps.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        key = row["settings"]["shape"], row["hardware"]["gpu"] or "no GPU"
+        tables.setdefault(key, {}).setdefault(row["arm"], []).append(row)
+    parts = []
+    for (shape, gpu), ways in tables.items():
+        lines = [f"**{shape}** ({gpu})\n", "| way | step, ms | of plain | memory, GiB |", "| --- | --- | --- | --- |"]
+        base = statistics.mean(row["step_seconds"] for row in ways["plain"][-2:]) if "plain" in ways else None
+        for way, rows in ways.items():
+            peak, seconds = rows[-1]["peak_bytes"], rows[-1]["step_seconds"]
+            memory = "-" if peak is None else f"{peak / 2**30:.1f}"
+            of_plain = "-" if base is None else f"{seconds / base:.2f}"
+            lines.append(f"| {way} | {1e3 * seconds:.0f} | {of_plain} | {memory} |")
+        parts.append("\n".join(lines) + "\n")
+    (RESULTS / "gpu_steps.md").write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
