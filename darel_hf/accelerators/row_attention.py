@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
@@ -209,7 +211,10 @@ class Rows:
         # Causal attention never looks ahead, to where the padding is: so it needs no mask, only the sample's start.
         causal = self.apart and (window is None or places.shape[1] <= window)
         seen = None if causal else self._seen(queries, shared, places.shape[1], window)
-        output = call(rows(query, asking), *(rows(states, asked) for states in keys), seen, causal).flatten(0, 1)
+        # Of cuDNN's attention a plan is built for each new shape, forward and backward, half a second and more each.
+        others = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+        with others if query.is_cuda else nullcontext():
+            output = call(rows(query, asking), *(rows(states, asked) for states in keys), seen, causal).flatten(0, 1)
         return output.new_zeros(n + 1, *output.shape[1:]).index_copy(0, queries.flatten(), output)[None, :n]
 
     def _queries(self, places: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:

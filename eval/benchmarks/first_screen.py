@@ -55,7 +55,7 @@ WAYS = (
 def row_of(way: Way) -> dict[str, Any]:
     """Return the row, the latest of these settings; raises `LookupError` if there is none."""
     lines = (RESULTS / f"{way.benchmark}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["arm"] == way.arm]
+    rows = [row for row in map(json.loads, lines) if row["arm"] == way.arm and not row["hardware"]["gpu"]]
     rows = [row for row in rows if way.settings.items() <= {"same": 1, **row["settings"]}.items()]
     if not rows:
         raise LookupError(f"no row of {way.benchmark}.jsonl is of {way.arm} with {way.settings}")
