@@ -138,8 +138,7 @@ class LastBlock(Accelerator):
             return "the data are a stream, of which nothing can be tried before training"
         if trainer.args.torch_compile or is_sharded(model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             return "the model is compiled, or its weights are spread over processes"
-        checkpointing = ("gradient_checkpointing", "activation_checkpointing")
-        if recomputes(base_model(model)) or any(getattr(trainer.args, name, False) for name in checkpointing):
+        if recomputes(base_model(model), trainer.args):
             return "with checkpointing the block is called again in the backward pass, as a whole"
         if not _blocks(model):
             return f"{type(base_model(model)).__name__} has no blocks"

@@ -310,8 +310,10 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def recomputes(model: nn.Module) -> bool:
-    """Whether a model computes activations again in the backward pass (gradient checkpointing)."""
+def recomputes(model: nn.Module, args: Any = None) -> bool:
+    """Whether a model computes activations again in the backward pass, or arguments of training will have it so."""
+    if any(getattr(args, f"{name}_checkpointing", False) for name in ("gradient", "activation")):
+        return True
     known = hasattr(type(model), "is_activation_checkpointing")  # transformers 5.23 warns of the older name
     return getattr(model, "is_activation_checkpointing" if known else "is_gradient_checkpointing", False)
 

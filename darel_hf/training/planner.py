@@ -32,7 +32,7 @@ from ..files import require
 from ..scoring import is_causal_lm, preserve_rng_state
 from .clock import Clock
 from .dataset import TrainingSet
-from .recompute import Recompute
+from .recompute import Recomputation
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Planner:
         accelerators (`list[Accelerator]`): those that the settings ask for and the model takes.
         left_out (`dict[str, str]`): accelerators that do not pay or cannot be had: the reasons.
         pace ([`KeepBudget`], *optional*): what keeps a time budget during training.
-        recompute ([`Recompute`]): what saves memory with the same gradients.
+        recompute ([`Recomputation`]): what saves memory with the same gradients.
     """
 
     def __init__(self, trainer: Any, data: TrainingSet, clock: Clock):
@@ -67,7 +67,7 @@ class Planner:
         self._decisions: list[list[float]] | None = None  # of a run that goes on
         self._granted = 1.0
         self._no_pass = False
-        self.recompute = Recompute(trainer)
+        self.recompute = Recomputation(trainer)
         self._full_memory: float | None = None  # bytes of a plain step, where that was measured
 
     def draft(self, scores_free: bool) -> None:

@@ -1,4 +1,4 @@
-"""`Recompute`: activations that are computed again in the backward pass where a memory budget asks for it."""
+"""`Recomputation`: activations that are computed again in the backward pass where a memory budget asks for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..adapters import recomputes
 from ..scoring import base_model, is_sharded
 
 
-class Recompute:
+class Recomputation:
     """
     Switch transformers' activation checkpointing on and off: the same gradients in less memory and more time.
 
@@ -28,10 +28,9 @@ class Recompute:
     def possible(self) -> bool:
         """Whether it can be switched on here: it is off, and this model and these arguments take it."""
         trainer, args, model = self.trainer, self.trainer.args, base_model(self.trainer.model)
-        given = any(getattr(args, f"{name}_checkpointing", False) for name in ("gradient", "activation"))
         spread = is_sharded(model) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
         takes = getattr(model, "supports_gradient_checkpointing", False)
-        return takes and not (given or spread or args.torch_compile or recomputes(model))
+        return takes and not (spread or args.torch_compile or recomputes(model, args))
 
     def set(self, on: bool) -> None:
         """Switch it on, again where Trainer has made the model anew; or off, where it was switched on here."""
