@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,8 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch has it since 2.10
+except ImportError:
     varlen_attn = None
+#: Whether this torch has that kernel, with windows and scales: since 2.11.
+HAS_VARLEN = varlen_attn is not None and {"window_size", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
 #: Keys and values, `[1, heads, N, d]` each.
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -251,7 +254,7 @@ def on_cpu(device: torch.device) -> bool:
 
 def has_kernel(query: torch.Tensor, *states: torch.Tensor) -> bool:
     """Whether torch attends to rows of any lengths at once, without padding: in 16 bits, on GPUs since Ampere."""
-    if varlen_attn is None or not query.is_cuda or torch.version.cuda is None or query.dtype not in NARROW:
+    if not HAS_VARLEN or not query.is_cuda or torch.version.cuda is None or query.dtype not in NARROW:
         return False
     alike = {(one.dtype, one.shape[-1]) for one in (query, *states)} == {(query.dtype, query.shape[-1])}
     fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
