@@ -67,6 +67,26 @@ def test_off_equals_trainer_bit_for_bit(tmp_path, settings, cls):
     ]
 
 
+def test_operations_are_counted_as_trainer_counts_them(tmp_path):
+    """Parameters once in a run, not in each step; a class below that counts in its own way is asked each time."""
+
+    class Own(Trainer):
+        def floating_point_ops(self, inputs):
+            return 7
+
+    class OwnDarel(DarelMixin, Own):
+        pass
+
+    darel = DarelConfig(unpad=True)
+    for plain, ours, each in ((Trainer, DarelTrainer, None), (Own, OwnDarel, 7)):
+        counts = []
+        for cls, more in ((plain, {}), (ours, {"darel": darel})):
+            trainer = make(cls, tmp_path / cls.__name__, **more)
+            trainer.train()
+            counts.append(trainer.state.total_flos)
+        assert counts[0] == counts[1] > 0 and (each is None or counts[0] == each * trainer.state.global_step)
+
+
 def test_tracking_changes_no_weight(tmp_path):
     plain = make(Trainer, tmp_path / "a", tiny_lora(dropout=0.1))
     plain.train()
