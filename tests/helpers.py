@@ -9,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
 
-from darel_hf.accelerators import row_attention
-
 VOCABULARY = 64
 PAD = 0
 
@@ -125,6 +123,8 @@ def attend_as(way, monkeypatch):
 
     The kernel of GPUs, which `packed` calls, is stood in for by a loop that does what torch says of it.
     """
+    from darel_hf.accelerators import row_attention  # earlier code, which some tests run, has it elsewhere
+
     used, real = [], getattr(row_attention.Rows, way)
 
     def spy(*given):

@@ -62,7 +62,7 @@ def test_what_is_given_stays(tmp_path):
 
 
 def test_what_does_not_pay_is_left_out(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(planner, "PAYS", 0.0)
+    monkeypatch.setattr(planner, "PAYS", -1.0)  # whatever noise makes of steps of a millisecond
     trainer = fast(tmp_path / "ours", tiny_gpt2())
     plain = Trainer(
         model=tiny_gpt2(),
