@@ -26,7 +26,7 @@ from .base import register_accelerator
 from .frozen_base import FrozenBase, autocast_dtype
 from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
-from .row_attention import rows_of_places
+from .row_attention import on_cpu, rows_of_places
 
 logger = logging.getLogger(__name__)
 
@@ -332,9 +332,10 @@ class PromptCache(unpad.PaddingFree):
                 why += (
                     f"; {on_device}{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"
                 )
-        if self.value == "auto" and (way == "disk" or (way == "ram" and self.trainer.args.device.type != "cpu")):
+        alone = on_cpu(self.trainer.args.device)  # each prompt is computed alone there, and memory is where it is read
+        if self.value == "auto" and (way == "disk" or (way == "ram" and not alone)):
             together = [prompt for prompt in dict.fromkeys(few) if prompt] or [(0,)]
-            if self.trainer.args.device.type == "cpu":  # where each is computed alone
+            if alone:
                 together = [max(together, key=len)]
             computing, loading = self._time(together, existing if way == "disk" else None)
             way = way if loading < computing else "recompute"

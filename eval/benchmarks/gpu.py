@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -68,7 +67,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
     small = DemoSettings(warm_up_representations=20, warm_up_epochs=1, width=64, layers=2)
     data, model, _ = data_and_model(given, folder, small)  # once for all shapes
-    plain: dict[str, list[float]] = {}
+    plain: dict[str, float] = {}
     for name, settings, ways in SHAPES:
         words = [*settings.split(), "--data_dir", data, "--model_name_or_path", model, "--threads", str(given.threads)]
         options = made.parse_args([*words, *(TINY.split() if QUICK else []), *([] if QUICK else ["--bf16"])])
@@ -85,8 +84,8 @@ def main() -> None:
                 print(f"{name}, {way}: {type(error).__name__}: {str(error)[:400]}", flush=True)
                 continue
             if way == "plain":
-                plain.setdefault(name, []).append(found["step_seconds"])
-            found["steps_of_plain"] = found["step_seconds"] / statistics.mean(plain.get(name, [float("nan")]))
+                plain[name] = found["step_seconds"]
+            found["steps_of_plain"] = found["step_seconds"] / plain.get(name, float("nan"))
             left_out = ("ways", "quick", "pairs", "seconds")
             kept = {k: v for k, v in runs.settings.items() if k not in left_out and v not in (None, False)}
             store("gpu_steps", {**kept, "shape": name}, {"arm": way, "seed": 0, **found})
@@ -95,20 +94,18 @@ def main() -> None:
 
 def write_table() -> None:
     """Write the latest row of each way, by shape and GPU."""
-    tables: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    tables: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for line in (RESULTS / "gpu_steps.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         key = row["settings"]["shape"], row["hardware"]["gpu"] or "no GPU"
-        tables.setdefault(key, {}).setdefault(row["arm"], []).append(row)
+        tables.setdefault(key, {})[row["arm"]] = row
     parts = []
     for (shape, gpu), ways in tables.items():
         lines = [f"**{shape}** ({gpu})\n", "| way | step, ms | of plain | memory, GiB |", "| --- | --- | --- | --- |"]
-        base = statistics.mean(row["step_seconds"] for row in ways["plain"][-2:]) if "plain" in ways else None
-        for way, rows in ways.items():
-            peak, seconds = rows[-1]["peak_bytes"], rows[-1]["step_seconds"]
+        for way, row in ways.items():
+            peak, seconds = row["peak_bytes"], row["step_seconds"]
             memory = "-" if peak is None else f"{peak / 2**30:.1f}"
-            of_plain = "-" if base is None else f"{seconds / base:.2f}"
-            lines.append(f"| {way} | {1e3 * seconds:.0f} | {of_plain} | {memory} |")
+            lines.append(f"| {way} | {1e3 * seconds:.0f} | {row['steps_of_plain']:.2f} | {memory} |")
         parts.append("\n".join(lines) + "\n")
     (RESULTS / "gpu_steps.md").write_text("\n".join(parts), encoding="utf-8")
 

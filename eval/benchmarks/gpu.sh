@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is claimed of GPUs, measured on one of them: about eight minutes on a data-centre GPU, nothing needed from outside.
+# What is claimed of GPUs, measured on one of them: meant for eight minutes of a data-centre GPU, nothing from outside.
 #
 #     bash eval/benchmarks/gpu.sh [--tiny]
 #
