@@ -214,7 +214,7 @@ def plan(
         made = budget_plan(made, config) if config.has_budget else made
         made.check()
         out.print(str(made))
-        if made.predicted_saving <= 0 and made.more == 1:
+        if made.predicted_saving <= 0 and made.more <= 1:
             errors.print("no saving is predicted: scoring costs more than the dropped rows save")
 
 

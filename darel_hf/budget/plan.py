@@ -21,6 +21,8 @@ LARGEST_SCORING_SHARE = 0.25
 LARGEST_OVERHEAD = 0.25
 #: Plans that keep less by this fraction of the rows count as keeping as much: costs are known no better.
 NO_LESS = 0.01
+#: Training ends before its last epoch where whole rows would leave more than this of what a budget pays for.
+LEFT_BY_WHOLE_ROWS = 0.05
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Plan:
         used (`dict`, *optional*): accelerators in use that no setting asks for, and the values of their settings;
             `None`: of a checkpoint that does not say.
         budget_time (`float`, *optional*): the time budget that was solved for what was measured.
-        more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more).
+        more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more, below 1
+            where it pays for a part of the last one).
         prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
             train on prompts, too; `None`: not counted.
         recomputes (`bool`): whether a memory budget has activations computed again in the backward pass.
@@ -200,8 +203,13 @@ class Plan:
 
     @property
     def kept(self) -> float:
-        """Fraction of the rows of plain training that get a backward pass: alpha A."""
-        return self.offline_keep * self.effective_online_keep
+        """Fraction of the rows of plain training that get a backward pass: alpha A, or less if it ends earlier."""
+        return self.offline_keep * self.effective_online_keep * min(self.more, 1.0)
+
+    @property
+    def selects(self) -> bool:
+        """Whether samples are dropped; not by ending earlier alone."""
+        return self.offline_keep * self.effective_online_keep < 1
 
     def too_short(self, budget_time: float) -> bool:
         """Whether measuring alone has taken so much that no plan keeps the budget: then nothing is dropped for it."""
@@ -263,6 +271,7 @@ class Plan:
             f"  offline   keep {self.offline_keep:.3f}{kept}",
             f"  online    keep {self.online_keep:.3f}: {self.batch_size} of {self.candidate_rows} candidates a batch"
             + every,
+            *([f"  epochs    {self.trained_epochs:.2f} of {self.epochs:g}, planned so"] if self.more < 1 else ()),
             f"  costs     {', '.join(costs) or 'nothing is scored'} ({source})",
             f"  predicted {self.predicted_time:.2f} of the plain training time, scoring included",
             *(self._of_the_budget() if self.budget_time is not None else ()),
@@ -284,8 +293,10 @@ class Plan:
         same, of = "  control   the same cost:", f", of {self.epochs:g}"
         if self.kept < 1:
             much = f"{whole:.2f} with {using}" if self.costs.factors else f"{whole:.2f}"
-            lines = [f"  budget    {budget}: everything takes {much}; some is dropped"]
-            lines.append(f"{same} {self.fewer_epochs:.2f} epochs of everything{of}")
+            lines = [f"  budget    {budget}: everything takes {much}; "]
+            lines[0] += "some is dropped" if self.selects else "training ends earlier, nothing is dropped"
+            if self.selects:
+                lines.append(f"{same} {self.fewer_epochs:.2f} epochs of everything{of}")
         elif whole <= self.budget_time:
             lines = [f"  budget    {budget} is met by {using}: nothing is dropped"]
         else:
@@ -388,7 +399,8 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
 
     Plans that are looked at: samples dropped offline only; online only, with each eta; and both, with alpha = 0.8 (the
     paper's) or what is left of it. Of plans that keep as much, the first of these is taken, and the smallest eta with
-    which scoring takes at most a quarter of the online stage.
+    which scoring takes at most a quarter of the online stage. A batch has whole rows: where all of these leave more
+    than a twentieth of what the budget pays for, one candidate less is taken, or none, and training ends earlier.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
@@ -433,7 +445,10 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     if not plans:
         rows, eta = math.floor(plan.batch_size / SMALLEST_KEEP + 1e-9), math.ceil(plan.epochs)
         plans = [replace(everything, online_keep=plan.batch_size / rows, rescore_every=eta)]
+    earlier = _ending_earlier(everything, left)
     most = max(made.kept for made in plans)
+    if max((made.kept for made in earlier), default=0.0) * (1 - LEFT_BY_WHOLE_ROWS) > most:
+        plans, most = earlier, max(made.kept for made in earlier)
     return next(made for made in plans if made.kept >= most - NO_LESS)
 
 
@@ -476,6 +491,20 @@ def _online_alone(plan: Plan, left: float) -> list[Plan]:
             plans.append(replace(plan, online_keep=plan.batch_size / candidates, rescore_every=eta))
         elif candidates <= plan.batch_size:
             plans.append(plan)
+    return plans
+
+
+def _ending_earlier(plan: Plan, left: float) -> list[Plan]:
+    """Return the plans of one candidate less than fits into `left`, or none, which end when it is used, by eta."""
+    plans = []
+    for eta in range(1, math.ceil(plan.epochs) + 1):
+        online = _keep_for(left, eta, plan.epochs, plan.costs)
+        if not SMALLEST_KEEP <= online < 1:
+            continue
+        few = max(math.ceil(plan.batch_size / online - 1e-9) - 1, plan.batch_size)
+        online = plan.batch_size / few
+        epoch = online_term(online, eta, plan.epochs, plan.costs)
+        plans.append(replace(plan, online_keep=online, rescore_every=eta, more=min(left / epoch, 1.0)))
     return plans
 
 

@@ -204,7 +204,7 @@ class Report:
             timed = {a["name"]: "" if a["factor"] is None else f", {a['factor']:.2f}" for a in self.accelerators}
             said = (f"{a['name']} ({a['exactness']}{timed[a['name']]})" for a in self.accelerators)
             rows["what made steps cheaper"] = ", ".join(said)
-        of = " on the samples that it picked" if self.plan.kept < 1 else ""
+        of = " on the samples that it picked" if self.plan.selects else ""
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         return f"## Training data selection (DAREL)\n\nTrained with `darel_hf`{of}.\n\n| | |\n| --- | --- |\n{table}\n"
 

@@ -347,7 +347,7 @@ class Planner:
         plan, asked = self.plan, self.config.budget_time
         # A memory budget is not about time, and that max_steps fixes it is said when the trainer is made.
         about_time = not plan.fixed_steps and (asked is not None or self.config.budget_memory is None)
-        about_time &= plan.more == 1
+        about_time &= plan.more <= 1
         self.trainer.accelerator.print(plan)
         if asked is not None and plan.kept == 1 and plan.predicted_time > asked and plan.too_short(asked):
             logger.warning(
@@ -393,7 +393,7 @@ class Planner:
             steps = self.args.max_steps
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
-        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more > 1):
+        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more != 1):
             logger.warning(
                 "the scheduler in optimizers= was made before it was known that this run has about %d steps, not %d, "
                 "and may not end with it; give the optimizer alone, and lr_scheduler_type",

@@ -268,8 +268,8 @@ class DarelMixin:
     # ---- The time budget ----
 
     def set_initial_training_values(self, args: Any, *others: Any, **named: Any) -> Any:
-        """Find epochs and steps as the class below does; of more epochs, where a budget is spent on them."""
-        if self._run is not None and self._run.plan.more > 1:
+        """Find epochs and steps as the class below does; of more or fewer epochs, where a budget says so."""
+        if self._run is not None and self._run.plan.more != 1:
             args = copy.copy(args)
             args.num_train_epochs = self._run.plan.trained_epochs
         return super().set_initial_training_values(args, *others, **named)

@@ -109,10 +109,8 @@ def test_solved_budgets_meet_the_cost_model(budget, f, cf, epochs, batch, free, 
     assert 0 < solved.offline_keep <= 1 and 0 < solved.online_keep <= 1
     assert 1 <= solved.rescore_every <= epochs
     assert solved.predicted_time <= budget * 1.001
-    if solved.offline_keep * solved.online_keep < 1:  # less padding alone may be within the budget
-        rows = max(solved.candidate_rows - 1, batch)  # whole rows: one candidate less is over the budget
-        one_less = replace(solved, online_keep=batch / rows)
-        assert solved.predicted_time >= budget * 0.9 or one_less.predicted_time > budget
+    if solved.kept < 1:  # less padding alone may be within the budget
+        assert solved.predicted_time >= budget * 0.9
 
 
 @pytest.mark.parametrize(("epochs", "offline", "budget"), [(1, 0.5, 0.6), (1, 0.3, 0.5), (2, 0.5, 0.5), (3, 0.3, 0.5)])
@@ -122,6 +120,28 @@ def test_the_plan_that_keeps_most_is_taken(epochs, offline, budget):
     solved = solve_budget(made, budget)
     assert solved.offline_keep == 1 and solved.kept >= 0.9 * budget
     assert solved.predicted_time <= budget
+
+
+@pytest.mark.parametrize(
+    ("batch", "epochs", "budget", "candidates", "trained"),
+    [
+        (4, 3, 0.975, 4, 2.925),  # 4 of 5 would leave 0.175 of the rows
+        (4, 3, 0.73, 5, 2.7375),  # 4 of 5, for 0.9125 of the epochs; 4 of 6 would leave 0.063, of 0.73
+        (4, 3, 0.68, 6, 3),  # 4 of 6 leave less than a twentieth
+        (1, 2, 0.9, 1, 1.8),  # a batch of one row: all of it, or half of two
+        (8, 3, 0.88, 9, 2.97),
+    ],
+)
+def test_training_ends_earlier_where_whole_rows_would_leave_much(batch, epochs, budget, candidates, trained):
+    made = plan(batch_size=batch, epochs=epochs, f=0.0, cf=0.3)
+    solved = solve_budget(made, budget)
+    assert (solved.candidate_rows, solved.offline_keep) == (candidates, 1)
+    assert solved.trained_epochs == pytest.approx(trained) and solved.predicted_time <= budget * 1.001
+    assert solved.kept == pytest.approx(batch / candidates * trained / epochs)
+    said = str(replace(solved, budget_time=budget))
+    assert (f"epochs    {trained:.2f} of {epochs}, planned so" in said) == (trained < epochs)
+    assert ("training ends earlier, nothing is dropped" in said) == (candidates == batch)
+    assert ("some is dropped" in said and "epochs of everything" in said) == (candidates > batch)
 
 
 def test_a_run_shorter_than_its_measuring_trains_on_everything():

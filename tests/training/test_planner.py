@@ -279,6 +279,30 @@ def test_time_that_is_saved_is_spent_on_epochs(budget, epochs, steps, tmp_path, 
     assert_same_weights(weights(ours.model), weights(asked.model))
 
 
+def test_training_ends_earlier_where_whole_rows_would_leave_much_of_a_budget(tmp_path, measured, capsys):
+    """As a run that is asked for a part of its last epoch; 4 of 5 rows of each batch would take 0.64, not 0.76."""
+
+    def config(offline_rule, **darel):  # by the default rule, whose pass would cost a tenth
+        return DarelConfig(**darel)
+
+    ours = trainer_for(tmp_path / "ours", config=config, budget_time=0.76)
+    ours.train()
+    plan = ours.report.plan
+    assert plan.predicted_time == pytest.approx(0.76, abs=1e-3) and plan.trained_epochs == pytest.approx(
+        2.85, rel=1e-3
+    )
+    assert (ours.state.global_step, ours.state.max_steps) == (29, 29) and ours.args.num_train_epochs == 3
+    assert not plan.selects and "training ends earlier, nothing is dropped" in capsys.readouterr().out
+    asked = trainer_for(tmp_path / "asked", share_prompts=1)
+    asked.args.num_train_epochs = plan.trained_epochs
+    asked.train()
+    assert_same_weights(weights(ours.model), weights(asked.model))
+    again = trainer_for(tmp_path / "ours", config=config, budget_time=0.76)
+    again.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-5"))
+    assert again.state.global_step == again.state.max_steps == 29
+    assert_same_weights(weights(again.model), weights(ours.model))
+
+
 @pytest.mark.parametrize("step", [5, 35])
 def test_epochs_that_were_planned_are_trained_by_a_run_that_goes_on(step, tmp_path, measured, monkeypatch):
     whole = trainer_for(tmp_path, **QUALITY)
