@@ -140,14 +140,13 @@ def training_arguments(
         warmup_steps=0.06,
         weight_decay=0.01,
         seed=seed,
-        bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         logging_steps=1000,
         dataloader_pin_memory=False,
-        **{"learning_rate": options.learning_rate, **settings},
+        **{"learning_rate": options.learning_rate, "bf16": options.bf16, **settings},
     )
 
 

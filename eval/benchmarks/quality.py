@@ -110,6 +110,10 @@ def arms() -> dict[str, Arm]:
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
     made["fewer_0.67"] = Arm(share_of_epochs=0.67)
+    made["full_bf16"] = Arm(training={"bf16": True})  # the control of a base in bfloat16
+    made["fast"] = Arm({"fast": True})
+    made["fast_bf16"] = Arm({"fast": True, "base_precision": "bf16"})
+    made["reader_fast"] = Arm({"fast": True}, task={"lora_on": "reader"})
     made["reader_fast_bf16"] = Arm({"fast": True, "base_precision": "bf16"}, task={"lora_on": "reader"})
     for share in (0.83, 0.67, 0.5, 0.33):
         made[f"reader_fewer_{share}"] = made["reader"]._replace(share_of_epochs=share)
