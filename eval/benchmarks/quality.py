@@ -110,6 +110,10 @@ def arms() -> dict[str, Arm]:
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
     made["fewer_0.67"] = Arm(share_of_epochs=0.67)
+    for time in (0.4, 0.3, 0.25, 0.2):
+        allowed = {"budget_time": time, "budget_allows": ["base_precision"]}
+        made[f"allowed_{time}"] = Arm(allowed)
+        made[f"reader_allowed_{time}"] = Arm(allowed, task={"lora_on": "reader"})
     made["full_bf16"] = Arm(training={"bf16": True})  # the control of a base in bfloat16
     made["fast"] = Arm({"fast": True})
     made["fast_bf16"] = Arm({"fast": True, "base_precision": "bf16"})
