@@ -8,7 +8,7 @@ and paces is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .plan import Costs, Plan, assumed_costs, batch_size_within, budget_plan, online_term, paper_budget
+from .plan import Costs, Plan, assumed_costs, batch_size_within, budget_plan, online_term, paper_budget, time_of_epochs
 
 if TYPE_CHECKING:
     from .measure import SHARE, clock, measure_costs, measure_memory, measure_slowdown

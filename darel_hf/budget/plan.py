@@ -44,6 +44,8 @@ class Costs:
             `batch_by_length`): what training on a row and scoring it costs is taken to go with them, loading not.
         factors (`dict`): by accelerator, in the order in which they act: a training step with it and those before it,
             relative to one with those before it alone, loading left out of both. Candidates are scored without any.
+        first_epoch (`float`): a training step of the first epoch relative to those of later ones: what accelerators
+            store they make there. `factors` are of the mean step of all epochs.
     """
 
     step_seconds: float
@@ -54,6 +56,7 @@ class Costs:
     one_forward: bool = False
     padding: float = 1.0
     factors: dict[str, float] = field(default_factory=dict)
+    first_epoch: float = 1.0
 
     @property
     def accelerated(self) -> float:
@@ -98,6 +101,7 @@ class Plan:
         budget_time (`float`, *optional*): the time budget that was solved for what was measured.
         more (`float`): epochs that are trained, relative to `epochs` (above 1 where a budget is spent on more, below 1
             where it pays for a part of the last one).
+        passed (`bool`): whether the offline pass has been made: what it has cost is spent, whatever is kept.
         prompt_share (`float`, *optional*): the part of the positions that is prompt, in some samples, where adapters
             train on prompts, too; `None`: not counted.
         recomputes (`bool`): whether a memory budget has activations computed again in the backward pass.
@@ -122,6 +126,7 @@ class Plan:
     more: float = 1.0
     prompt_share: float | None = None
     recomputes: bool = False
+    passed: bool = False
 
     @classmethod
     def of(cls, config: DarelConfig, **others: Any) -> Plan:
@@ -149,10 +154,18 @@ class Plan:
     def predicted_time(self) -> float:
         """Time of the run, scoring counted, relative to plain training (for `max_steps`, to as many plain steps)."""
         online = online_term(self.effective_online_keep, self.rescore_every, self.epochs, self.costs)
-        offline = 0.0 if self.scores_free or self.offline_keep == 1 else self.costs.offline_share / self.epochs
+        offline = self._offline_time
         if self.fixed_steps:
             return self.overhead + self.slowdown * (offline + online / self.effective_online_keep)
-        return self.overhead + self.slowdown * (offline + self.offline_keep * online * self.more)
+        scoring = scoring_of(self.effective_online_keep, self.rescore_every, self.epochs, self.costs)
+        training = (online - scoring) * time_of_epochs(self.more, self.epochs, self.costs.first_epoch)
+        return self.overhead + self.slowdown * (offline + self.offline_keep * (scoring + training))
+
+    @property
+    def _offline_time(self) -> float:
+        """Time of the offline pass, if there is one, relative to plain training."""
+        there = (self.passed or self.offline_keep < 1) and not self.scores_free
+        return self.costs.offline_share / self.epochs if there else 0.0
 
     @property
     def step_time(self) -> float:
@@ -183,8 +196,8 @@ class Plan:
     @property
     def fewer_epochs(self) -> float:
         """Epochs of everything, with the same accelerators and as much measuring, that take as long."""
-        whole = self.everything.predicted_time - self.overhead
-        return self.epochs * (self.predicted_time - self.overhead) / whole
+        spent = self.overhead + (self.slowdown * self._offline_time if self.passed else 0.0)
+        return self.epochs * (self.predicted_time - spent) / (self.everything.predicted_time - spent)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
@@ -242,7 +255,7 @@ class Plan:
         if self.online_keep < 1 and self.costs.forward_share:
             costs.append(f"forward {self.costs.forward_share:.2f} of a step")
             every = f", scored every {self.rescore_every} epoch(s)"
-        if self.offline_keep < 1 and not self.scores_free:
+        if self._offline_time:
             costs.append(f"offline pass {self.costs.offline_share:.2f} of an epoch")
         batches = []
         if self.costs.padding != 1:
@@ -337,6 +350,24 @@ def online_term(online_keep: float, rescore_every: int, epochs: float, costs: Co
     return costs.padding * (scoring + training) + costs.data_share
 
 
+def scoring_of(online_keep: float, rescore_every: int, epochs: float, costs: Costs) -> float:
+    """Return what of [`online_term`] is scoring candidates; all of it, once the last epoch has begun."""
+    plan = online_keep, rescore_every, epochs
+    return online_term(*plan, costs) - online_term(*plan, replace(costs, forward_share=0.0))
+
+
+def time_of_epochs(more: float, epochs: float, first_epoch: float) -> float:
+    """Return the time of training for `more * epochs` epochs, at least one, relative to `epochs`."""
+    extra = first_epoch - 1
+    return (extra + more * epochs) / (extra + epochs)
+
+
+def epochs_in_time(time: float, epochs: float, first_epoch: float) -> float:
+    """Return how many epochs, relative to `epochs`, take as long: the inverse of [`time_of_epochs`]."""
+    extra = first_epoch - 1
+    return (time * (extra + epochs) - extra) / epochs
+
+
 def _keep_for(online_time: float, rescore_every: int, epochs: float, costs: Costs) -> float:
     """Return the A with which an epoch takes `online_time`: the inverse of [`online_term`]; it may be negative."""
     scoring = scoring_term(rescore_every, epochs, costs.forward_share)
@@ -400,7 +431,8 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     Plans that are looked at: samples dropped offline only; online only, with each eta; and both, with alpha = 0.8 (the
     paper's) or what is left of it. Of plans that keep as much, the first of these is taken, and the smallest eta with
     which scoring takes at most a quarter of the online stage. A batch has whole rows: where all of these leave more
-    than a twentieth of what the budget pays for, one candidate less is taken, or none, and training ends earlier.
+    than a twentieth of what the budget pays for, one candidate less is taken, or none, and training ends within its
+    last epoch, if there are several.
 
     Args:
         plan ([`Plan`]): batch size, epochs, samples and costs.
@@ -427,6 +459,7 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     with_offline, online_alone = (
         plan.slowdown * smallest for smallest in smallest_budget(plan.costs, plan.epochs, plan.scores_free)
     )
+    online_alone += plan.slowdown * everything._offline_time  # a pass that has been made: it is in the former
     smallest = min(with_offline, online_alone) if offline else online_alone
     if memory_only and smallest > budget_time:
         return everything
@@ -441,11 +474,13 @@ def solve_budget(plan: Plan, budget_time: float | None, offline: bool = True) ->
     # What measuring has cost is made up for, but in a run so short that it weighs more than that, not at any price.
     overhead = min(plan.overhead, LARGEST_OVERHEAD * budget_time, budget_time - smallest)
     left = (budget_time - overhead) / plan.slowdown
-    plans = [*(_with_offline(everything, left) if offline else ()), *_online_alone(everything, left)]
+    plans = _with_offline(everything, left) if offline else []
+    left -= everything._offline_time
+    plans += _online_alone(everything, left)
     if not plans:
         rows, eta = math.floor(plan.batch_size / SMALLEST_KEEP + 1e-9), math.ceil(plan.epochs)
         plans = [replace(everything, online_keep=plan.batch_size / rows, rescore_every=eta)]
-    earlier = _ending_earlier(everything, left)
+    earlier = [] if memory_only else _ending_earlier(everything, left)
     most = max(made.kept for made in plans)
     if max((made.kept for made in earlier), default=0.0) * (1 - LEFT_BY_WHOLE_ROWS) > most:
         plans, most = earlier, max(made.kept for made in earlier)
@@ -503,8 +538,11 @@ def _ending_earlier(plan: Plan, left: float) -> list[Plan]:
             continue
         few = max(math.ceil(plan.batch_size / online - 1e-9) - 1, plan.batch_size)
         online = plan.batch_size / few
-        epoch = online_term(online, eta, plan.epochs, plan.costs)
-        plans.append(replace(plan, online_keep=online, rescore_every=eta, more=min(left / epoch, 1.0)))
+        scoring = scoring_of(online, eta, plan.epochs, plan.costs)
+        training = online_term(online, eta, plan.epochs, plan.costs) - scoring
+        more = epochs_in_time((left - scoring) / training, plan.epochs, plan.costs.first_epoch)
+        if more * plan.epochs > max(math.ceil(plan.epochs) - 1, 1):
+            plans.append(replace(plan, online_keep=online, rescore_every=eta, more=1.0 if more > 0.999 else more))
     return plans
 
 
@@ -548,8 +586,9 @@ def spend_on_epochs(plan: Plan, budget_time: float) -> Plan:
     """
     if plan.kept < 1:
         return plan
-    training = plan.everything.predicted_time - plan.overhead
-    return replace(plan, more=max((budget_time - plan.overhead) / training, 1.0))
+    spent = plan.overhead + plan.slowdown * plan._offline_time
+    share = (budget_time - spent) / (plan.everything.predicted_time - spent)
+    return replace(plan, more=max(epochs_in_time(share, plan.epochs, plan.costs.first_epoch), 1.0))
 
 
 def batch_size_within(

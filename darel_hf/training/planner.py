@@ -26,6 +26,7 @@ from ..budget import (
     measure_memory,
     measure_slowdown,
     online_term,
+    time_of_epochs,
 )
 from ..config import ACCELERATOR_FACTS
 from ..files import require
@@ -183,7 +184,8 @@ class Planner:
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
                 costs = replace(costs, factors=self._keep_what_pays(costs.factors, again))
-                self.plan = replace(self.plan, costs=replace(costs, padding=self.plan.costs.padding))
+                costs = replace(costs, padding=self.plan.costs.padding, first_epoch=self._first_epoch())
+                self.plan = replace(self.plan, costs=costs)
                 if size != full_size or self.recompute.on:
                     plain, most = self.recompute.plain, SHARE * total
                     slowdown = measure_slowdown(trainer, dataset, collator, full_size, size, most, plain)
@@ -288,8 +290,12 @@ class Planner:
         for milder in [a for a in self.accelerators if a not in together]:
             milder.detach()
         self.accelerators = together
-        self._set_costs(factors=costs.factors)
+        self._set_costs(factors=costs.factors, first_epoch=self._first_epoch())
         return None
+
+    def _first_epoch(self) -> float:
+        """Return what a step of the first epoch takes relative to later ones, the same on all processes."""
+        return self._from_main(math.prod(accelerator.first_epoch for accelerator in self.accelerators))
 
     def _set_costs(self, **costs: Any) -> None:
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **costs))
@@ -328,7 +334,8 @@ class Planner:
         elif self.plan.costs.measured:
             steps = len(self.data) / (self.plan.batch_size * self.args.world_size)
             share = self._from_main(seconds / (steps * self.plan.costs.step_seconds))
-            self._set_costs(offline_share=share)
+            self._set_costs(offline_share=share, first_epoch=self._first_epoch())
+            self.plan = replace(self.plan, passed=True)
 
     def solve(self) -> None:
         """Choose the fractions that meet the budget, if there is one."""
@@ -362,7 +369,7 @@ class Planner:
             if replace(plan, overhead=0.0).predicted_saving > 0:
                 why = f"trying out and measuring take {plan.overhead:.2f} of it in a run this short; train plainly"
             elif scored:
-                again = plan.online_keep < 1 and plan.epochs > plan.rescore_every
+                again = plan.online_keep < 1 and plan.costs.forward_share > 0 and plan.epochs > plan.rescore_every
                 why = "scoring costs more than the dropped rows save; "
                 why += "raise rescore_every" if again else "keep fewer"
             elif plan.kept == 1:
@@ -388,12 +395,12 @@ class Planner:
         if self.data.streams:
             return
         rows = self.plan.candidate_rows * self.args.gradient_accumulation_steps * self.args.world_size
-        steps = math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs * self.plan.more
+        steps = math.ceil(math.ceil(self.plan.kept_samples / rows) * self.args.num_train_epochs * self.plan.more)
         if self.args.max_steps > 0:
             steps = self.args.max_steps
         rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        full_steps = math.ceil(len(self.data) / rows) * self.args.num_train_epochs
-        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more != 1):
+        full_steps = math.ceil(math.ceil(len(self.data) / rows) * self.args.num_train_epochs)
+        if self.trainer.ready_made_scheduler and (steps < full_steps or self.plan.more > 1):
             logger.warning(
                 "the scheduler in optimizers= was made before it was known that this run has about %d steps, not %d, "
                 "and may not end with it; give the optimizer alone, and lr_scheduler_type",
@@ -433,8 +440,9 @@ class Planner:
         scoring = online_term(plan.effective_online_keep, 1, 1, plan.costs) / base - 1
         step = plan.costs.step_seconds * self.args.gradient_accumulation_steps * plan.step_time
         # The first epoch may cost more than others, which a clock that looks at its steps must know.
-        first, epochs = math.prod(a.first_epoch for a in self.accelerators), max(plan.trained_epochs, 1.0)
+        first, epochs = plan.costs.first_epoch, max(plan.trained_epochs, 1.0)
         mean = (first + epochs - 1) / epochs
+        step *= time_of_epochs(plan.more, plan.epochs, first) / plan.more  # a mean of the steps that are trained
 
         def step_cost(step: int) -> float:
             training = (first if step < self.pace.progress.planned / epochs else 1.0) / mean
