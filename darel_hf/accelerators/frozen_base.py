@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapters import base_alone
 from ..scoring import preserve_rng_state
 from .fast_lora import added
+from .row_attention import autocast_dtype
 from .share_prompts import put_once
 
 #: Attention modules that take part, and what is known of each.
@@ -343,11 +344,6 @@ class FrozenBase:
             for linear in layer.linears:
                 linear.forget()
         raise RuntimeError(f"{type(layer.module).__name__} has called no attention function")
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return what matrix products are computed in just now, whatever the types of weights; `None`: by these."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def linears_of(module: nn.Module) -> Iterator[nn.Module]:

@@ -23,10 +23,10 @@ from ..data import common_beginnings, count_prompts, is_stream, prompt_tokens, r
 from ..scoring import IGNORE, base_model, is_sharded, model_fingerprint
 from . import unpad
 from .base import register_accelerator
-from .frozen_base import FrozenBase, autocast_dtype
+from .frozen_base import FrozenBase
 from .prompt_attention import ATTENTION, Step
 from .prompt_store import InMemory, OnDisk, Recompute
-from .row_attention import on_cpu, rows_of_places
+from .row_attention import autocast_dtype, on_cpu, rows_of_places
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,11 @@ class PromptCache(unpad.PaddingFree):
             return {**row, "alora_offsets": [row["input_ids"].shape[1]]}
         return {**row, "prompt_lengths": torch.zeros(1, dtype=torch.int64, device=ids.device)}
 
+    @property
+    def stored(self) -> int:
+        """Positions of the prompts that the row in progress reads."""
+        return len(self.base.step.positions) if self.reading else 0
+
     def _trained(self, model: nn.Module) -> str | None:
         """Return which weight besides adapters is trained, in a sentence, or `None`."""
         for name, parameter in model.base_model.named_parameters():
@@ -224,6 +229,10 @@ class PromptCache(unpad.PaddingFree):
         distinct = [prompt for prompt in dict.fromkeys(prompts) if prompt]
         self._watch(len(prompts), distinct)
         kept, positions, places = self.store.get(self.base, distinct, rest.device)
+        more = unpad.missing(len(positions)) if len(positions) and self.is_narrow(rest.device) else 0
+        if more:  # some that nobody reads
+            kept = torch.cat([kept, kept[-1:].expand(more, -1)])
+            positions = torch.cat([positions, positions[-1:].expand(more)])
         widths = [sum(layer.widths) for layer in self.base.layers]
         parts = zip(self.base.layers, kept.split(widths, dim=-1), strict=True) if distinct else ()
         self.base.step = Step({layer.module: part for layer, part in parts}, positions)

@@ -252,6 +252,11 @@ def on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return what matrix products are computed in just now, whatever the types of weights; `None`: by these."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def has_kernel(query: torch.Tensor, *states: torch.Tensor) -> bool:
     """Whether torch attends to rows of any lengths at once, without padding: in 16 bits, on GPUs since Ampere."""
     if not HAS_VARLEN or not query.is_cuda or torch.version.cuda is None or query.dtype not in NARROW:

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, Trial, base_model
 from .base import Accelerator, first_line, not_causal, register_accelerator
-from .row_attention import attend, holds_places, places_of
+from .row_attention import NARROW, attend, autocast_dtype, holds_places, on_cpu, places_of
 
 #: The name of our attention in transformers' registry.
 ATTENTION = "darel_padding_free"
@@ -61,6 +61,44 @@ def flatten(inputs: Mapping[str, Any], label_positions_only: bool = False) -> di
     if label_positions_only:
         row |= at_labels(F.pad(row["labels"], (0, 1), value=IGNORE)[:, 1:])
     return row
+
+
+def missing(n: int) -> int:
+    """
+    Return how many positions a row of n lacks to be of one of few lengths: of 32, from a power of two to the next.
+
+    For every new shape of a matrix product in 16 bits a CPU makes a kernel first, which takes longer than the products
+    of small models; rows without padding have any length.
+    """
+    return -n % max(16, 1 << max(n.bit_length() - 6, 0))
+
+
+def lengthened(row: Mapping[str, Any], stored: int) -> dict[str, Any]:
+    """
+    Return a row with one more sample in which nothing is predicted, so that rows are of few lengths, see [`missing`].
+
+    Args:
+        row (`Mapping`): N positions, as [`flatten`] returns them.
+        stored (`int`): P, positions before the row whose keys and values attention is given besides.
+    """
+    n, keys, places = row["input_ids"].shape[1], stored + row["input_ids"].shape[1], row["attention_mask"][0, 0]
+    more, made = missing(n), dict(row)
+    for key in ("input_ids", "position_ids", "token_type_ids"):
+        if key in row:
+            made[key] = torch.cat([row[key], row[key][:, -1:].expand(-1, more)], dim=1)
+    own = torch.arange(keys, keys + more, device=places.device)[None]
+    tables, width = (places.masked_fill(places == keys, keys + more), own), max(places.shape[1], more)
+    tables = [F.pad(table, (0, width - table.shape[1]), value=keys + more) for table in tables]
+    made["attention_mask"] = torch.cat(tables)[None, None]
+    if "alora_offsets" in row:  # counted from the end
+        made["alora_offsets"] = [offset + more for offset in row["alora_offsets"]]
+    if "logits_to_keep" not in row:
+        return {**made, "labels": F.pad(row["labels"], (0, more), value=IGNORE)}
+    keep = row["logits_to_keep"]
+    free = torch.ones(n + more, dtype=torch.bool, device=keep.device).index_fill(0, keep, False)
+    besides = free.nonzero()[: missing(len(keep)), 0]
+    labels = F.pad(row["labels"], (0, len(besides)), value=IGNORE)
+    return {**made, "logits_to_keep": torch.cat([keep, besides]), "labels": labels, "shift_labels": labels}
 
 
 def at_labels(following: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -195,7 +233,23 @@ class PaddingFree(Accelerator):
             self.refuse(wrong)
         if model.config._attn_implementation != self.attention:  # Trainer may have made the model anew
             model.set_attn_implementation(self.attention)
-        return self.flat(inputs, self.label_positions_only)
+        return self.row(inputs, self.label_positions_only)
+
+    def row(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
+        """Return a batch without padding; of few lengths, where products of every new one take long at first."""
+        row, device = self.flat(inputs, label_positions_only), inputs["input_ids"].device
+        return lengthened(row, self.stored) if self.is_narrow(device) else row
+
+    def is_narrow(self, device: torch.device) -> bool:
+        """Whether matrix products are in 16 bits on a CPU."""
+        with self.trainer.autocast():
+            dtype = autocast_dtype(device) or base_model(self.trainer.model).dtype
+        return on_cpu(device) and dtype in NARROW
+
+    @property
+    def stored(self) -> int:
+        """Positions whose keys and values the attention of the row in progress is given besides its own."""
+        return 0
 
     def flat(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
         """Return a batch that is as it must be without padding, see [`flatten`]."""
@@ -224,7 +278,7 @@ class PaddingFree(Accelerator):
 
         def flat(label_positions_only: bool) -> torch.Tensor:
             base_model(model).set_attn_implementation(self.attention)
-            return trainer.own_loss(self.flat(inputs, label_positions_only), items, smoothed=True)
+            return trainer.own_loss(self.row(inputs, label_positions_only), items, smoothed=True)
 
         trial = Trial(trainer, lambda: trainer.own_loss(inputs, items, smoothed=True))
         try:

@@ -68,7 +68,15 @@ def test_loss_and_gradients_in_rows(family, tmp_path, in_rows):
     check_twins(family, "device", "right", tmp_path)
 
 
-def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True, dtype=torch.float32):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_in_rows_of_few_lengths(family, way, tmp_path, monkeypatch):
+    """As they are made where products are in 16 bits on a CPU."""
+    monkeypatch.setattr(PromptCache, "is_narrow", lambda self, device: True)
+    check_twins(family, way, "right", tmp_path, most=16)
+
+
+def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True, dtype=torch.float32, most=0):
     inputs = rows(lengths, side=side, same_prompts=same_prompts)
     if side == "left":
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -80,7 +88,8 @@ def check_twins(family, way, side, folder, lengths=LENGTHS, same_prompts=True, d
     for _ in range(2):  # computed, then read
         model.zero_grad()
         row = cache.transform(inputs)
-        assert row["input_ids"].shape[1] < int(inputs["labels"].ne(-100).sum()) + len(lengths)
+        assert row["input_ids"].shape[1] < int(inputs["labels"].ne(-100).sum()) + len(lengths) + most
+        assert not most or not row["input_ids"].shape[1] % most
         found = model(**row).loss * inputs["labels"].ne(-100).sum()
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
         found.backward()
@@ -797,9 +806,11 @@ def alora(family, made):
     return moved(get_peft_model(make_base(family), completion_lora(config, items_of(made)))).train()
 
 
+@pytest.mark.parametrize("most", [0, 16])  # rows of few lengths, as where products are in 16 bits on a CPU
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_alora_as_peft_trains_it(family, way, tmp_path):
+def test_alora_as_peft_trains_it(family, way, most, tmp_path, monkeypatch):
+    monkeypatch.setattr(PromptCache, "is_narrow", lambda self, device: most > 0)
     inputs = invoked_rows([(7, 5), (10, 3), (2, 6), (3, 4), (12, 2)])
     model = alora(family, inputs)
     assert model.active_peft_config.alora_invocation_tokens == END
@@ -810,7 +821,7 @@ def test_alora_as_peft_trains_it(family, way, tmp_path):
     assert cache.why_not(lambda: inputs) is None
     model.zero_grad()
     row = cache.transform(inputs)
-    assert row["input_ids"].shape[1] < int(inputs["attention_mask"].sum()) - 15
+    assert row["input_ids"].shape[1] < int(inputs["attention_mask"].sum()) - 15 + most
     found = model(**row).loss
     found.backward()
     torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)

@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from helpers import PadCollator, arguments, attend_as, tiny_gpt2, tiny_lora, token_data, weights
+from helpers import PadCollator, arguments, attend_as, tiny_gpt2, tiny_lora, token_data, weights, with_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig, get_peft_model
@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from darel_hf import DarelConfig, DarelMixin, DarelTrainer
 from darel_hf.accelerators import row_attention
-from darel_hf.accelerators.unpad import flatten
+from darel_hf.accelerators.unpad import PaddingFree, flatten, missing
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 #: An optimizer that makes no more of rounding than the gradients have of it.
@@ -75,6 +75,47 @@ def test_trains_as_trainer_does(tmp_path, model, more):
     wanted = [log["loss"] for log in plain.state.log_history if "loss" in log]
     found = [log["loss"] for log in ours.state.log_history if "loss" in log]
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("darel", [{"unpad": True}, {"share_prompts": 1}])
+@pytest.mark.parametrize("last_block", [False, True])
+@pytest.mark.parametrize("model", [tiny_lora, llama, windowed])
+def test_rows_of_few_lengths(tmp_path, model, darel, last_block, monkeypatch):
+    """As they are made where products are in 16 bits on a CPU: the same as plain Trainer, in float32."""
+    monkeypatch.setattr(PaddingFree, "is_narrow", lambda self, device: True)
+    widths, make = set(), PaddingFree.row
+
+    def row(*args):
+        made = make(*args)
+        widths.add(made["input_ids"].shape[1])
+        return made
+
+    data = with_prompts(token_data())
+    plain = trained(Trainer, tmp_path / "plain", model(), data=data, **GENTLE)
+    monkeypatch.setattr(PaddingFree, "row", row)
+    config = DarelConfig(**darel, last_block=last_block)
+    ours = trained(DarelTrainer, tmp_path / "ours", model(), config, data=data, **GENTLE)
+    assert distance(weights(ours.model), weights(plain.model), weights(model())) < 1e-4
+    assert widths and all(width % 16 == 0 for width in widths)
+
+
+@given(st.integers(1, 5000))
+def test_lengths_are_few(n):
+    most = n + missing(n)
+    assert most >= n and most - n < max(16, n / 16) and missing(most) == 0
+    assert len({m + missing(m) for m in range(n, 2 * n + 1)}) <= 66
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_of_few_lengths_where_products_are_in_16_bits(tmp_path, dtype):
+    model, widths = tiny_lora(), []
+    model.get_base_model().transformer.wte.register_forward_pre_hook(
+        lambda module, args: widths.append(args[0].shape[1])
+    )
+    more = {"bf16": dtype == torch.bfloat16, "use_cpu": True}
+    trained(DarelTrainer, tmp_path, model, DarelConfig(unpad=True), **more)
+    rows = widths[-10:]
+    assert all(width % 16 == 0 for width in rows) == (dtype == torch.bfloat16)
 
 
 class PadsLeft(PadCollator):
