@@ -336,7 +336,7 @@ class PromptCache(unpad.PaddingFree):
                 way = "recompute"
             else:
                 rooms = {"device": self._room_on_device(), "ram": room, "disk": free}
-                way = next((where for where, most in rooms.items() if size <= most), "recompute")
+                way = next((where for where, most in rooms.items() if size <= most and most), "recompute")
                 on_device = f"{rooms['device'] / 2**30:.2f} GiB of the GPU's memory, " if rooms["device"] else ""
                 why += (
                     f"; {on_device}{room / 2**30:.2f} GiB of memory and {free / 2**30:.2f} GiB of {folder} may be used"

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..adapters import find_reader
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, Trial, base_model
 from .base import Accelerator, first_line, not_causal, register_accelerator
@@ -207,6 +208,9 @@ class PaddingFree(Accelerator):
         layers = unknown_layers(model)
         if used not in ("sdpa", self.attention):
             return self._named(f"attention is {used!r}; load it with attn_implementation='sdpa'")
+        reader = find_reader(self.trainer.model)
+        if self.attention == ATTENTION and reader is not None and not reader.everywhere:
+            return self._named("a reader looks for the prompt of each sample; prompt_cache has no padding either")
         own = _sees_inputs_later(type(self.trainer))
         if own is not None:
             return self._named(

@@ -31,7 +31,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from darel_hf import DarelConfig, DarelTrainer, ReaderLoraConfig
 from darel_hf.accelerators import CheapScores, FastLora, PromptCache
 from darel_hf.accelerators.frozen_base import FrozenBase
-from darel_hf.adapters import completion_lora
+from darel_hf.accelerators.unpad import PaddingFree
+from darel_hf.adapters import acting_everywhere, completion_lora
 from darel_hf.data import CarryIds, add_ids
 from darel_hf.scoring import BatchScorer, score_dataset
 from darel_hf.scoring.prompts import SharedPrompts
@@ -826,6 +827,14 @@ def test_alora_as_peft_trains_it(family, way, most, tmp_path, monkeypatch):
     found.backward()
     torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
     assert distance(gradients(model), wanted) < 1e-5
+
+
+def test_other_rows_without_padding_are_not_for_readers(tmp_path):
+    model = adapted("llama", ReaderLoraConfig)
+    trainer = cache_for(model, tmp_path).trainer
+    assert "a reader looks for the prompt of each sample" in PaddingFree(trainer).why_not(None)
+    with acting_everywhere(model):
+        assert PaddingFree(trainer).why_not(None) is None
 
 
 def test_alora_rows_without_their_tokens(tmp_path):
