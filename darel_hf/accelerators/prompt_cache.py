@@ -167,7 +167,7 @@ class PromptCache(unpad.PaddingFree):
     @property
     def stored(self) -> int:
         """Positions of the prompts that the row in progress reads."""
-        return len(self.base.step.positions) if self.reading else 0
+        return len(self.base.step.positions)
 
     def _trained(self, model: nn.Module) -> str | None:
         """Return which weight besides adapters is trained, in a sentence, or `None`."""

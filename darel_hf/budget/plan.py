@@ -168,6 +168,11 @@ class Plan:
         return self.costs.offline_share / self.epochs if there else 0.0
 
     @property
+    def spent(self) -> float:
+        """What is spent whatever is planned, on measuring and on an offline pass that has been made, likewise."""
+        return self.overhead + (self.slowdown * self._offline_time if self.passed else 0.0)
+
+    @property
     def step_time(self) -> float:
         """Time of a step in the loop, scoring left out, relative to a plain one."""
         online = self.effective_online_keep
@@ -196,8 +201,7 @@ class Plan:
     @property
     def fewer_epochs(self) -> float:
         """Epochs of everything, with the same accelerators and as much measuring, that take as long."""
-        spent = self.overhead + (self.slowdown * self._offline_time if self.passed else 0.0)
-        return self.epochs * (self.predicted_time - spent) / (self.everything.predicted_time - spent)
+        return self.epochs * (self.predicted_time - self.spent) / (self.everything.predicted_time - self.spent)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a plain dict, for JSON (which has no NaN)."""
@@ -586,8 +590,7 @@ def spend_on_epochs(plan: Plan, budget_time: float) -> Plan:
     """
     if plan.kept < 1:
         return plan
-    spent = plan.overhead + plan.slowdown * plan._offline_time
-    share = (budget_time - spent) / (plan.everything.predicted_time - spent)
+    share = (budget_time - plan.spent) / (plan.everything.predicted_time - plan.spent)
     return replace(plan, more=max(epochs_in_time(share, plan.epochs, plan.costs.first_epoch), 1.0))
 
 
