@@ -136,6 +136,7 @@ def training_arguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=getattr(options, "gradient_accumulation_steps", None) or 1,
         lr_scheduler_type="linear",
         warmup_steps=0.06,
         weight_decay=0.01,

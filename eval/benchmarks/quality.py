@@ -251,6 +251,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--gradient_accumulation_steps", type=int, help="batches a step; default: 1")
     parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--lora_r", type=int, default=8)
     parser.add_argument("--lora_target_modules", help="default: all-linear")
