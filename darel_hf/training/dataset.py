@@ -25,6 +25,7 @@ from ..data import (
     feature_length,
     group_numbers,
     has_labels,
+    is_plain,
     is_stream,
     item_id,
     keys_without_rows,
@@ -92,7 +93,9 @@ class TrainingSet:
             remedy = "the samples of the training set have no input_ids, whose length it would go by; leave it out"
             require("input_ids" in dataset[0], "batch_by_length", True, remedy)
             facts["length"] = feature_length
-        if config.of_a_prompt > 1:
+        if config.of_a_prompt > 1 and is_plain(dataset):
+            prompt_of(dataset[0])  # raises for what has no prompt; tables are read for it before anything is planned
+        elif config.of_a_prompt > 1:
             facts["prompt"] = prompt_of
         first = dataset[0] if facts else None
         for fact in facts.values():
@@ -217,9 +220,9 @@ class TrainingSet:
         """Number of each sample's prompt, int64 `[n]`, where batches are to be of samples of the same ones."""
         if self.config.of_a_prompt == 1 or self.streams:
             return None
-        noted = "prompt" in self.noting.facts
-        values = self._facts["prompt"] if noted else [prompt_of(item) for item in self.dataset]
-        return group_numbers(values)
+        if "prompt" in self.noting.facts:
+            return group_numbers(self._facts["prompt"])
+        return self.trainer.on_main(lambda: group_numbers(list(map(prompt_of, self.dataset))))
 
     def by_prompt(self, prompts: np.ndarray, batch_size: int) -> ShuffledByPrompt:
         """Return what visits samples of these prompts, int64 `[k]`, by prompt, for micro-batches of so many rows."""

@@ -87,7 +87,7 @@ def trainer_for(folder, model=None, data=None, stop=False, settings=None, config
         train_dataset=token_data(40) if data is None else data,
         data_collator=collator or PadCollator(),
         callbacks=[Stop()] if stop else None,
-        darel=config(offline_rule="random", **darel),
+        darel=config(**{"offline_rule": "random", **darel}),
     )
 
 
@@ -376,6 +376,21 @@ def test_a_first_epoch_that_stores_prompts_ends_no_run_early(known, tmp_path, me
     trainer.train()
     assert trainer.report.plan.kept == 1 and list(trainer.report.in_use) == ["prompt_cache"]
     assert (trainer.state.global_step == 30 and not trainer.report.decisions) == known
+
+
+@pytest.mark.parametrize("offline", [{}, {"offline_keep": 0.8, "offline_rule": "trimmed"}], ids=["all", "offline"])
+def test_steps_are_timed_on_batches_as_the_run_has_them(offline, tmp_path, monkeypatch):
+    """Samples of a prompt come together, whether or not a pass over all items is still to come."""
+    given = []
+
+    def measure_costs(*args, visited, **kwargs):
+        given.append(visited)
+        return Costs(step_seconds=1e4, forward_share=0.0, offline_share=0.3)
+
+    monkeypatch.setattr(planner, "measure_costs", measure_costs)
+    trainer_for(tmp_path, data=with_prompts(token_data(40), kinds=10), share_prompts=4, **offline).train()
+    groups = [{position % 10 for position in given[0][i : i + 4]} for i in range(0, 40, 4)]
+    assert sorted(given[0]) == list(range(40)) and all(len(group) == 1 for group in groups)
 
 
 @pytest.mark.parametrize("darel", [{**QUALITY, "fast": False}, {**QUALITY, "budget_time": 0.6}])
