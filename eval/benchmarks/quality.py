@@ -9,11 +9,12 @@ varies, believe `savings`, which interleaves. The training set is all references
 drawn with the seed, as --max_train_samples asks for: the whole set in small, eight to nine references each.
 Predictions are greedy, for the representations of the test set that --max_test_samples draws; with --num_beams they
 are written anew by beam search as in the recipes, which is slow; those results have files of their own. The test loss
-is of two references of each. Settings are chosen on the development set, --held_out dev, and an arm may have a
-learning rate of its own, `reader@2e-3`. A row a run goes to results/quality.jsonl at once; after every seed the table,
-quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in BLEU to the plain
-run and to the first random subset are paired over instances, their 95 % intervals by bootstrap. Without a folder of
-data and a model, the generated corpus and the demo's model are taken.
+is of two references of each. With --shuffled 0.2 a fifth of the training pairs, drawn with the seed, have the text of
+another pair: data in which choosing ought to help. Settings are chosen on the development set, --held_out dev, and an
+arm may have a learning rate of its own, `reader@2e-3`. A row a run goes to results/quality.jsonl at once; after every
+seed the table, quality.md, and the picture, quality.png, are made from all rows of the same settings. Differences in
+BLEU to the plain run and to the first random subset are paired over instances, their 95 % intervals by bootstrap.
+Without a folder of data and a model, the generated corpus and the demo's model are taken.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ MARGIN = 1.0  # BLEU that an arm may lose to the plain run and still count as no
 RULES = ("hardest", "easiest", "middle", "trimmed", "stratified", "percentile", "infobatch", "kakurenbo")
 RULES += ("loss_bins_high", "rho_loss", "random")
 FULL = ("full", "full_padding_free")  # what others are compared with: plain training, or the same without padding
-CONTROLS = ("random_", "grouped_random_")  # beginnings of arms that choose by chance; the first that runs is compared
+#: Beginnings of arms that choose by chance; the first that runs is compared.
+CONTROLS = ("random_", "grouped_random_", "online_random")
 
 
 class Arm(NamedTuple):
@@ -238,7 +240,7 @@ def outputs_of(output: Path, task: NLGArguments, mrs: list[str], beams: int) -> 
         path = output / f"predictions-{beams}-beams.txt"
         if not path.exists():
             recipe = {key: getattr(NLGArguments, key) for key in ("length_penalty", "no_repeat_ngram_size")}
-            model, tokenizer = load_for_generation(str(output), task.model_name_or_path)
+            model, tokenizer = loaded(output, task.model_name_or_path)
             generate(model, tokenizer, mrs, replace(task, num_beams=beams, **recipe), path)
     return path.read_text(encoding="utf-8").splitlines()
 
@@ -257,6 +259,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora_target_modules", help="default: all-linear")
     parser.add_argument("--bf16", action="store_true", help="train and score in bfloat16, where that is faster")
     parser.add_argument("--max_train_samples", type=int, default=800)
+    parser.add_argument("--shuffled", type=float, help="of the training pairs so many have another's text")
     parser.add_argument("--max_test_samples", type=int, default=250)
     parser.add_argument("--held_out", choices=["dev"], help="try on the development set; default: the test set")
     parser.add_argument("--threads", type=int, default=2)
@@ -288,7 +291,7 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
         no_repeat_ngram_size=0,
         length_penalty=1.0,
         max_new_tokens=60,
-        generation_batch_size=32,
+        generation_batch_size=256 if torch.cuda.is_available() else 32,
         wordnet="none",
     )
     return task, settings, folder
@@ -296,9 +299,15 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
 
 def test_loss(output: Path, base: str, held: dict[str, list[str]]) -> float:
     """Return the mean loss of a token, of two references of each held-out representation: less noisy than BLEU."""
-    model, tokenizer = load_for_generation(str(output), base)
+    model, tokenizer = loaded(output, base)
     scores = scored(model, tokenizer, [{"mr": mr, "ref": text} for mr, texts in held.items() for text in texts[:2]])
     return float((scores.losses * scores.n_tokens).sum() / scores.n_tokens.sum())
+
+
+def loaded(output: Path, base: str) -> tuple[Any, Any]:
+    """Return a trained model, on the GPU if there is one, and its tokenizer."""
+    model, tokenizer = load_for_generation(str(output), base)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
@@ -306,7 +315,12 @@ def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
     columns = ["input_ids", "attention_mask", "labels", ID_KEY]
     data = add_ids(tokenize_pairs(pairs, tokenizer, 256), np.arange(len(pairs))).select_columns(columns)
     collator = CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
-    return score_dataset(BatchScorer(model), data, collator, dict, progress_bar=False)
+    return score_dataset(BatchScorer(model), data, collator, lambda batch: on(batch, model.device), progress_bar=False)
+
+
+def on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch whose tensors are on a device."""
+    return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
 
 
 def data_of(task: NLGArguments, folder: Path, seed: int, options: argparse.Namespace) -> str:
@@ -319,6 +333,7 @@ def data_of(task: NLGArguments, folder: Path, seed: int, options: argparse.Names
         drawn = training_pairs(rest, limit, seed)
         taken = set(map(id, drawn))
         rest = [pair for pair in rest if id(pair) not in taken]
+        drawn = with_wrong_texts(drawn, options.shuffled or 0.0, seed)
         part.mkdir(exist_ok=True)
         shutil.copy(source / "devset.csv", part)
         shutil.copy(source / HELD_OUT[options.held_out or "test"], part / HELD_OUT["test"])
@@ -327,6 +342,13 @@ def data_of(task: NLGArguments, folder: Path, seed: int, options: argparse.Names
             writer.writeheader()
             writer.writerows(drawn)
     return str(folder)
+
+
+def with_wrong_texts(pairs: list[dict[str, str]], share: float, seed: int) -> list[dict[str, str]]:
+    """Return the pairs, a share of them, drawn with the seed, with the text of the next one that was drawn."""
+    drawn = np.random.default_rng(seed).permutation(len(pairs))[: round(share * len(pairs))]
+    wrong = {int(i): pairs[j]["ref"] for i, j in zip(drawn, np.roll(drawn, -1), strict=True)}
+    return [{**pair, "ref": wrong.get(i, pair["ref"])} for i, pair in enumerate(pairs)]
 
 
 def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, seed: int, folder: Path) -> str:
@@ -340,7 +362,7 @@ def score_by_reference(arguments: NLGArguments, options: argparse.Namespace, see
         shutil.rmtree(output, ignore_errors=True)
         others = replace(arguments, generate=False, data_dir=str(Path(arguments.data_dir) / "others"))
         run(others, DarelConfig(), training_arguments(output, 2, seed, options))
-        model, tokenizer = load_for_generation(str(output), arguments.model_name_or_path)
+        model, tokenizer = loaded(output, arguments.model_name_or_path)
         save_scores(scored(model, tokenizer, read_pairs(Path(arguments.data_dir) / "trainset.csv")), path)
     return str(path)
 

@@ -126,6 +126,7 @@ def main() -> None:
                 lr_scheduler_type="cosine",
                 warmup_steps=0.1,
                 bf16=options.bf16,
+                use_cpu=not torch.cuda.is_available(),
                 dataloader_num_workers=options.workers,
                 dataloader_persistent_workers=options.workers > 0,
                 seed=seed,
