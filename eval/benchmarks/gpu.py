@@ -1,19 +1,22 @@
 """
 What steps cost on a GPU: shapes of models and lengths, and ways of a step, all in one process; steps alone.
 
-    python eval/benchmarks/gpu.py [--data_dir FOLDER --model_name_or_path FOLDER] [--seconds 200] [--quick]
+    python eval/benchmarks/gpu.py [--data_dir FOLDER --model_name_or_path FOLDER] [--shapes E2E] [--seconds 200]
 
 Shapes have random weights, bfloat16 by autocast, LoRA of r 8 on attention and MLP; ways are those of the benchmark
 `prompts`. What counts is a step of the last half of a run, in which nothing is tried out, stored or compiled any more,
 relative to the plain one of the same shape, which is measured first; and the memory that the run adds at its peak,
-what is stored included. A way that fails costs its own row; after --seconds no further way begins. Rows go to
-results/gpu_steps.jsonl, the table to results/gpu_steps.md. --quick: sizes that no claim rests on, on any machine.
+what is stored included. Where a step is of 128 samples, plain training takes them as four batches of 32, since more do
+not fit. A way that fails costs its own row; after --seconds no further way begins. --shapes: those whose names match.
+Rows go to results/gpu_steps.jsonl, the table to results/gpu_steps.md. --quick: sizes that no claim rests on, on any
+machine.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -28,15 +31,20 @@ from darel_hf.nlg.demo import DemoSettings
 LLAMA = "--family llama --layers 16 --width 2048 --vocabulary 32000"
 MEDIUM = "--layers 24 --width 1024 --vocabulary 50257"
 LONG = "--lengths 512,32 --samples 96 --epochs 3 --batch_size 32"
+MANY = "--lengths 512,32 --samples 256 --epochs 3 --batch_size 128"
+TEXTS = "--epochs 3"
+FOUR = "plain+per_device_train_batch_size=32+gradient_accumulation_steps=4"
 TINY = "--layers 2 --width 64 --samples 16 --batch_size 4 --epochs 2"
-#: What is measured, the most telling first: a name, settings, ways.
+#: What is measured, the most telling first: a name, settings, ways, of which the first is what others are relative to.
 SHAPES = [
-    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "device+fast plain+fast device recompute"),
-    ("GPT-2 medium, E2E", f"{MEDIUM} --samples 128 --epochs 3 --batch_size 32", "device+fast plain+fast device"),
-    ("Llama 1B, eight samples a prompt of 512", f"{LLAMA} {LONG} --same 8", "share_1+fast"),
-    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "plain+use_liger_kernel"),  # which changes Llama for good
-    ("GPT-2 medium, E2E, batches of 128", f"{MEDIUM} --samples 384 --epochs 3 --batch_size 128", "device+fast"),
-    ("GPT-2 medium, prompts of 512", f"{MEDIUM} {LONG}", "device+fast plain+torch_compile"),
+    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "plain device+fast plain+fast recompute device"),
+    ("Llama 1B, prompts of 512, 128 samples a step", f"{LLAMA} {MANY}", f"{FOUR} device+fast recompute+fast"),
+    ("GPT-2 medium, prompts of 512, 128 samples a step", f"{MEDIUM} {MANY}", f"{FOUR} device+fast"),
+    ("GPT-2 medium, E2E", f"{MEDIUM} {TEXTS} --samples 128 --batch_size 32", "plain device+fast plain+fast device"),
+    ("GPT-2 medium, E2E, batches of 128", f"{MEDIUM} {TEXTS} --samples 384 --batch_size 128", "plain device+fast"),
+    ("GPT-2 medium, prompts of 512", f"{MEDIUM} {LONG}", "plain device+fast plain+torch_compile"),
+    ("Llama 1B, eight samples a prompt of 512", f"{LLAMA} {LONG} --same 8", "plain share_1+fast"),
+    ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "plain+use_liger_kernel"),  # which changes Llama for good: last
 ]
 
 
@@ -63,18 +71,21 @@ def main() -> None:
     made = parser_of_runs()
     made.description = __doc__
     made.add_argument("--seconds", type=float, default=300.0, help="after so many no further way begins")
+    made.add_argument("--shapes", default="", help="an expression that their names match; default: all")
     given, began = made.parse_args(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
     small = DemoSettings(warm_up_representations=20, warm_up_epochs=1, width=64, layers=2)
     data, model, _ = data_and_model(given, folder, small)  # once for all shapes
     plain: dict[str, float] = {}
     for name, settings, ways in SHAPES:
+        if not re.search(given.shapes, name):
+            continue
         words = [*settings.split(), "--data_dir", data, "--model_name_or_path", model, "--threads", str(given.threads)]
         options = made.parse_args([*words, *(TINY.split() if QUICK else []), *([] if QUICK else ["--bf16"])])
         if QUICK and options.lengths:
             options.lengths = "24,6"
         runs = Runs(options)
-        for way in [*(["plain"] if name not in plain else []), *ways.split()]:
+        for number, way in enumerate(ways.split()):
             if time.perf_counter() - began > given.seconds:
                 print(f"{name}, {way}: no time is left")
                 continue
@@ -83,10 +94,10 @@ def main() -> None:
             except Exception as error:  # one way less
                 print(f"{name}, {way}: {type(error).__name__}: {str(error)[:400]}", flush=True)
                 continue
-            if way == "plain":
+            if number == 0 and name not in plain:
                 plain[name] = found["step_seconds"]
             found["steps_of_plain"] = found["step_seconds"] / plain.get(name, float("nan"))
-            left_out = ("ways", "quick", "pairs", "seconds")
+            left_out = ("ways", "quick", "pairs", "seconds", "shapes")
             kept = {k: v for k, v in runs.settings.items() if k not in left_out and v not in (None, False)}
             store("gpu_steps", {**kept, "shape": name}, {"arm": way, "seed": 0, **found})
         write_table()

@@ -7,7 +7,8 @@
 # that fails or takes longer than its share costs its own rows only. --tiny shows on any machine that all parts run:
 # sizes that no claim rests on, results to outputs/benchmarks. PYTHON: the interpreter; TEXTS and MODEL: folders with the
 # files of E2E and a model whose tokenizer is taken (else both are made); IMAGES: a folder with CIFAR-10 (else made-up
-# images, of which only times count); ONLY: run the parts whose names match this expression, and go on with gpu.md.
+# images, of which only times count); ONLY: run the parts whose names match this expression, and go on with gpu.md;
+# TOTAL: seconds for all parts together, in place of 480.
 set -u
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python} here=eval/benchmarks results=eval/benchmarks/results tiny=""
@@ -16,6 +17,7 @@ case "${1:-}" in
     --tiny) tiny=--quick results=outputs/benchmarks ;;
     *) echo "gpu.sh: unknown option $1; there is --tiny" >&2; exit 2 ;;
 esac
+total=${TOTAL:-480}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$results"
@@ -23,7 +25,7 @@ report=$results/gpu.md began=$SECONDS failed=0
 [ -n "${ONLY:-}" -a -e "$report" ] || printf '| part | seconds | result |\n| --- | --- | --- |\n' > "$report"
 
 part() {  # NAME LIMIT COMMAND...: run a part for at most LIMIT seconds; say how it ended
-    local name=$1 limit=$2 start=$SECONDS log="$work/log" said
+    local name=$1 limit=$(($2 * total / 480)) start=$SECONDS log="$work/log" said
     shift 2
     [ -z "${ONLY:-}" ] || [[ $name =~ $ONLY ]] || return 0
     if timeout --kill-after 5 "$limit" "$@" > "$log" 2>&1; then said=done; else
@@ -52,13 +54,17 @@ PYTHON
 fi
 
 if [ -n "$tiny" ]; then
-    shape=(--layers 2 --width 64) once=(--samples 8 --batch_size 4) medium=("${shape[@]}") image=() limit=300 rest=alora
+    shape=(--layers 2 --width 64) once=(--samples 8 --batch_size 4) medium=("${shape[@]}") image=() limit=300 total=1200 rest=alora
 else
-    shape=(--layers 24 --width 1024 --bf16) once=(--samples 96 --batch_size 32 --epochs 3 --pairs 1) limit=110
+    shape=(--layers 24 --width 1024 --bf16) once=(--samples 96 --batch_size 32 --epochs 3 --pairs 1) limit=60
     medium=("${shape[@]}" --vocabulary 50257) rest=alora,finish_1
     image=(--bf16 --channels_last --narrow 1 --batch_size 256 --epochs 2 --workers 4 --seeds 1)
 fi
-part "steps" 240 "$python" $here/gpu.py "${texts[@]}" --seconds 200
+share() { echo $(($1 * total / 480)); }
+part "steps" 150 "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 130)" --shapes '512(, 128.*)?$'
+# Texts of all lengths: cuDNN would build a plan for each new shape of plain Trainer's batches, see docs/gpu.md.
+part "steps on texts, cuDNN's attention last" 90 env TORCH_CUDNN_SDPA_DEPRIORITIZED=1 \
+    "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 75)" --shapes E2E
 part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${shape[@]}" "${once[@]}" \
     --ways shared,padding_free
 part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" \
