@@ -168,8 +168,9 @@ def main() -> None:
     if unknown:
         near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
         parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
-    if names[0].partition("@")[0] not in FULL and not options.runs_only:
-        parser.error(f"--arms {options.arms}: times are relative to the first; begin with one of {FULL}")
+    relative = names[0].partition("@")[0] in FULL  # else rules are compared with chance alone
+    if not relative and not names[0].startswith(CONTROLS) and not options.runs_only:
+        parser.error(f"--arms {options.arms}: begin with one of {FULL}, or with one that chooses by chance")
     task, settings, folder = prepared(options)
     made_with = folder / "settings.json"
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
@@ -186,7 +187,7 @@ def main() -> None:
         part = data_of(task, folder / f"data-{seed}", seed, options)
         arguments = replace(task, data_dir=part)
         told: dict[str, list[str]] = {}
-        reference = None
+        reference, plain = None, None
         for name in names:
             arm = known[name]
             darel = arm.darel
@@ -202,7 +203,7 @@ def main() -> None:
                 shutil.rmtree(output, ignore_errors=True)
                 training = training_arguments(output, epochs, seed, options, **arm.training)
                 result = run(replace(arguments, **arm.task), DarelConfig(**darel), training)
-            if name == names[0]:
+            if name == names[0] and relative:
                 plain = result["seconds"]
             told[name] = outputs_of(output, task, list(held), options.num_beams)
             if options.runs_only or (done and has_row(options.name, settings, name, seed)):
@@ -213,7 +214,7 @@ def main() -> None:
             row = {
                 "arm": name,
                 "seed": seed,
-                "time": result["seconds"] / plain,
+                "time": plain and result["seconds"] / plain,
                 "plain_seconds": plain,
                 "seconds": result["seconds"],
                 **{key: result.get(key) for key in NAMES},
@@ -223,7 +224,7 @@ def main() -> None:
                 "test_loss": test_loss(output, task.model_name_or_path, held),
             }
             control = next((n for n in names if n.startswith(CONTROLS)), "")
-            for other, called in ((names[0], "full"), (control, control)):
+            for other, called in ((names[0] if relative else "", "full"), (control, control)):
                 if other in told and other != name:
                     compared = compare(told[name], references, baseline=told[other])
                     row[f"bleu_minus_{called}"] = compared["bleu"] - compared["baseline"]["bleu"]
@@ -381,8 +382,10 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         bleu = np.array([row["bleu"] for row in rows])
         spread = f" ({bleu.std(ddof=1):.1f})" if len(bleu) > 1 else ""
         cells = [arm]
-        cells.append(f"{np.median([row['time'] for row in rows]):.2f}")
-        cells.append(f"{np.median([row['scoring_seconds'] / row['plain_seconds'] for row in rows]):.3f}")
+        timed = [row for row in rows if row["time"]]
+        cells.append(f"{np.median([row['time'] for row in timed]):.2f}" if timed else "-")
+        scoring = [row["scoring_seconds"] / row["plain_seconds"] for row in timed]
+        cells.append(f"{np.median(scoring):.3f}" if timed else "-")
         samples = [row["rows_backpropagated"] / plain[row["seed"]]["rows_backpropagated"] for row in rows]
         cells.append(f"{np.mean(samples):.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
@@ -427,8 +430,10 @@ def plot(by_arm: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes = figure.subplots()
     points = []
     for arm, rows in by_arm.items():
-        bleu = np.array([row["bleu"] for row in rows])
-        points.append((bleu.mean(), np.median([row["time"] for row in rows]), arm))
+        bleu, times = np.array([row["bleu"] for row in rows]), [row["time"] for row in rows if row["time"]]
+        if not times:
+            continue
+        points.append((bleu.mean(), np.median(times), arm))
         spread = bleu.std(ddof=1) if len(bleu) > 1 else 0
         axes.errorbar(points[-1][1], bleu.mean(), yerr=spread, fmt="o", capsize=3)
     line, labels = 0.032 * np.ptp(axes.get_ylim()), []
