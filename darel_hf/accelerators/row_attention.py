@@ -305,6 +305,11 @@ def attend(
         with torch.autocast(query.device.type, enabled=False):
             wide = [None if pair is None else tuple(states.float() for states in pair) for pair in (keys, stored)]
             return rows.one_by_one(call, query.float(), *wide, window).to(keys[1].dtype)
+    if (narrow := autocast_dtype(query.device)) is not None:  # as torch's own attention would: rotary embeddings widen
+        query = query.to(narrow)
+        keys, stored = (
+            None if pair is None else tuple(states.to(narrow) for states in pair) for pair in (keys, stored)
+        )
     beyond = given is None or given.get("dropout") or given.get("position_bias") is not None  # what no kernel does
     if not beyond and has_kernel(query, *keys, *(stored or ())):
         return rows.packed(query, keys, stored, window, given.get("scaling"))

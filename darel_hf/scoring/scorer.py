@@ -312,7 +312,9 @@ class BatchScorer:
         batch, rows = self._handed(batch), [self._handed(row) for row in rows]
         logits, model_own = self._outputs(batch)
         labels = batch["labels"]
-        alone = [self._outputs(row)[1] for row in rows] if model_own is not None else []
+        rounded = precision(self.model, self.autocast) == "reduced"
+        outputs = [self._outputs(row) for row in rows] if model_own is not None or rounded else []
+        alone = [own for _, own in outputs] if model_own is not None else []
         if own[0] is not None and (model_own is None or not self._same(own[0], model_own)):
             own += self._own_losses(rows)  # it is another than the model's
         else:
@@ -331,7 +333,9 @@ class BatchScorer:
         apart = labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] != logits.shape[1]
         apart |= type(base_model(self.model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
         reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
-        found = [_mean(plain), *plain.losses.tolist()]
+        # A row among others is rounded to 16 bits otherwise than alone, which may be more than all of a small loss.
+        singly = [_mean(self.read(logits, row["labels"])) for (logits, _), row in zip(outputs, rows, strict=False)]
+        found = [_mean(plain), *(singly if rounded else plain.losses.tolist())]
         counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
         pairs = [(a, b) for a, b, k in zip(found, own, counted, strict=False) if b is not None and k]
         if pairs:
@@ -343,11 +347,10 @@ class BatchScorer:
             require(reading.matches_own_loss or not apart, "labels", tuple(labels.shape), remedy)
             if not reading.matches_own_loss:
                 logger.warning(
-                    "samples are ranked by %s (%.4f on a first batch), the loss that trains is %.4f: it adds or "
-                    "weighs something; pass per_sample_loss= to rank by another",
+                    "samples are ranked by %s (%.4g of a first batch or row), the loss that trains is %.4g: it adds "
+                    "or weighs something; pass per_sample_loss= to rank by another",
                     "the model's own loss" if batch["labels"].is_floating_point() else "cross-entropy",
-                    found[0],
-                    next((value for value in own if value is not None), float("nan")),
+                    *max(pairs, key=lambda pair: abs(pair[0] - pair[1])),
                 )
 
     def few_rows(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

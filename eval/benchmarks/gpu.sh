@@ -56,20 +56,20 @@ fi
 if [ -n "$tiny" ]; then
     shape=(--layers 2 --width 64) once=(--samples 8 --batch_size 4) medium=("${shape[@]}") image=() limit=300 total=1200 rest=alora
 else
-    shape=(--layers 24 --width 1024 --bf16) once=(--samples 96 --batch_size 32 --epochs 3 --pairs 1) limit=60
+    shape=(--layers 24 --width 1024 --bf16) once=(--samples 64 --batch_size 32 --epochs 2 --pairs 1) limit=56
     medium=("${shape[@]}" --vocabulary 50257) rest=alora,finish_1
-    image=(--bf16 --channels_last --narrow 1 --batch_size 256 --epochs 2 --workers 4 --seeds 1)
+    image=(--bf16 --channels_last --narrow 1 --batch_size 256 --epochs 1 --workers 4 --seeds 1)
 fi
 share() { echo $(($1 * total / 480)); }
-part "steps" 150 "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 130)" --shapes '512(, 128.*)?$'
+part "steps" 130 "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 110)" --shapes '512(, 128.*)?$'
 # Texts of all lengths: cuDNN would build a plan for each new shape of plain Trainer's batches, see docs/gpu.md.
-part "steps on texts, cuDNN's attention last" 90 env TORCH_CUDNN_SDPA_DEPRIORITIZED=1 \
-    "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 75)" --shapes E2E
+part "steps on texts, cuDNN's attention last" 70 env TORCH_CUDNN_SDPA_DEPRIORITIZED=1 \
+    "$python" $here/gpu.py "${texts[@]}" --seconds "$(share 55)" --shapes E2E
 part "shared prompts in DPO" "$limit" "$python" $here/preferences.py "${texts[@]}" "${shape[@]}" "${once[@]}" \
     --ways shared,padding_free
 part "ResNet18 on images of CIFAR-10's size" "$limit" "$python" $here/vision.py $tiny "${image[@]}" \
     ${IMAGES:+--data_dir "$IMAGES"} $([ -n "$tiny${IMAGES:-}" ] || echo --made_up 50000) --max_train_samples 50000 \
-    --arms full,random_0.5,darel_0.5,dual,double --name vision_gpu
+    --arms full,darel_0.5,dual,double --name vision_gpu
 part "scores of the offline pass" "$limit" "$python" $here/scores.py "${texts[@]}" --samples 512 --batch_size 32
 part "DistributedDataParallel, one process" "$limit" "$python" -m torch.distributed.run --nproc_per_node 1 \
     --master_port 29541 $here/prompts.py "${texts[@]}" "${medium[@]}" "${once[@]}" --ways "device,$rest"

@@ -146,6 +146,27 @@ def test_gradients(make, way, collator, monkeypatch):
     assert len(used) == 2 * 2  # layers, times
 
 
+@pytest.mark.parametrize("make", [tiny_lora, llama, windowed])
+def test_mixed_precision_reaches_the_kernel(make, monkeypatch):
+    """Rotary embeddings leave queries and keys in float32, which no kernel takes; torch's own attention rounds."""
+    model = make()
+    batch = PadCollator()([token_data()[i] for i in range(5)])
+    attend_as("packed", monkeypatch)
+    seen, real = set(), row_attention.varlen_attn
+
+    def kernel(*states, **more):
+        seen.update(one.dtype for one in states[:3])
+        return real(*states, **more)
+
+    monkeypatch.setattr(row_attention, "varlen_attn", kernel)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = gradients(model, batch)
+        base.set_attn_implementation("darel_padding_free")
+        found = gradients(model, flatten(batch))
+    assert seen == {torch.bfloat16} and distance(found, wanted) < 0.05
+
+
 def test_other_batches_as_before():
     """With our attention on, whatever is padded is computed as by sdpa: evaluation during training, say."""
     model = llama().eval()
@@ -208,9 +229,15 @@ class Widths(DarelTrainer):
 @pytest.mark.parametrize(
     "darel",
     [
-        {"offline_keep": 0.5},
+        {"offline_keep": 0.5, "offline_rule": "middle"},
         {"online_keep": 0.5},
-        {"online_keep": 0.5, "online_rule": "hardest", "offline_keep": 0.75, "rescore_every": 2},
+        {
+            "online_keep": 0.5,
+            "online_rule": "hardest",
+            "offline_keep": 0.75,
+            "offline_rule": "middle",
+            "rescore_every": 2,
+        },
         {"budget_time": 0.6},
     ],
 )
@@ -246,7 +273,7 @@ def test_the_plan_counts_it(tmp_path, capsys):
 
 
 def test_a_checkpoint_has_nothing_of_it(tmp_path):
-    config = DarelConfig(unpad=True, offline_keep=0.8)
+    config = DarelConfig(unpad=True, offline_keep=0.8, offline_rule="middle")
     whole = trained(DarelTrainer, tmp_path / "a", tiny_gpt2(), config, save_strategy="epoch")
     half = tmp_path / "a" / f"checkpoint-{whole.state.global_step // 2}"
     loaded = AutoModelForCausalLM.from_pretrained(half)
@@ -342,7 +369,7 @@ def test_settings_that_do_not_go_together(settings, message):
         DarelConfig(**settings, unpad=True)
 
 
-@pytest.mark.parametrize("darel", [{"unpad": True}, {"offline_keep": 0.5}])
+@pytest.mark.parametrize("darel", [{"unpad": True}, {"offline_keep": 0.5, "offline_rule": "middle"}])
 def test_weights_that_are_spread_before_training(tmp_path, monkeypatch, darel):
     monkeypatch.setattr("darel_hf.scoring.scorer.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="deepspeed zero_stage=3"):

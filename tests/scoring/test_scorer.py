@@ -1,5 +1,7 @@
 """Scores of a batch: the model's own losses, one by one."""
 
+import re
+
 import pytest
 import torch
 from helpers import PadCollator, tiny_gpt2, tiny_lora, token_data
@@ -11,6 +13,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaForCausalLM,
 )
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from darel_hf.scoring import (
     BatchScorer,
@@ -168,3 +171,22 @@ def test_keys_that_only_some_batches_have():
     with torch.no_grad():
         own = [model(**{k: v[i : i + 1] for k, v in moved.items() if k != "extra"}).loss.item() for i in range(4)]
     assert scorer(moved).losses.tolist() == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_a_row_alone_is_rounded_otherwise_than_among_others(penalty, caplog):
+    """As in 16 bits, where other shapes take other kernels; of a penalty the warning names both losses."""
+
+    class Rounded(torch.nn.Linear):
+        def forward(self, x, labels=None):
+            logits = super().forward(x).float() * (1.1 if len(x) > 1 else 1.0)
+            loss = None if labels is None else torch.nn.functional.cross_entropy(logits, labels) + penalty
+            return ImageClassifierOutput(loss=loss, logits=logits)
+
+    torch.manual_seed(0)
+    model, labels = Rounded(4, 3).bfloat16(), torch.arange(5) % 3
+    scorer = BatchScorer(model)
+    scorer({"x": 4 * torch.randn(5, 4).bfloat16(), "labels": labels})
+    assert scorer.reading.matches_own_loss is (penalty == 0)
+    said = re.findall(r"\((\S+) of a first batch or row\), the loss that trains is (\S+): it adds", caplog.text)
+    assert [float(own) - float(ranked) for ranked, own in said] == pytest.approx([penalty] * bool(penalty), abs=1e-3)
