@@ -172,9 +172,7 @@ def plan(
     forward_share: Annotated[float, typer.Option(help="Scoring a row relative to training on it (f).")] = 0.5,
     offline_share: Annotated[float, typer.Option(help="The same in the offline pass (c * f).")] = 0.3,
     unpad_share: Annotated[float, typer.Option(help="A step with unpad=True relative to a padded one (q).")] = 1.0,
-    offline_rule: Annotated[
-        str, typer.Option(help="One that reads no losses (random) needs no offline pass.")
-    ] = "middle",
+    offline_rule: Annotated[str, typer.Option(help="One that reads losses needs an offline pass.")] = "random",
     online_rule: Annotated[str, typer.Option(help="Likewise: with random, f is 0.")] = "random",
     saved_scores: Annotated[bool, typer.Option(help="There is no offline pass to pay for.")] = False,
     one_forward: Annotated[bool, typer.Option(help="One forward pass scores and trains (sliced).")] = False,

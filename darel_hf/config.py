@@ -197,8 +197,9 @@ class DarelConfig:
     Args:
         offline_keep (`float`, defaults to 1.0):
             Fraction of the training set that is kept, in (0, 1] (the paper's alpha).
-        offline_rule (`str`, defaults to `"middle"`):
-            Which samples are kept, by name (see [`darel_hf.selection.RULES`]).
+        offline_rule (`str`, defaults to `"random"`):
+            Which samples are kept, by name (see [`darel_hf.selection.RULES`]). The default scores nothing: no rule
+            that does has beaten it so far. With `"middle"`, say, every sample is scored before training.
         scores (`str`, *optional*):
             Path of a parquet file with columns `sample_id`, `loss`, `n_tokens` (as `darel score` writes it). It is
             used instead of an offline pass.
@@ -328,7 +329,7 @@ class DarelConfig:
     )
     budget_spend: str = field(default="time", metadata={"help": "'time' or 'quality': more epochs in what is left"})
     budget_method: str = field(default="measured", metadata={"help": "'measured' or 'paper'"})
-    offline_rule: str = field(default="middle", metadata={"help": "rule of the offline stage"})
+    offline_rule: str = field(default="random", metadata={"help": "rule of the offline stage"})
     online_rule: str = field(default="random", metadata={"help": "rule of the online stage"})
     scores: str | None = field(default=None, metadata={"help": "parquet file of saved scores"})
     reference_scores: str | None = field(default=None, metadata={"help": "scores of a reference model, for rho_loss"})
@@ -411,6 +412,9 @@ class DarelConfig:
             needed = "reference" in self.rule(stage).needs
             remedy = "it compares with a reference model: give reference_scores, a file made by `darel score` with it"
             require(not needed or self.reference_scores is not None, name, value, remedy)
+        read = any(self.rule(stage).reads_losses for stage in ("offline", "online"))
+        remedy = "no rule reads them; give one that does, such as offline_rule='middle', or leave them out"
+        require(self.scores is None or read, "scores", self.scores, remedy)
         remedy = f"the weights of the rule {self.offline_rule!r} do not work with groups; choose another rule"
         grouped = self.group_column is not None
         require(not (grouped and self.rule("offline").weighs), "group_column", self.group_column, remedy)

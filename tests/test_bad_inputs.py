@@ -125,7 +125,7 @@ def broken_model():
     return model
 
 
-LOSSES = {"offline_keep": 0.5}
+LOSSES = {"offline_keep": 0.5, "offline_rule": "middle"}
 training(
     "settings that are no config",
     "darel='fast': give a DarelConfig",

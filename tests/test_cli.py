@@ -188,7 +188,7 @@ def test_scores_belong_to_their_rows_in_training(folder, tmp_path):
             data = data.rename_column("ref", "text")
         trainer = DarelTrainer(
             model=tiny_gpt2(), args=arguments(tmp_path / name), train_dataset=data, data_collator=PadCollator(),
-            darel=DarelConfig(offline_keep=0.5, scores=str(scores)),
+            darel=DarelConfig(offline_keep=0.5, offline_rule="middle", scores=str(scores)),
         )  # fmt: skip
         trainer.train()
 
@@ -245,11 +245,11 @@ def test_plan():
 @pytest.mark.parametrize(
     ("options", "predicted"),
     [
-        (("--offline-keep", 0.5), "0.56"),  # 0.5 + 0.3 / 5
-        (("--offline-keep", 0.5, "--offline-rule", "random"), "0.50"),
+        (("--offline-keep", 0.5, "--offline-rule", "middle"), "0.56"),  # 0.5 + 0.3 / 5
+        (("--offline-keep", 0.5), "0.50"),
         (("--online-keep", 0.5), "0.50"),
         (("--online-keep", 0.5, "--online-rule", "rho_loss"), "1.00"),  # 0.5 + 0.5
-        (("--offline-keep", 0.5, "--unpad-share", 0.7), "0.41"),  # 0.5 * 0.7 + 0.3 / 5
+        (("--offline-keep", 0.5, "--offline-rule", "trimmed", "--unpad-share", 0.7), "0.41"),  # 0.5 * 0.7 + 0.3 / 5
     ],
 )
 def test_plan_costs_what_is_done(options, predicted):

@@ -14,7 +14,8 @@ def test_defaults_are_off():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"offline_keep": 0.5}, {"online_keep": 0.5}, {"budget_time": 0.5}, {"track": True}]
+    "settings",
+    [{"offline_keep": 0.5, "offline_rule": "middle"}, {"online_keep": 0.5}, {"budget_time": 0.5}, {"track": True}],
 )
 def test_anything_else_is_on(settings):
     assert DarelConfig(**settings).active
@@ -55,8 +56,9 @@ def test_a_percentage_is_explained():
         ({"length_correction": 0}, TypeError, "length_correction=0: give True or False"),
         ({"finish_epochs": float("inf")}, ValueError, "finish_epochs=inf: give a number of epochs"),
         ({"scores": 5}, TypeError, "scores=5: give a path"),
+        ({"scores": "a.parquet"}, ValueError, "scores='a.parquet': no rule reads them; .*offline_rule='middle'"),
         ({"group_column": 4}, TypeError, "group_column=4: give the name of a column"),
-        ({"budget_time": 0.5, "offline_keep": 0.8}, ValueError, "a budget derives this"),
+        ({"budget_time": 0.5, "offline_keep": 0.8, "offline_rule": "middle"}, ValueError, "a budget derives this"),
         ({"budget_memory": 0.5, "rescore_every": 2}, ValueError, "a budget derives this"),
     ],
 )
@@ -67,7 +69,9 @@ def test_bad_settings(settings, error, match):
 
 def test_paths_are_kept_as_text(tmp_path):
     """Settings are saved as JSON, in checkpoints and reports."""
-    assert json.loads(json.dumps(DarelConfig(scores=tmp_path).to_dict()))["scores"] == str(tmp_path)
+    assert json.loads(json.dumps(DarelConfig(scores=tmp_path, offline_rule="middle").to_dict()))["scores"] == str(
+        tmp_path
+    )
 
 
 def test_composes_with_the_argument_parser():

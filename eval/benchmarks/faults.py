@@ -72,7 +72,7 @@ def worker(folder: Path, pause: float) -> None:
         ),
         train_dataset=data,
         data_collator=DefaultDataCollator(),
-        darel=DarelConfig(offline_keep=0.8, online_keep=0.5, rescore_every=2, track=True),
+        darel=DarelConfig(offline_keep=0.8, offline_rule="middle", online_keep=0.5, rescore_every=2, track=True),
         callbacks=[Heartbeat()],
     )
     (folder / f"pid-{trainer.args.process_index}").write_text(str(os.getpid()))

@@ -66,7 +66,7 @@ def main() -> None:
     passes = []
     for _ in range(task.options.pairs):
         epoch = seconds_of(task.trainer(num_train_epochs=1))
-        selecting = task.trainer(DarelConfig(offline_keep=0.8), num_train_epochs=1)
+        selecting = task.trainer(DarelConfig(offline_keep=0.8, offline_rule="middle"), num_train_epochs=1)
         selecting.train()
         passes.append(selecting.report.seconds["offline"] / epoch)
     store(

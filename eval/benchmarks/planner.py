@@ -79,7 +79,7 @@ def draw(number: int) -> Drawn:
         darel["rescore_every"] = int(generator.integers(1, 4))
     if selected == "budget":
         darel["budget_time"] = round(float(generator.uniform(0.35, 0.8)), 2)
-        darel.setdefault("fast", False)
+        darel |= {"offline_rule": "middle", "fast": darel.get("fast", False)}
     samples = int(8 * generator.integers(*STEPS) / epochs)
     return Drawn(
         adapter=adapter,

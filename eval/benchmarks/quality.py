@@ -77,9 +77,10 @@ def arms() -> dict[str, Arm]:
     made["full_group_by_length"] = Arm(training={"train_sampling_strategy": "group_by_length"})  # Trainer's own
     for keep in (0.9, 0.8, 0.7, 0.5, 0.4, 0.3):
         made[f"fewer_{keep}"] = Arm(share_of_epochs=keep)
-        made[f"exact_first_{keep}"] = Arm({"budget_time": keep})
-        made[f"reader_exact_first_{keep}"] = Arm({"budget_time": keep}, task={"lora_on": "reader"})
-        dropping = {"budget_time": keep, "fast": False}
+        budget = {"budget_time": keep, "offline_rule": "middle"}  # once the default; stored rows are of it
+        made[f"exact_first_{keep}"] = Arm(budget)
+        made[f"reader_exact_first_{keep}"] = Arm(budget, task={"lora_on": "reader"})
+        dropping = {**budget, "fast": False}
         made[f"budget_{keep}"] = Arm(dropping)
         grouped = {**dropping, "group_column": "mr"}
         made[f"grouped_budget_{keep}"] = Arm(grouped)
@@ -106,14 +107,16 @@ def arms() -> dict[str, Arm]:
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
-    made["more_epochs"] = Arm({"budget_time": 1.0, "budget_spend": "quality"})  # in the time of plain training
+    made["more_epochs"] = Arm(
+        {"budget_time": 1.0, "budget_spend": "quality", "offline_rule": "middle"}
+    )  # in the time of plain training
     cached = {"prompt_cache": "ram"}
     made["reader"] = Arm(cached, task={"lora_on": "reader"})
     for finish in (0.5, 1.0, 2.0):
         made[f"reader_finish_{finish}"] = Arm({**cached, "finish_epochs": finish}, task={"lora_on": "reader"})
     made["fewer_0.67"] = Arm(share_of_epochs=0.67)
     for time in (0.4, 0.3, 0.25, 0.2):
-        allowed = {"budget_time": time, "budget_allows": ["base_precision"]}
+        allowed = {"budget_time": time, "budget_allows": ["base_precision"], "offline_rule": "middle"}
         made[f"allowed_{time}"] = Arm(allowed)
         made[f"reader_allowed_{time}"] = Arm(allowed, task={"lora_on": "reader"})
     made["full_bf16"] = Arm(training={"bf16": True})  # the control of a base in bfloat16
@@ -168,10 +171,11 @@ def main() -> None:
     if unknown:
         near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
         parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
-    relative = names[0].partition("@")[0] in FULL  # else rules are compared with chance alone
-    if not relative and not names[0].startswith(CONTROLS) and not options.runs_only:
-        parser.error(f"--arms {options.arms}: begin with one of {FULL}, or with one that chooses by chance")
     task, settings, folder = prepared(options)
+    relative = names[0].partition("@")[0] in FULL
+    there = any(has_row(options.name, settings, name, options.first_seed) for name in FULL)  # only outputs are gone
+    if not relative and not there and not options.runs_only:
+        parser.error(f"--arms {options.arms}: times are relative to the first; begin with one of {FULL}")
     made_with = folder / "settings.json"
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
         parser.error(f"--work_dir {folder}: it holds runs with other settings, see {made_with}; give another folder")
@@ -389,8 +393,9 @@ def summarize(name: str, settings: dict[str, Any]) -> None:
         samples = [row["rows_backpropagated"] / plain[row["seed"]]["rows_backpropagated"] for row in rows]
         cells.append(f"{np.mean(samples):.2f}")
         cells.append(f"{bleu.mean():.1f}{spread}")
-        for other in ("full", control):
-            differences = [row[f"bleu_minus_{other}"] for row in rows if f"bleu_minus_{other}" in row]
+        for other in (plain, {row["seed"]: row for row in by_arm.get(control, [])}):
+            shared = [row for row in rows if row["seed"] in other and other[row["seed"]]["arm"] != arm]
+            differences = [row["bleu"] - other[row["seed"]]["bleu"] for row in shared]
             cells.append(f"{np.mean(differences):+.1f}" if differences else "-")
         cells.append(verdict(rows))
         cells.append(f"{np.mean([row['test_loss'] - plain[row['seed']]['test_loss'] for row in rows]):+.3f}")

@@ -223,7 +223,7 @@ def test_a_run_that_goes_on_ends_the_same(tmp_path):
 
 def test_scores_before_training_are_as_before(tmp_path):
     """The offline pass is over before weights are rounded; candidates are scored as they are trained on."""
-    stages = {"offline_keep": 0.5, "online_keep": 0.5, "online_rule": "hardest"}
+    stages = {"offline_keep": 0.5, "offline_rule": "middle", "online_keep": 0.5, "online_rule": "hardest"}
     found = [trainer_for(tmp_path / str(i), darel={**stages, **darel}) for i, darel in enumerate(({}, BF16))]
     for trainer in found:
         trainer.train()

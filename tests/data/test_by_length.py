@@ -76,7 +76,13 @@ def waste(batches):
 
 
 @pytest.mark.parametrize(
-    "darel", [{}, {"offline_keep": 0.5}, {"online_keep": 0.5}, {"offline_keep": 0.75, "online_keep": 0.5}]
+    "darel",
+    [
+        {},
+        {"offline_keep": 0.5, "offline_rule": "middle"},
+        {"online_keep": 0.5},
+        {"offline_keep": 0.75, "offline_rule": "middle", "online_keep": 0.5},
+    ],
 )
 def test_less_padding_in_training(tmp_path, darel):
     plain = train(tmp_path / "plain", darel or None)

@@ -30,7 +30,14 @@ from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.training.checkpoints import all_in, problem
 
 STEP, LIMIT = 6, 2  # the checkpoint that is killed, and how many there are to be: one is deleted after it
-DAREL = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2, "track": True}
+DAREL = {
+    "offline_keep": 0.8,
+    "offline_rule": "middle",
+    "online_keep": 0.5,
+    "online_rule": "hardest",
+    "rescore_every": 2,
+    "track": True,
+}
 
 
 class Places:

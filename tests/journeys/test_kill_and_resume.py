@@ -43,9 +43,16 @@ def step_of(folder):
 @pytest.mark.parametrize(
     "darel",
     [
-        {"offline_keep": 0.8, "online_keep": 0.4, "online_rule": "hardest", "rescore_every": 2, "track": True},
+        {
+            "offline_keep": 0.8,
+            "offline_rule": "middle",
+            "online_keep": 0.4,
+            "online_rule": "hardest",
+            "rescore_every": 2,
+            "track": True,
+        },
         {"offline_keep": 0.8, "online_keep": 0.6, "online_rule": "infobatch", "offline_rule": "infobatch"},
-        {"offline_keep": 0.8, "share_prompts": 2},
+        {"offline_keep": 0.8, "offline_rule": "middle", "share_prompts": 2},
         {"prompt_cache": "disk", "finish_epochs": 7.5},  # from step 6 of 96 on: among the kills
     ],
     ids=["hardest", "infobatch", "shared-prompts", "reader"],

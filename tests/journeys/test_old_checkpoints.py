@@ -66,9 +66,16 @@ def before(tmp_path_factory):
 @pytest.mark.parametrize(
     "darel",
     [
-        {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2, "track": True},
+        {
+            "offline_keep": 0.8,
+            "offline_rule": "middle",
+            "online_keep": 0.5,
+            "online_rule": "hardest",
+            "rescore_every": 2,
+            "track": True,
+        },
         {"offline_keep": 0.7, "offline_rule": "infobatch", "batch_by_length": True},
-        {"offline_keep": 0.8, "unpad": True},
+        {"offline_keep": 0.8, "offline_rule": "middle", "unpad": True},
         {"online_keep": 0.5, "online_rule": "hardest", "online_backward": "sliced"},
     ],
     ids=["both", "weights", "unpad", "sliced"],

@@ -61,7 +61,14 @@ def launch(folder, processes, settings, script=SCRIPT, hosts=1):
     ]
 
 
-BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2, "track": True}
+BOTH = {
+    "offline_keep": 0.8,
+    "offline_rule": "middle",
+    "online_keep": 0.5,
+    "online_rule": "hardest",
+    "rescore_every": 2,
+    "track": True,
+}
 
 
 @pytest.mark.slow
@@ -80,7 +87,17 @@ BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "resc
         (2, 1, {"base_precision": "bf16", "unpad": True}),
         (2, 1, {"prompt_cache": "disk", "finish_epochs": 2}),
         (2, 1, {"prompt_cache": "recompute", "online_keep": 0.5, "online_rule": "hardest"}),
-        (2, 1, {"prompt_cache": "ram", "offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest"}),
+        (
+            2,
+            1,
+            {
+                "prompt_cache": "ram",
+                "offline_keep": 0.8,
+                "offline_rule": "middle",
+                "online_keep": 0.5,
+                "online_rule": "hardest",
+            },
+        ),
         (3, 1, BOTH),
         (2, 2, BOTH),
     ],
@@ -217,7 +234,11 @@ def test_recipes_that_need_gpus(tmp_path, recipe):
 
 @pytest.mark.slow
 def test_offline_scores_do_not_depend_on_the_number_of_processes(tmp_path):
-    settings = {"darel": {"offline_keep": 0.5}, "samples": 37, "arguments": {"learning_rate": 0.0}}
+    settings = {
+        "darel": {"offline_keep": 0.5, "offline_rule": "middle"},
+        "samples": 37,
+        "arguments": {"learning_rate": 0.0},
+    }
     (_, two), _ = launch(tmp_path / "two", 2, settings)
     ((_, one),) = launch(tmp_path / "one", 1, settings)
     np.testing.assert_allclose(two["loss"], one["loss"], rtol=1e-5)
@@ -227,7 +248,7 @@ def test_offline_scores_do_not_depend_on_the_number_of_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("darel", "samples"),
-    [({"offline_keep": 0.5}, 300), ({"budget_time": 0.32, "budget_method": "paper"}, 300)],
+    [({"offline_keep": 0.5, "offline_rule": "middle"}, 300), ({"budget_time": 0.32, "budget_method": "paper"}, 300)],
     ids=["settings", "budget"],
 )
 def test_items_are_read_once_by_one_of_the_processes(tmp_path, darel, samples):

@@ -252,7 +252,11 @@ def test_only_the_output_must_not_repeat():
 
 def test_run(base, tmp_path):
     out = tmp_path / "out"
-    results = run(task(base), DarelConfig(offline_keep=0.8, online_keep=0.5, online_rule="hardest"), training(out))
+    results = run(
+        task(base),
+        DarelConfig(offline_keep=0.8, offline_rule="middle", online_keep=0.5, online_rule="hardest"),
+        training(out),
+    )
     for name in ("adapter_model.safetensors", "predictions.txt", "results.json", "dropped.csv", "losses.png"):
         assert (out / name).stat().st_size > 0, name
     assert len((out / "predictions.txt").read_text().splitlines()) == results["test_representations"]
@@ -296,7 +300,7 @@ def test_generate_recipe_writes_what_the_run_wrote(base, tmp_path):
 
 @pytest.mark.slow
 def test_run_resumes(base, tmp_path):
-    darel = DarelConfig(offline_keep=0.8)
+    darel = DarelConfig(offline_keep=0.8, offline_rule="middle")
     straight = run(task(base), darel, training(tmp_path / "a", save_strategy="epoch", num_train_epochs=2))
     run(task(base), darel, training(tmp_path / "b", save_strategy="epoch", num_train_epochs=2))
     last = sorted((tmp_path / "b").glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)[-1]

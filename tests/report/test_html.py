@@ -83,13 +83,17 @@ def test_pages_without_losses_and_with_a_rule_that_reads_none(tmp_path):
 
 def test_labels_and_torch_data_sets(tmp_path):
     rows = [{**row, "group": 0} for row in token_data(20)]
-    trainer = train(tmp_path, datasets.Dataset.from_list(rows).with_format("torch"), {"offline_keep": 0.5})
+    trainer = train(
+        tmp_path,
+        datasets.Dataset.from_list(rows).with_format("torch"),
+        {"offline_keep": 0.5, "offline_rule": "middle"},
+    )
     assert trainer.report.kept.sum() == 10
     Check((tmp_path / "darel" / "report.html").read_text())
 
 
 def test_the_model_card_has_a_section(tmp_path):
-    trainer = train(tmp_path, token_data(40), {"offline_keep": 0.5})
+    trainer = train(tmp_path, token_data(40), {"offline_keep": 0.5, "offline_rule": "middle"})
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert card.count("## Training data selection (DAREL)") == 1

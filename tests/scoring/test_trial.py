@@ -112,7 +112,7 @@ def test_a_column_that_only_the_users_loss_knows(tmp_path, caplog):
     data = token_data(24).add_column("sample_weight", np.linspace(1, 9, 24).tolist())
     trainer = trainer_for(
         tmp_path, tiny_gpt2(), data, Weighing, WithWeights(), {"remove_unused_columns": False},
-        offline_keep=0.75, online_keep=0.5, online_rule="hardest",
+        offline_keep=0.75, offline_rule="middle", online_keep=0.5, online_rule="hardest",
     )  # fmt: skip
     with caplog.at_level(logging.WARNING):
         trainer.train()
@@ -210,7 +210,7 @@ def test_samples_without_labels_are_counted_in_the_report(tmp_path):
     for row in data[::5]:
         row["labels"] = [-100] * len(row["labels"])
     data = datasets.Dataset.from_list(data)
-    trainer = trainer_for(tmp_path, tiny_gpt2(), data, offline_keep=0.5)
+    trainer = trainer_for(tmp_path, tiny_gpt2(), data, offline_keep=0.5, offline_rule="middle")
     trainer.train()
     report = trainer.report
     assert report.to_dict()["without_labels"] == 8 and not report.kept[::5].any()

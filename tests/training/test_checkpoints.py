@@ -16,7 +16,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.training.checkpoints import all_in, expected_files, problem, resolve, save
 
-BOTH = {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2}
+BOTH = {
+    "offline_keep": 0.8,
+    "offline_rule": "middle",
+    "online_keep": 0.5,
+    "online_rule": "hardest",
+    "rescore_every": 2,
+}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")
@@ -55,7 +61,7 @@ def make(folder, darel=None, data=None, stop=None, **settings):
     "darel",
     [
         BOTH,
-        {"offline_keep": 0.6},
+        {"offline_keep": 0.6, "offline_rule": "middle"},
         {"online_keep": 0.5, "online_rule": "percentile", "track": True},
         {"offline_keep": 0.7, "offline_rule": "infobatch"},
         {"budget_time": 0.9, "online_rule": "hardest", "fast": False},
@@ -196,7 +202,7 @@ def test_items_that_differ_from_reading_to_reading(tmp_path):
 def test_a_second_trainer_in_the_same_folder(tmp_path):
     """Trainer allows it; what the first one has written is kept."""
     for _ in range(2):
-        make(tmp_path, {"offline_keep": 0.5}, save_strategy="no").train()
+        make(tmp_path, {"offline_keep": 0.5, "offline_rule": "middle"}, save_strategy="no").train()
     held = {path.name for path in (tmp_path / "darel").glob("*.json")}
     assert {"run.json", "run-2.json", "report.json", "report-2.json"} <= held
 

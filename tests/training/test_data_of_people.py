@@ -218,7 +218,7 @@ def test_an_empty_text_among_others(tmp_path):
     data[5] = {"input_ids": [], "attention_mask": [], "labels": []}
     trainer = DarelTrainer(
         model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=data, data_collator=PadCollator(),
-        darel=DarelConfig(offline_keep=0.5),
+        darel=DarelConfig(offline_keep=0.5, offline_rule="middle"),
     )  # fmt: skip
     trainer.train()
     assert not trainer.report.kept[5]
@@ -269,7 +269,7 @@ def of_numbers(ids):
 
 def select_slowly(folder, data, model=None, trained=DarelTrainer, **darel):
     """A trainer of an epoch that keeps half of the data offline, unless a budget decides."""
-    darel = darel if "budget_time" in darel else {"offline_keep": 0.5, **darel}
+    darel = darel if "budget_time" in darel else {"offline_keep": 0.5, "offline_rule": "middle", **darel}
     return trained(
         model=model or tiny_gpt2(), args=arguments(folder, num_train_epochs=1, remove_unused_columns=False),
         train_dataset=data, data_collator=Known(), darel=DarelConfig(**darel),
@@ -290,10 +290,10 @@ class Known(PadCollator):
     [
         ({"offline_keep": 0.5, "offline_rule": "random"}, 0),
         ({"online_keep": 0.5, "id_column": None}, 0),
-        ({"offline_keep": 0.5}, 1),
-        ({"offline_keep": 0.5, "group_column": "group", "batch_by_length": True}, 1),
-        ({"offline_keep": 0.5, "id_column": "number"}, 1),
-        ({"offline_keep": 0.5, **ALL_FACTS}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "middle"}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "middle", "group_column": "group", "batch_by_length": True}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "middle", "id_column": "number"}, 1),
+        ({"offline_keep": 0.5, "offline_rule": "middle", **ALL_FACTS}, 1),
         ({"offline_keep": 0.5, "offline_rule": "random", "group_column": "group"}, 1),
         ({"online_keep": 0.5, "batch_by_length": True}, 1),
         ({"online_keep": 0.5, "batch_by_length": True, "id_column": "number"}, 1),
@@ -437,7 +437,7 @@ def test_a_run_on_slow_items_is_resumed(tmp_path):
     ids, ends = list(range(1000, 1600)), []
     for name in ("straight", "resumed"):
         args = arguments(tmp_path / name, save_strategy="steps", save_steps=30, remove_unused_columns=False)
-        darel = DarelConfig(offline_keep=0.5, online_keep=0.5, **ALL_FACTS)
+        darel = DarelConfig(offline_keep=0.5, offline_rule="middle", online_keep=0.5, **ALL_FACTS)
         for resume in [False, True] if name == "resumed" else [False]:
             trainer = Before(
                 model=tiny_gpt2(), args=args, train_dataset=of_numbers(ids), data_collator=Known(), darel=darel
@@ -461,7 +461,7 @@ def test_a_run_on_slow_items_is_resumed(tmp_path):
 def test_a_column_that_items_lack(tmp_path, column):
     trainer = DarelTrainer(
         model=tiny_gpt2(), args=arguments(tmp_path), train_dataset=Slow(20), data_collator=Known(),
-        darel=DarelConfig(offline_keep=0.5, **{column: "nope"}),
+        darel=DarelConfig(offline_keep=0.5, offline_rule="middle", **{column: "nope"}),
     )  # fmt: skip
     with pytest.raises(ValueError, match=f"{column}='nope': the items of the training set have no such key"):
         trainer.train()
@@ -531,7 +531,7 @@ def test_scores_of_another_transform_are_not_used_again(tmp_path):
         trainer = DarelTrainer(
             model=tiny_gpt2(), args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False),
             train_dataset=token_data(24).remove_columns("group").with_transform(moved),
-            data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5),
+            data_collator=PadCollator(), darel=DarelConfig(offline_keep=0.5, offline_rule="middle"),
         )  # fmt: skip
         trainer.train()
         reports.append(trainer.report)

@@ -74,7 +74,7 @@ def test_class_labels_that_are_tensors(tmp_path, form):
         tmp_path,
         model,
         data,
-        {"offline_keep": 0.8, "online_keep": 0.5, "online_rule": "hardest"},
+        {"offline_keep": 0.8, "offline_rule": "middle", "online_keep": 0.5, "online_rule": "hardest"},
         default_data_collator,
     ).report
     assert report.kept.sum() == 16
@@ -146,7 +146,7 @@ def test_frozen_adapter_weights_stay_frozen(tmp_path):
         if "lora_A" in name:
             parameter.requires_grad_(False)
     before = weights(model)
-    train(tmp_path, model, token_data(), {"offline_keep": 0.5})
+    train(tmp_path, model, token_data(), {"offline_keep": 0.5, "offline_rule": "middle"})
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before if "lora_A" in name)
     assert any(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
@@ -183,7 +183,8 @@ class HiddenName(torch.nn.Module):
 def test_the_shift_is_found_by_the_loss(tmp_path):
     model = HiddenName()
     trainer = train(
-        tmp_path, model, token_data(16), {"offline_keep": 0.5}, learning_rate=0.0, remove_unused_columns=False,
+        tmp_path, model, token_data(16), {"offline_keep": 0.5, "offline_rule": "middle"}, learning_rate=0.0,
+        remove_unused_columns=False,
         collator=lambda rows: PadCollator()([{k: v for k, v in row.items() if k != "group"} for row in rows]),
     )  # fmt: skip
     model.eval()
@@ -266,7 +267,7 @@ def test_model_init_is_scored_anew(tmp_path):
         args=arguments(tmp_path, num_train_epochs=4),
         train_dataset=token_data(),
         data_collator=PadCollator(),
-        darel=DarelConfig(0.5),
+        darel=DarelConfig(0.5, offline_rule="middle"),
     )
     trainer.train()
     first = trainer.report
@@ -318,8 +319,12 @@ def test_auto_find_batch_size_starts_clean(tmp_path):
             {"dataloader_drop_last": True},
             "fewer samples than the 80 candidates",
         ),
-        ({"offline_keep": 0.5, "group_column": "nope"}, {}, "no such column"),
-        ({"offline_keep": 0.1, "group_column": "group"}, {}, "5 values, but offline_keep=0.1 leaves 4 places"),
+        ({"offline_keep": 0.5, "offline_rule": "middle", "group_column": "nope"}, {}, "no such column"),
+        (
+            {"offline_keep": 0.1, "offline_rule": "middle", "group_column": "group"},
+            {},
+            "5 values, but offline_keep=0.1 leaves 4 places",
+        ),
         (
             {"offline_keep": 0.5, "offline_rule": "kakurenbo"},
             {"per_sample_loss": mean_token_loss},

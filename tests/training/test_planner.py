@@ -188,7 +188,11 @@ def test_a_checkpoint_of_before_stays_without(tmp_path, measured):
 
 @pytest.mark.parametrize(
     "darel",
-    [{"budget_time": 0.7, "budget_method": "paper"}, {"budget_time": 0.7, "fast": False}, {"offline_keep": 0.7}],
+    [
+        {"budget_time": 0.7, "budget_method": "paper"},
+        {"budget_time": 0.7, "fast": False},
+        {"offline_keep": 0.7, "offline_rule": "middle"},
+    ],
 )
 def test_where_nobody_asks_for_exact_ones(darel, tmp_path, measured):
     trainer = trainer_for(tmp_path, **darel)
@@ -282,8 +286,8 @@ def test_time_that_is_saved_is_spent_on_epochs(budget, epochs, steps, tmp_path, 
 def test_training_ends_earlier_where_whole_rows_would_leave_much_of_a_budget(tmp_path, measured, capsys):
     """As a run that is asked for a part of its last epoch; 4 of 5 rows of each batch would take 0.64, not 0.76."""
 
-    def config(offline_rule, **darel):  # by the default rule, whose pass would cost a tenth
-        return DarelConfig(**darel)
+    def config(offline_rule, **darel):  # by a rule whose pass would cost a tenth
+        return DarelConfig(offline_rule="middle", **darel)
 
     ours = trainer_for(tmp_path / "ours", config=config, budget_time=0.76)
     ours.train()

@@ -300,7 +300,8 @@ def test_the_remedy_of_what_is_refused(tmp_path, task, losses):
         own = [model(**collator([row])).loss.item() for row in data]
     trainer = DarelTrainer(
         model=make(), args=arguments(tmp_path, **settings(2)), train_dataset=data, data_collator=collator,
-        per_sample_loss=losses, darel=DarelConfig(offline_keep=0.8, online_keep=0.5, online_rule="infobatch"),
+        per_sample_loss=losses,
+        darel=DarelConfig(offline_keep=0.8, offline_rule="middle", online_keep=0.5, online_rule="infobatch"),
     )  # fmt: skip
     trainer.train()
     np.testing.assert_allclose(trainer.report.offline_losses, own, rtol=1e-4)

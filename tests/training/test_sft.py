@@ -69,7 +69,7 @@ def test_off_equals_sft_trainer(tmp_path, tokenizer, form):
 @pytest.mark.parametrize("form", ["text", "prompt-completion"])
 @pytest.mark.parametrize("rule", ["hardest", "infobatch"])
 def test_both_stages_and_tracking(tmp_path, tokenizer, form, rule):
-    darel = {"offline_keep": 0.75, "online_keep": 0.5, "online_rule": rule, "track": True}
+    darel = {"offline_keep": 0.75, "offline_rule": "middle", "online_keep": 0.5, "online_rule": rule, "track": True}
     report = train(tmp_path, tokenizer, form, darel, learning_rate=0.0).report
     assert report.kept.sum() == 18
     assert report.rows_backpropagated == 2 * (4 + 4 + 1)  # of 8, 8 and 2 candidates

@@ -43,7 +43,9 @@ def test_the_clock_counts_the_outermost_block_once():
 
 
 def test_the_training_set_knows_ids_groups_and_lengths(tmp_path):
-    data = TrainingSet(trainer_for(tmp_path, group_column="group", offline_keep=0.5, batch_by_length=True))
+    data = TrainingSet(
+        trainer_for(tmp_path, group_column="group", offline_keep=0.5, offline_rule="middle", batch_by_length=True)
+    )
     data.take_fingerprint()
     data.learn()
     assert data.ids.tolist() == list(range(20)) and set(data.groups) == set(range(5))

@@ -92,7 +92,7 @@ def test_resume(tmp_path):
 @pytest.mark.parametrize(
     ("darel", "match"),
     [
-        ({"offline_keep": 0.5}, "offline_keep=0.5: train_dataset is a stream"),
+        ({"offline_keep": 0.5, "offline_rule": "middle"}, "offline_keep=0.5: train_dataset is a stream"),
         ({"budget_time": 0.5, "online_rule": "hardest"}, "budget_time=0.5: train_dataset is a stream"),
         (
             {"online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2},

@@ -192,7 +192,7 @@ def test_training_equals_plain_trainer_on_just_the_chosen_rows(tmp_path, accumul
 @pytest.mark.parametrize("rescore_every", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_learning_rate_ends_at_zero(tmp_path, offline_keep, online_keep, rescore_every, accumulation):
-    config = DarelConfig(offline_keep, online_keep, rescore_every)
+    config = DarelConfig(offline_keep, online_keep, rescore_every, offline_rule="middle")
     trainer = make(DarelTrainer, tmp_path, darel=config, gradient_accumulation_steps=accumulation, num_train_epochs=3)
     trainer.train()
     assert set(trainer.lr_scheduler.get_last_lr()) == {0.0}
@@ -261,7 +261,12 @@ def test_autocast(tmp_path):
     runs = {}
     for bf16 in (False, True):
         trainer = make(
-            DarelTrainer, tmp_path / str(bf16), data=data, darel=DarelConfig(0.75, 0.5), learning_rate=0.0, bf16=bf16
+            DarelTrainer,
+            tmp_path / str(bf16),
+            data=data,
+            darel=DarelConfig(0.75, 0.5, offline_rule="middle"),
+            learning_rate=0.0,
+            bf16=bf16,
         )
         trainer.train()
         runs[bf16] = trainer.report
@@ -271,7 +276,7 @@ def test_autocast(tmp_path):
 
 def test_second_train_starts_anew(tmp_path):
     """Trained twice, the second time from the first one's weights: fresh scores, the same number of rows."""
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(0.6, 0.5))
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(0.6, 0.5, offline_rule="middle"))
     trainer.train()
     first = trainer.report
     trainer.train()
@@ -289,7 +294,7 @@ def test_model_init(tmp_path):
         args=arguments(tmp_path),
         train_dataset=token_data(),
         data_collator=PadCollator(),
-        darel=DarelConfig(0.6, 0.5),
+        darel=DarelConfig(0.6, 0.5, offline_rule="middle"),
     )
     trainer.train()
     assert trainer.report.kept.sum() == round(0.6 * 37)
@@ -299,7 +304,12 @@ def test_scoring_leaves_the_random_state_alone(tmp_path):
     """Where the offline stage scores and then keeps all, the run ends like plain Trainer's: dropout draws the same."""
     plain = make(Trainer, tmp_path / "a", tiny_lora(dropout=0.2))
     plain.train()
-    ours = make(DarelTrainer, tmp_path / "b", tiny_lora(dropout=0.2), darel=DarelConfig(offline_keep=0.99))
+    ours = make(
+        DarelTrainer,
+        tmp_path / "b",
+        tiny_lora(dropout=0.2),
+        darel=DarelConfig(offline_keep=0.99, offline_rule="middle"),
+    )
     ours.train()
     assert ours.report.seconds["offline"] > 0 and ours.report.kept.all()
     assert_same_weights(weights(plain.model), weights(ours.model))
@@ -325,7 +335,12 @@ def test_offline_keeps_what_an_oracle_keeps(tmp_path):
 
 def test_groups_stay_represented(tmp_path):
     data = token_data(40)
-    trainer = make(DarelTrainer, tmp_path, data=data, darel=DarelConfig(offline_keep=0.2, group_column="group"))
+    trainer = make(
+        DarelTrainer,
+        tmp_path,
+        data=data,
+        darel=DarelConfig(offline_keep=0.2, offline_rule="middle", group_column="group"),
+    )
     trainer.train()
     kept = np.array(data["group"])[trainer.report.kept]
     assert sorted(set(kept)) == [0, 1, 2, 3, 4]
@@ -355,10 +370,12 @@ def test_rho_loss_compares_with_a_reference_model(tmp_path):
 
 def test_saved_scores_and_cache(tmp_path):
     """Scores of one run serve another, by path and by cache; a changed model or data set is scored anew."""
-    config = DarelConfig(offline_keep=0.5)
+    config = DarelConfig(offline_keep=0.5, offline_rule="middle")
     make(DarelTrainer, tmp_path / "a", darel=config).train()
     saved = next((tmp_path / "a" / "darel").glob("scores-*.parquet"))
-    by_path = make(DarelTrainer, tmp_path / "b", darel=DarelConfig(offline_keep=0.5, scores=str(saved)))
+    by_path = make(
+        DarelTrainer, tmp_path / "b", darel=DarelConfig(offline_keep=0.5, offline_rule="middle", scores=str(saved))
+    )
     by_path.train()
     assert not list((tmp_path / "b" / "darel").glob("scores-*"))
 
@@ -426,7 +443,11 @@ def test_track_records_the_losses_that_train(tmp_path):
 
 
 def test_logs(tmp_path):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(offline_keep=0.8, online_keep=0.5, online_rule="hardest"))
+    trainer = make(
+        DarelTrainer,
+        tmp_path,
+        darel=DarelConfig(offline_keep=0.8, offline_rule="middle", online_keep=0.5, online_rule="hardest"),
+    )
     trainer.train()
     last = [entry for entry in trainer.state.log_history if "darel/kept_fraction" in entry][-1]
     assert last["darel/rows_backpropagated"] == trainer.report.rows_backpropagated
@@ -525,7 +546,9 @@ def absolute_error(outputs, inputs):
 def test_per_sample_loss_for_unknown_models(tmp_path):
     generator = torch.Generator().manual_seed(0)
     data = [{"x": torch.randn(3, generator=generator), "y": torch.randn(2, generator=generator)} for _ in range(20)]
-    for number, config in enumerate([DarelConfig(0.5, 0.5), DarelConfig(online_keep=0.5, online_rule="infobatch")]):
+    for number, config in enumerate(
+        [DarelConfig(0.5, 0.5, offline_rule="middle"), DarelConfig(online_keep=0.5, online_rule="infobatch")]
+    ):
         trainer = DarelTrainer(
             model=Regressor(),
             args=arguments(tmp_path / str(number), label_names=["y"], remove_unused_columns=False),
@@ -540,7 +563,10 @@ def test_per_sample_loss_for_unknown_models(tmp_path):
 def test_without_per_sample_loss_the_error_names_it(tmp_path):
     data = [{"x": torch.zeros(3), "y": torch.zeros(2)} for _ in range(20)]
     trainer = DarelTrainer(
-        model=Regressor(), args=arguments(tmp_path), train_dataset=data, darel=DarelConfig(offline_keep=0.5)
+        model=Regressor(),
+        args=arguments(tmp_path),
+        train_dataset=data,
+        darel=DarelConfig(offline_keep=0.5, offline_rule="middle"),
     )
     with pytest.raises(ValueError, match="per_sample_loss"):
         trainer.train()
@@ -557,7 +583,7 @@ def test_torch_data_set_and_transform(tmp_path):
     }
     results = {}
     for name, kind in kinds.items():
-        trainer = make(DarelTrainer, tmp_path / name, data=kind, darel=DarelConfig(0.75, 0.5))
+        trainer = make(DarelTrainer, tmp_path / name, data=kind, darel=DarelConfig(0.75, 0.5, offline_rule="middle"))
         trainer.train()
         results[name] = (weights(trainer.model), trainer.report.kept)
     for name in ("list", "transform"):
@@ -567,7 +593,9 @@ def test_torch_data_set_and_transform(tmp_path):
 
 def test_id_column(tmp_path):
     data = token_data(20).add_column("key", [1000 - 7 * i for i in range(20)])
-    trainer = make(DarelTrainer, tmp_path, data=data, darel=DarelConfig(0.5, 0.5, id_column="key"))
+    trainer = make(
+        DarelTrainer, tmp_path, data=data, darel=DarelConfig(0.5, 0.5, offline_rule="middle", id_column="key")
+    )
     trainer.train()
     assert {row["sample_id"] for row in trainer.report.dropped()} < set(data["key"])
 
@@ -607,7 +635,7 @@ def test_warns_when_no_saving_is_predicted(tmp_path, caplog):
 
 
 def test_warns_of_an_absolute_warmup(tmp_path, caplog):
-    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(offline_keep=0.5), warmup_steps=6)
+    trainer = make(DarelTrainer, tmp_path, darel=DarelConfig(offline_keep=0.5, offline_rule="middle"), warmup_steps=6)
     with caplog.at_level(logging.WARNING):
         trainer.train()
     assert "warmup_steps=6" in caplog.text
@@ -622,7 +650,9 @@ def test_missing_labels(tmp_path):
     def collate(features):
         return {"input_ids": torch.zeros(len(features), 3, dtype=torch.long)}
 
-    trainer = make(DarelTrainer, tmp_path, data=data, collator=collate, darel=DarelConfig(offline_keep=0.5))
+    trainer = make(
+        DarelTrainer, tmp_path, data=data, collator=collate, darel=DarelConfig(offline_keep=0.5, offline_rule="middle")
+    )
     with pytest.raises(ValueError, match="must provide labels"):
         trainer.train()
 
@@ -643,7 +673,7 @@ def test_packed_batches_are_refused(tmp_path):
 )
 def test_bad_ids(tmp_path, column, match):
     data = token_data(20).add_column("name", [f"row {i}" for i in range(20)])
-    trainer = make(DarelTrainer, tmp_path, data=data, darel=DarelConfig(0.5, id_column=column))
+    trainer = make(DarelTrainer, tmp_path, data=data, darel=DarelConfig(0.5, offline_rule="middle", id_column=column))
     with pytest.raises((ValueError, TypeError), match=match):
         trainer.train()
 
@@ -653,16 +683,21 @@ def test_nan_losses_name_the_ids(tmp_path):
     with torch.no_grad():
         model.get_base_model().transformer.wte.weight[5] = math.nan
     bad = [i for i, row in enumerate(token_data()) if 5 in row["input_ids"]]
-    trainer = make(DarelTrainer, tmp_path, model, darel=DarelConfig(offline_keep=0.5))
+    trainer = make(DarelTrainer, tmp_path, model, darel=DarelConfig(offline_keep=0.5, offline_rule="middle"))
     with pytest.raises(ValueError, match="NaN or infinite") as caught:
         trainer.train()
     assert str(bad[:3])[1:-1] in str(caught.value) or "0, 1, 2" in str(caught.value)
 
 
 def test_scores_that_do_not_fit(tmp_path):
-    make(DarelTrainer, tmp_path / "a", darel=DarelConfig(0.5)).train()
+    make(DarelTrainer, tmp_path / "a", darel=DarelConfig(0.5, offline_rule="middle")).train()
     saved = str(next((tmp_path / "a" / "darel").glob("scores-*.parquet")))
-    other = make(DarelTrainer, tmp_path / "b", data=token_data(37, seed=9), darel=DarelConfig(0.5, scores=saved))
+    other = make(
+        DarelTrainer,
+        tmp_path / "b",
+        data=token_data(37, seed=9),
+        darel=DarelConfig(0.5, offline_rule="middle", scores=saved),
+    )
     with pytest.raises(ValueError, match="made from other data"):
         other.train()
     few, other = str(tmp_path / "few.parquet"), str(tmp_path / "other.parquet")
@@ -670,7 +705,7 @@ def test_scores_that_do_not_fit(tmp_path):
     datasets.Dataset.from_dict({"sample_id": list(range(1, 38)), "loss": [1.0] * 37}).to_parquet(other)
     for path, match in ((few, "2 scores for 37 samples"), (other, r"no score for 1 of 37 samples, ids \[0\]")):
         with pytest.raises(ValueError, match=match):
-            make(DarelTrainer, tmp_path / "c", darel=DarelConfig(0.5, scores=path)).train()
+            make(DarelTrainer, tmp_path / "c", darel=DarelConfig(0.5, offline_rule="middle", scores=path)).train()
 
 
 def test_budget_that_cannot_be_met(tmp_path):
@@ -697,19 +732,19 @@ def test_several_gpus_in_one_process(tmp_path):
             model=tiny_lora(),
             args=args,
             train_dataset=token_data(),
-            darel=DarelConfig(0.5),
+            darel=DarelConfig(0.5, offline_rule="middle"),
             data_collator=PadCollator(),
         )
 
 
 def test_darel_must_be_a_config(tmp_path):
     with pytest.raises(TypeError, match="DarelConfig"):
-        make(DarelTrainer, tmp_path, darel={"offline_keep": 0.5})
+        make(DarelTrainer, tmp_path, darel={"offline_keep": 0.5, "offline_rule": "middle"})
 
 
 def test_the_report_keeps_the_offline_losses(tmp_path):
     """Online scoring refreshes the ledger; what the offline stage went by stays in the report, also after a resume."""
-    darel = DarelConfig(offline_keep=0.5, online_keep=0.5, online_rule="hardest")
+    darel = DarelConfig(offline_keep=0.5, offline_rule="middle", online_keep=0.5, online_rule="hardest")
     settings = {"learning_rate": 0.05, "num_train_epochs": 2, "save_strategy": "epoch"}
     losses = []
     for resume in (False, True):

@@ -255,7 +255,7 @@ def test_off_it_is_trainer(images, tmp_path):
 @pytest.mark.parametrize(
     ("darel", "rows"),
     [
-        ({"offline_keep": 0.5, "group_column": "label"}, 90),
+        ({"offline_keep": 0.5, "offline_rule": "middle", "group_column": "label"}, 90),
         ({"offline_keep": 0.5, "offline_rule": "ids", "group_column": "label"}, 90),
         ({"online_keep": 0.5, "online_rule": "adonis"}, 90),
         ({"online_keep": 0.5, "online_rule": "hardest", "rescore_every": 2}, 90),  # by the losses of the first epoch
@@ -272,7 +272,7 @@ def test_selects(images, tmp_path, darel, rows):
     if "group_column" in darel:
         labels = np.array(data.with_format(None)["label"])
         assert np.bincount(labels[report.kept]).tolist() == [15, 15, 15]
-        assert sorted({d["why"].split(":")[0] for d in report.dropped()}) == [darel.get("offline_rule", "middle")]
+        assert sorted({d["why"].split(":")[0] for d in report.dropped()}) == [darel["offline_rule"]]
 
 
 def test_embeddings_are_what_enters_the_head(images):
@@ -337,14 +337,16 @@ def test_scorer_made_when_it_is_needed(images, tmp_path):
         trainer.train()
         return trainer.report.kept
 
-    by_function = kept(DarelConfig(offline_keep=0.5), scorer=make)
+    by_function = kept(DarelConfig(offline_keep=0.5, offline_rule="middle"), scorer=make)
     assert len(calls) == 1
-    np.testing.assert_array_equal(by_function, kept(DarelConfig(offline_keep=0.5), scorer=tiny(seed=5)))
+    np.testing.assert_array_equal(
+        by_function, kept(DarelConfig(offline_keep=0.5, offline_rule="middle"), scorer=tiny(seed=5))
+    )
     kept(DarelConfig(offline_keep=0.5, offline_rule="random"), scorer=make)
     kept(DarelConfig(online_keep=0.5, online_rule="hardest"), scorer=make)
     assert len(calls) == 1
     with pytest.raises(TypeError, match="scorer='int'"):
-        kept(DarelConfig(offline_keep=0.5), scorer=lambda: 3)
+        kept(DarelConfig(offline_keep=0.5, offline_rule="middle"), scorer=lambda: 3)
 
 
 # ---- The recipe ----
@@ -356,7 +358,7 @@ def arguments(images, **more):
 
 
 def test_run(images, tmp_path):
-    darel = DarelConfig(offline_keep=0.6, group_column="label")
+    darel = DarelConfig(offline_keep=0.6, offline_rule="middle", group_column="label")
     settings = {"optim": "sgd", "learning_rate": 0.05, "save_strategy": "epoch"}
     results = run(arguments(images), darel, training(tmp_path / "a", **settings))
     for name in ("results.json", "model.safetensors", "losses.png", "embeddings.png", "removed_kept.png", "darel"):
@@ -376,10 +378,18 @@ def test_run(images, tmp_path):
 
 def test_missing_or_other_weights(images, tmp_path):
     with pytest.raises(ValueError, match=r"scorer=.*no model.safetensors"):
-        run(arguments(images, scorer=str(tmp_path / "none")), DarelConfig(offline_keep=0.5), training(tmp_path / "o"))
+        run(
+            arguments(images, scorer=str(tmp_path / "none")),
+            DarelConfig(offline_keep=0.5, offline_rule="middle"),
+            training(tmp_path / "o"),
+        )
     Trainer(model=tiny(), args=training(tmp_path / "t")).save_model(str(tmp_path / "t"))
     with pytest.raises(ValueError, match=r"scorer=.*weights of another model"):
-        run(arguments(images, scorer=str(tmp_path / "t")), DarelConfig(offline_keep=0.5), training(tmp_path / "p"))
+        run(
+            arguments(images, scorer=str(tmp_path / "t")),
+            DarelConfig(offline_keep=0.5, offline_rule="middle"),
+            training(tmp_path / "p"),
+        )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "cifar").glob("*.yaml")), ids=lambda path: path.stem)
