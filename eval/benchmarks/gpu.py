@@ -8,6 +8,8 @@ Shapes have random weights, bfloat16 by autocast, LoRA of r 8 on attention and M
 relative to the plain one of the same shape, which is measured first; and the memory that the run adds at its peak,
 what is stored included. Where a step is of 128 samples, plain training takes them as four batches of 32, since more do
 not fit. A way that fails costs its own row; after --seconds no further way begins. --shapes: those whose names match.
+--profile: of two steps before those that count, how long the GPU was busy, and which operations took most of its time
+and of the processor's (rows to results/gpu_profile.jsonl): what to look at where a way is slow.
 Rows go to results/gpu_steps.jsonl, the table to results/gpu_steps.md. --quick: sizes that no claim rests on, on any
 machine.
 """
@@ -25,6 +27,9 @@ from typing import Any
 import torch
 from common import QUICK, RESULTS, data_and_model, store
 from prompts import LastHalf, Runs, parser_of_runs
+from torch.autograd import DeviceType
+from torch.profiler import profile, supported_activities
+from transformers import TrainerCallback
 
 from darel_hf.nlg.demo import DemoSettings
 
@@ -48,13 +53,43 @@ SHAPES = [
 ]
 
 
-def measure(runs: Runs, way: str) -> dict[str, Any]:
+class Profile(TrainerCallback):
+    """Look at the two steps before those that are timed."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin to look."""
+        if state.global_step == max(state.max_steps // 2 - 2, 0):
+            self.looking = profile(activities=[*supported_activities()])
+            self.looking.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look no more."""
+        if state.global_step == state.max_steps // 2:
+            self.looking.stop()
+
+    def found(self) -> dict[str, Any]:
+        """Return seconds of a step: how long the GPU was busy, and of what most."""
+        events, result = self.looking.key_averages(), {}
+        for where in ("device", "cpu"):
+            # Kernels have events of their own, and their time stands once more at the operation that has called them.
+            own = [event for event in events if (event.device_type == DeviceType.CPU) == (where == "cpu")]
+            times = {event.key: getattr(event, f"self_{where}_time_total") / 2e6 for event in own}
+            counts = {event.key: event.count / 2 for event in own}
+            result[f"{where}_busy_seconds"] = sum(times.values())
+            most = sorted(times, key=lambda key: -times[key])[:12]
+            result[f"{where}_most"] = [[key[:80], times[key], counts[key]] for key in most]
+        return result
+
+
+def measure(runs: Runs, way: str, look: bool = False) -> dict[str, Any]:
     """Return what a step of a way costs."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     started, watch = time.perf_counter(), LastHalf()
-    trainer = runs.trainer(way)
+    trainer, looked = runs.trainer(way), Profile()
+    if look:
+        trainer.add_callback(looked)
     trainer.add_callback(watch)
     trainer.train()
     plan = getattr(getattr(trainer, "report", None), "plan", None)
@@ -64,6 +99,7 @@ def measure(runs: Runs, way: str) -> dict[str, Any]:
         "steps": watch.steps,
         "run_seconds": time.perf_counter() - started,
         "plan": None if plan is None else str(plan).splitlines(),
+        **(looked.found() if look else {}),
     }
 
 
@@ -71,6 +107,7 @@ def main() -> None:
     made = parser_of_runs()
     made.description = __doc__
     made.add_argument("--seconds", type=float, default=300.0, help="after so many no further way begins")
+    made.add_argument("--profile", action="store_true", help="what a step's time goes into; rows to gpu_profile")
     made.add_argument("--shapes", default="", help="an expression that their names match; default: all")
     given, began = made.parse_args(), time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="darel-bench-"))
@@ -90,17 +127,22 @@ def main() -> None:
                 print(f"{name}, {way}: no time is left")
                 continue
             try:
-                found = measure(runs, way)
+                found = measure(runs, way, given.profile)
             except Exception as error:  # one way less
                 print(f"{name}, {way}: {type(error).__name__}: {str(error)[:400]}", flush=True)
                 continue
             if number == 0 and name not in plain:
                 plain[name] = found["step_seconds"]
             found["steps_of_plain"] = found["step_seconds"] / plain.get(name, float("nan"))
-            left_out = ("ways", "quick", "pairs", "seconds", "shapes")
+            left_out = ("ways", "quick", "pairs", "seconds", "shapes", "profile")
             kept = {k: v for k, v in runs.settings.items() if k not in left_out and v not in (None, False)}
-            store("gpu_steps", {**kept, "shape": name}, {"arm": way, "seed": 0, **found})
-        write_table()
+            store(
+                "gpu_profile" if given.profile else "gpu_steps",
+                {**kept, "shape": name},
+                {"arm": way, "seed": 0, **found},
+            )
+        if not given.profile:
+            write_table()
 
 
 def write_table() -> None:
