@@ -73,9 +73,10 @@ def check_same(state: dict[str, Any], checkpoint: str, data: str, config: DarelC
     before = DarelConfig().to_dict() | state["config"]  # a setting that it does not know was off
     # While it was off by default, a run that did not name it has written that.
     older = "budget_allows" not in state["config"]
+    unread = {f"{stage}_rule" for stage in ("offline", "online") if not config.may_select(stage)}  # nobody asks them
     for name, value in config.to_dict().items():
         saved = before[name]
-        if older and name == "fast" and not saved and not value:
+        if name in unread or (older and name == "fast" and not saved and not value):
             continue
         remedy = f"the checkpoint {checkpoint} was made with {saved!r}; resume with that"
         require(saved == value or name in ("scores", "online_backward"), name, value, remedy)

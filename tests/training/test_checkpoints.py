@@ -284,6 +284,15 @@ def test_a_checkpoint_of_other_settings(tmp_path):
         make(tmp_path, {**BOTH, "online_keep": 0.4}).train(resume_from_checkpoint=True)
 
 
+def test_a_rule_that_nobody_asks_may_be_another(tmp_path):
+    """So that a run goes on by a version with another default."""
+    darel = {"online_keep": 0.5, "online_rule": "hardest"}
+    make(tmp_path, {**darel, "offline_rule": "middle"}, stop=4).train()
+    make(tmp_path, {**darel, "offline_rule": "random"}).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"online_rule='random': the checkpoint .* was made with 'hardest'"):
+        make(tmp_path, {**darel, "online_rule": "random"}).train(resume_from_checkpoint=True)
+
+
 def test_a_checkpoint_of_plain_trainer(tmp_path):
     make(tmp_path, {"offline_keep": 1.0}, stop=4).train()
     with pytest.raises(ValueError, match="made without DAREL"):
