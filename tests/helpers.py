@@ -11,6 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 VOCABULARY = 64
 PAD = 0
+#: Both stages, by rules that look at losses.
+BOTH = {
+    "offline_keep": 0.8,
+    "offline_rule": "middle",
+    "online_keep": 0.5,
+    "online_rule": "hardest",
+    "rescore_every": 2,
+}
 
 
 class PadCollator:

@@ -269,6 +269,11 @@ def has_kernel(query: torch.Tensor, *states: torch.Tensor) -> bool:
 _FOUND: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by mask: all layers of a model are handed the same
 
 
+def _in(dtype: torch.dtype, *pairs: Pair | None) -> list[Pair | None]:
+    """Return keys and values in a type."""
+    return [None if pair is None else (pair[0].to(dtype), pair[1].to(dtype)) for pair in pairs]
+
+
 def attend(
     call: Call,
     query: torch.Tensor,
@@ -303,13 +308,11 @@ def attend(
         if not {states.dtype for states in (query, *keys, *(stored or ()))} & NARROW:
             return rows.one_by_one(call, query, keys, stored, window)
         with torch.autocast(query.device.type, enabled=False):
-            wide = [None if pair is None else tuple(states.float() for states in pair) for pair in (keys, stored)]
+            wide = _in(torch.float32, keys, stored)
             return rows.one_by_one(call, query.float(), *wide, window).to(keys[1].dtype)
-    if (narrow := autocast_dtype(query.device)) is not None:  # as torch's own attention would: rotary embeddings widen
-        query = query.to(narrow)
-        keys, stored = (
-            None if pair is None else tuple(states.to(narrow) for states in pair) for pair in (keys, stored)
-        )
+    narrow = autocast_dtype(query.device)
+    if narrow is not None:  # as torch's own attention does: rotary embeddings leave float32
+        query, (keys, stored) = query.to(narrow), _in(narrow, keys, stored)
     beyond = given is None or given.get("dropout") or given.get("position_bias") is not None  # what no kernel does
     if not beyond and has_kernel(query, *keys, *(stored or ())):
         return rows.packed(query, keys, stored, window, given.get("scaling"))

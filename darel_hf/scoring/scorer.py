@@ -333,9 +333,10 @@ class BatchScorer:
         apart = labels.dim() == 2 and logits.dim() == 3 and labels.shape[1] != logits.shape[1]
         apart |= type(base_model(self.model)).__name__ in MODEL_FOR_CTC_MAPPING_NAMES.values()
         reading.head = self.head if labels.dim() == 2 and self._head_does(batch, plain) else None
-        # A row among others is rounded to 16 bits otherwise than alone, which may be more than all of a small loss.
-        singly = [_mean(self.read(logits, row["labels"])) for (logits, _), row in zip(outputs, rows, strict=False)]
-        found = [_mean(plain), *(singly if rounded else plain.losses.tolist())]
+        singly = plain.losses.tolist()
+        if rounded:  # a row among others otherwise than alone, which may be more than all of a small loss
+            singly = [_mean(self.read(of_row, row["labels"])) for (of_row, _), row in zip(outputs, rows, strict=True)]
+        found = [_mean(plain), *singly]
         counted = [plain.n_tokens.sum().item(), *plain.n_tokens.tolist()]
         pairs = [(a, b) for a, b, k in zip(found, own, counted, strict=False) if b is not None and k]
         if pairs:

@@ -107,9 +107,8 @@ def arms() -> dict[str, Arm]:
         made[f"online_{rule}_every3_by_length"] = Arm({**online, "rescore_every": 3, **by_length})
         if rule != "random":
             made[f"sliced_{rule}"] = Arm({**online, "online_backward": "sliced"})
-    made["more_epochs"] = Arm(
-        {"budget_time": 1.0, "budget_spend": "quality", "offline_rule": "middle"}
-    )  # in the time of plain training
+    # In the time of plain training.
+    made["more_epochs"] = Arm({"budget_time": 1.0, "budget_spend": "quality", "offline_rule": "middle"})
     cached = {"prompt_cache": "ram"}
     made["reader"] = Arm(cached, task={"lora_on": "reader"})
     for finish in (0.5, 1.0, 2.0):
@@ -171,11 +170,11 @@ def main() -> None:
     if unknown:
         near = get_close_matches(unknown[0], known, n=5, cutoff=0.4)
         parser.error(f"--arms {','.join(unknown)}: unknown; near to the first: {near}; all are in arms() of this file")
-    task, settings, folder = prepared(options)
     relative = names[0].partition("@")[0] in FULL
-    there = any(has_row(options.name, settings, name, options.first_seed) for name in FULL)  # only outputs are gone
+    there = any(has_row(options.name, settings_of(options), name, options.first_seed) for name in FULL)
     if not relative and not there and not options.runs_only:
         parser.error(f"--arms {options.arms}: times are relative to the first; begin with one of {FULL}")
+    task, settings, folder = prepared(options)
     made_with = folder / "settings.json"
     if made_with.exists() and json.loads(made_with.read_text(encoding="utf-8")) != settings:
         parser.error(f"--work_dir {folder}: it holds runs with other settings, see {made_with}; give another folder")
@@ -271,6 +270,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_quick(parser)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that results depend on, as far as they are options."""
+    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir")
+    what_is_run += ("runs_only", "quick", "num_beams")
+    return {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None}
+
+
 def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any], Path]:
     """Return the task, the settings that its results depend on, and a folder for what is made."""
     if options.quick:
@@ -280,10 +286,7 @@ def prepared(options: argparse.Namespace) -> tuple[NLGArguments, dict[str, Any],
     folder.mkdir(parents=True, exist_ok=True)
     sizes = DemoSettings(warm_up_representations=20) if options.quick else DemoSettings()
     data, model, data_and_model_names = data_and_model(options, folder, sizes)
-    what_is_run = ("data_dir", "model_name_or_path", "arms", "seeds", "first_seed", "name", "work_dir")
-    what_is_run += ("runs_only", "quick", "num_beams")
-    settings = {k: v for k, v in vars(options).items() if k not in what_is_run and v is not None}
-    settings |= data_and_model_names
+    settings = settings_of(options) | data_and_model_names
     task = NLGArguments(
         model_name_or_path=model,
         data_dir=data,
@@ -320,12 +323,13 @@ def scored(model: Any, tokenizer: Any, pairs: list[dict[str, str]]) -> Scores:
     columns = ["input_ids", "attention_mask", "labels", ID_KEY]
     data = add_ids(tokenize_pairs(pairs, tokenizer, 256), np.arange(len(pairs))).select_columns(columns)
     collator = CarryIds(DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100))
-    return score_dataset(BatchScorer(model), data, collator, lambda batch: on(batch, model.device), progress_bar=False)
-
-
-def on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a batch whose tensors are on a device."""
-    return {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    return score_dataset(
+        BatchScorer(model),
+        data,
+        collator,
+        lambda batch: {key: value.to(model.device) for key, value in batch.items()},
+        progress_bar=False,
+    )
 
 
 def data_of(task: NLGArguments, folder: Path, seed: int, options: argparse.Namespace) -> str:

@@ -35,9 +35,8 @@ def config_of(way: str) -> DarelConfig:
     """Return the settings of a way, as `--ways` names it."""
     kind, _, fraction = way.rpartition("_")
     what = "budget_time" if "budget" in kind else "offline_keep"
-    return DarelConfig(
-        **{what: float(fraction), "offline_rule": "middle", "fast": False}, **WAYS[kind]
-    )  # what each way saves by itself
+    by_itself = {what: float(fraction), "offline_rule": "middle", "fast": False}
+    return DarelConfig(**{**by_itself, **WAYS[kind]})
 
 
 def main() -> None:

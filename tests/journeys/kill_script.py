@@ -23,21 +23,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import safetensors.torch
 import torch
-from helpers import PadCollator, arguments, tiny_lora, token_data
+from helpers import BOTH, PadCollator, arguments, tiny_lora, token_data
 from transformers.trainer_utils import get_last_checkpoint
 
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.training.checkpoints import all_in, problem
 
 STEP, LIMIT = 6, 2  # the checkpoint that is killed, and how many there are to be: one is deleted after it
-DAREL = {
-    "offline_keep": 0.8,
-    "offline_rule": "middle",
-    "online_keep": 0.5,
-    "online_rule": "hardest",
-    "rescore_every": 2,
-    "track": True,
-}
+DAREL = {**BOTH, "track": True}
 
 
 class Places:

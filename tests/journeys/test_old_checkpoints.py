@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_same_weights
+from helpers import BOTH, assert_same_weights
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -66,14 +66,7 @@ def before(tmp_path_factory):
 @pytest.mark.parametrize(
     "darel",
     [
-        {
-            "offline_keep": 0.8,
-            "offline_rule": "middle",
-            "online_keep": 0.5,
-            "online_rule": "hardest",
-            "rescore_every": 2,
-            "track": True,
-        },
+        {**BOTH, "track": True},
         {"offline_keep": 0.7, "offline_rule": "infobatch", "batch_by_length": True},
         {"offline_keep": 0.8, "offline_rule": "middle", "unpad": True},
         {"online_keep": 0.5, "online_rule": "hardest", "online_backward": "sliced"},

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import BOTH
 from safetensors.numpy import load_file
 
 SCRIPT = Path(__file__).with_name("train_script.py")
@@ -61,14 +62,7 @@ def launch(folder, processes, settings, script=SCRIPT, hosts=1):
     ]
 
 
-BOTH = {
-    "offline_keep": 0.8,
-    "offline_rule": "middle",
-    "online_keep": 0.5,
-    "online_rule": "hardest",
-    "rescore_every": 2,
-    "track": True,
-}
+TRACKED = {**BOTH, "track": True}
 
 
 @pytest.mark.slow
@@ -76,9 +70,9 @@ BOTH = {
     ("processes", "hosts", "darel"),
     [
         (2, 1, {}),
-        (2, 1, BOTH),
+        (2, 1, TRACKED),
         (2, 1, {"online_keep": 0.5, "online_rule": "percentile"}),
-        (2, 1, {**BOTH, "online_backward": "sliced"}),
+        (2, 1, {**TRACKED, "online_backward": "sliced"}),
         (2, 1, {"online_keep": 0.5, "online_rule": "hardest", "id_column": "number"}),
         (2, 1, {"online_keep": 0.5, "batch_by_length": True}),
         (2, 1, {"online_keep": 0.5, "unpad": True}),
@@ -98,8 +92,8 @@ BOTH = {
                 "online_rule": "hardest",
             },
         ),
-        (3, 1, BOTH),
-        (2, 2, BOTH),
+        (3, 1, TRACKED),
+        (2, 2, TRACKED),
     ],
     ids=[
         "off",
@@ -220,7 +214,7 @@ def test_recipes_that_need_gpus(tmp_path, recipe):
         pytest.skip(f"{recipe}.yaml needs {needed} GPU(s)")
     if recipe == "deepspeed_zero2":
         pytest.importorskip("deepspeed")
-    settings = {"darel": BOTH, "samples": 50, "arguments": {"use_cpu": False}, "folder": str(tmp_path)}
+    settings = {"darel": TRACKED, "samples": 50, "arguments": {"use_cpu": False}, "folder": str(tmp_path)}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     config = str(RECIPES / f"{recipe}.yaml")
     done = subprocess.run(

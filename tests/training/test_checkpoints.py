@@ -9,20 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import PadCollator, arguments, assert_same_weights, tiny_lora, token_data, weights
+from helpers import BOTH, PadCollator, arguments, assert_same_weights, tiny_lora, token_data, weights
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from darel_hf import DarelConfig, DarelTrainer
 from darel_hf.training.checkpoints import all_in, expected_files, problem, resolve, save
-
-BOTH = {
-    "offline_keep": 0.8,
-    "offline_rule": "middle",
-    "online_keep": 0.5,
-    "online_rule": "hardest",
-    "rescore_every": 2,
-}
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no such modes")
