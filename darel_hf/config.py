@@ -216,7 +216,7 @@ class DarelConfig:
             out `round(batch_size / online_keep)` candidates; `batch_size` of them are trained on.
         online_rule (`str`, defaults to `"random"`):
             Which candidates are trained on, by name. The default scores nothing: no rule that does has beaten it so
-            far (docs/quality.md). The paper's is `"hardest"`.
+            far (docs/fewer_samples.md). The paper's is `"hardest"`.
         rescore_every (`int`, defaults to 1):
             Epochs from one fresh scoring to the next (the paper's eta, as we read it: the source does not say more
             than "scheduler"). In between, the same rule picks by the losses in the ledger, without a forward pass.
