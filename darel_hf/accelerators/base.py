@@ -48,6 +48,8 @@ class Accelerator(ABC):
         most (`float`): where a step with it was measured to take more than this of one without, it is left out.
         keeps (`bool`): whether it keeps what it makes of samples for later steps: then scores before training are read
             off its rows.
+        own_plain (`bool`): whether `plain` is a step that the model would not take without it: what takes longer is
+            then timed against one without it, too, before it is left out.
         first_epoch (`float`): what a step of the first epoch takes relative to later ones, once that was measured.
     """
 
@@ -57,6 +59,7 @@ class Accelerator(ABC):
     on_model = False
     most = math.inf
     keeps = False
+    own_plain = False
     first_epoch = 1.0
 
     def __init__(self, trainer: Any):

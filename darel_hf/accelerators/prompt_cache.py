@@ -83,6 +83,11 @@ class PromptCache(unpad.PaddingFree):
         return self.reading
 
     @property
+    def own_plain(self) -> bool:
+        """Whether steps without it are a reader's own, two forward passes, where plain ones are of LoRA everywhere."""
+        return find_reader(self.trainer.model) is not None
+
+    @property
     def invocation(self) -> list[int] | None:
         """The tokens from which on an aLoRA acts."""
         return getattr(getattr(self.trainer.model, "active_peft_config", None), "alora_invocation_tokens", None)

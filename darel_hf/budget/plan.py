@@ -64,6 +64,17 @@ class Costs:
         return math.prod(self.factors.values())
 
     @property
+    def accelerated_seconds(self) -> float:
+        """Such a step, loading left out, in seconds."""
+        return self.step_seconds * (1 - self.data_share) * self.accelerated
+
+    def beside(self, other: Costs) -> Costs:
+        """Return the steps of other costs, with which shares of a step that only these know are the same seconds."""
+        factor = self.step_seconds / other.step_seconds
+        shares = {"forward_share": self.forward_share * factor, "offline_share": self.offline_share * factor}
+        return replace(other, **shares, one_forward=self.one_forward, padding=self.padding)
+
+    @property
     def padding_free(self) -> float:
         """q again, by the name that it had while there was one accelerator."""
         return self.accelerated

@@ -183,7 +183,7 @@ class Planner:
             )
             costs = self._from_main(costs)  # it may fail on some processes only
             if costs is not None:
-                costs = replace(costs, factors=self._keep_what_pays(costs.factors, again))
+                costs = self._keep_what_pays(costs, again)
                 costs = replace(costs, padding=self.plan.costs.padding, first_epoch=self._first_epoch())
                 self.plan = replace(self.plan, costs=costs)
                 if size != full_size or self.recompute.on:
@@ -209,20 +209,29 @@ class Planner:
             return order
         return np.random.default_rng(0).permuted(candidates, axis=1)[:, :size].ravel()  # as rules that draw choose
 
-    def _keep_what_pays(self, factors: Mapping[str, float], measure: Callable[..., Costs | None]) -> dict[str, float]:
+    def _keep_what_pays(self, costs: Costs, measure: Callable[..., Costs | None]) -> Costs:
         """
         Leave out accelerators with which steps are no cheaper; those that these had excluded are tried in their place.
 
         Args:
-            factors (`Mapping`): of the accelerators that are there, as measured.
+            costs ([`Costs`]): as measured with the accelerators that are there.
             measure (`Callable`): measures what a step costs with `accelerators`.
 
         Returns:
-            the factors of those that stay.
+            the costs with those that stay.
         """
         while True:
             most = {a.facts.name: a.most if a.asked else PAYS for a in self.accelerators}
-            slow = {name: factor for name, factor in factors.items() if factor > most.get(name, math.inf)}
+            slow = {name: factor for name, factor in costs.factors.items() if factor > most.get(name, math.inf)}
+            for accelerator in [a for a in self.accelerators if a.own_plain and a.facts.name in slow]:
+                name, others = accelerator.facts.name, [a for a in self.accelerators if a is not accelerator]
+                without = self._from_main(measure(accelerators=others))
+                if without is not None:
+                    slow[name] = costs.accelerated_seconds / without.accelerated_seconds
+                if without is None or slow[name] <= most[name]:  # more than plain training, less than without it
+                    del slow[name]
+                else:
+                    costs = costs.beside(without)
             self._leave_out({name: f"a step takes {factor:.2f} of one without it" for name, factor in slow.items()})
             more = bool(slow) and self._find_more()
             there = {accelerator.facts.setting for accelerator in self.accelerators}
@@ -231,13 +240,14 @@ class Planner:
             self._leave_out({name: f"it goes beside {' or '.join(others)}" for name, others in alone.items()})
             if not more:
                 there = [accelerator.facts.name for accelerator in self.accelerators]
-                return {name: factor for name, factor in factors.items() if name in there}
-            costs = self._from_main(measure(accelerators=self.accelerators))
-            if costs is None:
-                found = [a.facts.name for a in self.accelerators if not a.asked and a.facts.name not in factors]
-                self._leave_out(dict.fromkeys(found, "what a step with it takes could not be measured"))
+                stay = {name: factor for name, factor in costs.factors.items() if name in there}
+                return replace(costs, factors=stay)
+            found = self._from_main(measure(accelerators=self.accelerators))
+            if found is None:
+                new = [a.facts.name for a in self.accelerators if not a.asked and a.facts.name not in costs.factors]
+                self._leave_out(dict.fromkeys(new, "what a step with it takes could not be measured"))
             else:
-                factors = costs.factors
+                costs = replace(costs, factors=found.factors)
 
     def _find_more(self) -> bool:
         """Return whether there is more that is exact, now that something was left out; take it."""

@@ -12,7 +12,7 @@ The full run, on a quiet machine (an hour or two; DATA is the folder of E2E's fi
 Ways are those of the benchmark `prompts`, by default LoRA of r 8 in batches of 8: `plain+fast` and `reader+fast` are
 the wholes, with LoRA everywhere and with a reader; `alone` and `without` are lists of each exact accelerator alone and
 of the wholes without it; `base_precision` comes on top. With --full all weights are trained. Times are relative to the
-plain run of the same round. Beside them, of a run of its own in a process of its own: FLOPs of the loop and the memory
+plain run of the same round; those of steps alone, of the last half of a run, too. Beside them, of a run of its own in a process of its own: FLOPs of the loop and the memory
 that the loop adds at its peak (on a CPU, of the process), relative to plain. Rows go to results/exact.jsonl, tables to
 results/exact.md.
 
@@ -31,12 +31,13 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, parser, seconds_of, store
-from prompts import Runs, add_adapters, tables_of
+from prompts import LastHalf, Runs, add_adapters, tables_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
@@ -206,18 +207,25 @@ def main() -> None:
         compare_parts(runs, names, settings)
         return
     costs = {way: apart(costs_of, runs, way) for way in ("plain", *names)}
-    full, times, predicted = [], defaultdict(list), defaultdict(list)
+    full, times, predicted, steps = [], defaultdict(list), defaultdict(list), defaultdict(list)
     for _ in range(options.pairs):
-        full.append(seconds_of(runs.trainer("plain")))
-        for way in names:
-            trainer = runs.trainer(way)
-            times[way].append(seconds_of(trainer) / full[-1])
-            predicted[way].append(trainer.report.plan.predicted_time)
+        for way in ("plain", *names):
+            trainer, last = runs.trainer(way), LastHalf()
+            trainer.add_callback(last)
+            seconds = seconds_of(trainer)
+            steps[way].append(last.step_seconds)
+            if way == "plain":
+                full.append(seconds)
+                continue
+            times[way].append(seconds / full[-1])
+            if getattr(trainer, "report", None) is not None:
+                predicted[way].append(trainer.report.plan.predicted_time)
     for way in names:
         row = {"arm": way, "seed": 0, "full_seconds": full, "times": times[way], "predicted": predicted[way]}
+        row["steps_of_plain"] = statistics.median(map(truediv, steps[way], steps["plain"]))
         row |= {f"{key}_of_plain": costs[way][key] / costs["plain"][key] for key in costs["plain"]}
         store("exact", settings, {**row, "peak_bytes": costs[way]["peak_bytes"]})
-    columns = {"FLOPs": "flops_of_plain", "peak memory": "peak_bytes_of_plain"}
+    columns = {"steps alone": "steps_of_plain", "FLOPs": "flops_of_plain", "peak memory": "peak_bytes_of_plain"}
     (RESULTS / "exact.md").write_text(tables_of("exact", columns), encoding="utf-8")
 
 

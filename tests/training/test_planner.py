@@ -254,6 +254,31 @@ def test_where_one_way_does_not_pay_the_next_is_tried(factors, used, tmp_path, m
     assert_same_weights(weights(again.model), weights(whole.model))
 
 
+@pytest.mark.parametrize(("slow_way", "stays"), [(2e4, True), (1.2e4, False)])
+def test_a_reader_keeps_what_beats_its_own_steps(slow_way, stays, tmp_path, monkeypatch):
+    """Where reading stored prompts takes longer than LoRA everywhere, as on a GPU, it may still beat doing without."""
+    asked = []
+
+    def measure_costs(trainer, *args, accelerators, **kwargs):
+        asked.append([a.facts.name for a in accelerators])
+        reads = "prompt_cache" in asked[-1]
+        factors = {name: 1.5 if name == "prompt_cache" else 0.9 for name in asked[-1]}
+        return Costs(1e4 if reads else slow_way, forward_share=0.0, offline_share=0.3, factors=factors)
+
+    monkeypatch.setattr(planner, "measure_costs", measure_costs)
+    trainer = trainer_for(tmp_path, adapted("llama", config=ReaderLoraConfig), fast=True)
+    trainer.train()
+    plan = trainer.report.plan
+    others = [name for name in asked[0] if name != "prompt_cache"]
+    assert "prompt_cache" in asked[0] and asked[1] == others and len(asked) == 2
+    if stays:
+        assert plan.costs.factors == {name: 1.5 if name == "prompt_cache" else 0.9 for name in asked[0]}
+        assert plan.costs.step_seconds == 1e4
+    else:
+        assert plan.left_out["prompt_cache"] == "a step takes 1.25 of one without it"
+        assert plan.costs.factors == dict.fromkeys(others, 0.9) and plan.costs.step_seconds == slow_way
+
+
 QUALITY = {"budget_spend": "quality", "budget_time": 1.0}
 
 
