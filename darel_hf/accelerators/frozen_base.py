@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -253,6 +254,10 @@ class FrozenBase:
         ids[mask] = torch.tensor([token for prompt in prompts for token in prompt])
         row, places = put_once({"input_ids": ids}, mask)
         return {key: value.to(device) for key, value in row.items()}, places
+
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Return a context in which to record several times: to switch all modules takes as long as a short prompt."""
+        return base_alone(self.model)
 
     @torch.no_grad()
     def _run(self, row: dict[str, torch.Tensor]) -> None:

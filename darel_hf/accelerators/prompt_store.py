@@ -106,11 +106,12 @@ class Kept(Recompute):
         known = {part: self._find(base, part, starts[part]) for part in asked}
         missing = [part for part in asked if known[part] is None]
         groups = [[part] for part in missing] if row_attention.on_cpu(device) else [missing] if missing else []
-        for group in groups:
-            made, rows = base.record(group)
-            for part, row in zip(group, rows, strict=True):
-                taken = torch.from_numpy(row[starts[part] :]).to(device)
-                known[part] = self._keep(part, starts[part], made.index_select(0, taken))
+        with base.alone() if len(groups) > 1 else contextlib.nullcontext():
+            for group in groups:
+                made, rows = base.record(group)
+                for part, row in zip(group, rows, strict=True):
+                    taken = torch.from_numpy(row[starts[part] :]).to(device)
+                    known[part] = self._keep(part, starts[part], made.index_select(0, taken))
         kept = torch.cat([known[part].to(device, non_blocking=True) for part in asked])
         base.reach(max(prompts, key=len))
         return kept, torch.cat([torch.arange(starts[part], len(part)) for part in asked]).to(device), places

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import peft
 import torch
@@ -136,6 +137,7 @@ class ReaderModel(LoraModel):
         self._recording, self._inside, self._states, self._prompt = False, False, {}, None
         self._given: int | None = None  # while it generates, the columns that it was given
         self._guessed = False  # whether nobody has said where prompts end
+        self._layers = tuple(m for m in model.modules() if isinstance(m, BaseTunerLayer))  # asked for in every block
         causal = {cls.__name__ for cls in type(model).__mro__} & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         remedy = "a reader needs a causal language model of transformers, with its blocks; train a plain LoraConfig"
@@ -155,7 +157,7 @@ class ReaderModel(LoraModel):
     @property
     def everywhere(self) -> bool:
         """Whether adapters act on prompts, too, or not at all."""
-        if not any(not m.disable_adapters for m in self.model.modules() if isinstance(m, BaseTunerLayer)):
+        if all(layer.disable_adapters for layer in self._layers):
             return True
         found = {self.peft_config[name].everywhere for name in self.active_adapters if name in self.peft_config}
         if len(found) > 1:
@@ -372,21 +374,31 @@ def _warn_of_no_prompts() -> None:
     )
 
 
+#: Models that run without adapters just now: to look at all modules again takes as long as a short prompt.
+_ALONE: WeakSet[nn.Module] = WeakSet()
+
+
 @contextlib.contextmanager
 def base_alone(model: nn.Module) -> Iterator[None]:
     """Run a model without its adapters and in eval mode; what is trained and in which mode stays as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if model in _ALONE:
+        yield
+        return
+    modules = list(model.modules())
+    training, layers = [m for m in modules if m.training], [m for m in modules if isinstance(m, BaseTunerLayer)]
     # Not PEFT's own switch: it makes adapters trainable again when it is turned back, also those the user has frozen.
     switches = [layer._disable_adapters for layer in layers]
+    _ALONE.add(model)
     try:
-        model.eval()
+        for module in training:
+            module.training = False
         for layer in layers:
             layer._disable_adapters = True
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        _ALONE.discard(model)
+        for module in training:
+            module.training = True
         for layer, switch in zip(layers, switches, strict=True):
             layer._disable_adapters = switch
 

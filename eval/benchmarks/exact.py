@@ -12,9 +12,9 @@ The full run, on a quiet machine (an hour or two; DATA is the folder of E2E's fi
 Ways are those of the benchmark `prompts`, by default LoRA of r 8 in batches of 8: `plain+fast` and `reader+fast` are
 the wholes, with LoRA everywhere and with a reader; `alone` and `without` are lists of each exact accelerator alone and
 of the wholes without it; `base_precision` comes on top. With --full all weights are trained. Times are relative to the
-plain run of the same round; those of steps alone, of the last half of a run, too. Beside them, of a run of its own in a process of its own: FLOPs of the loop and the memory
-that the loop adds at its peak (on a CPU, of the process), relative to plain. Rows go to results/exact.jsonl, tables to
-results/exact.md.
+plain run of the same round; those of steps alone, of a run's last half, too. Beside them, of a run of its own in a
+process of its own: FLOPs of the loop and the memory that it adds at its peak (on a CPU, of the process), relative
+to plain. Rows go to results/exact.jsonl, tables to results/exact.md.
 
 --parts writes what is left of a step, in milliseconds of processor time with one thread, to results/exact_parts.jsonl:
 forward, backward, the optimizer with clipping, loading with collating, what is left of Trainer's and accelerate's

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import PadCollator, arguments
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from readers import (
     FAMILIES,
     SMALL,
@@ -27,7 +28,7 @@ from readers import (
 from transformers import GenerationConfig, Trainer, pipeline
 
 from darel_hf import DarelTrainer, ReaderLoraConfig, to_lora
-from darel_hf.adapters import acting_everywhere, find_reader, prompt_positions, with_prompt_lengths
+from darel_hf.adapters import acting_everywhere, base_alone, find_reader, prompt_positions, with_prompt_lengths
 from darel_hf.adapters.reader import _warn_of_no_prompts
 
 LENGTHS = [(7, 5), (10, 3), (1, 6), (2, 4), (12, 2)]
@@ -258,6 +259,24 @@ def test_unloaded_the_base_is_as_it_was():
     later = get_peft_model(base, stock.peft_config["default"]).eval()
     later.load_state_dict(stock.state_dict())
     assert torch.equal(later(**inputs).logits, stock(**inputs).logits)
+
+
+def test_the_base_alone_leaves_modes_and_switches_as_they_were():
+    """Also from within, and after an error: what is trained goes on in its mode."""
+    model = adapted("llama", ReaderLoraConfig).base_model.model.train()
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers[0].eval()
+    layers[1]._disable_adapters = True
+    before = [(module.training, getattr(module, "_disable_adapters", None)) for module in model.modules()]
+    with pytest.raises(KeyError), base_alone(model):
+        with base_alone(model):
+            assert all(layer.disable_adapters for layer in layers)
+        assert not any(module.training for module in model.modules())
+        assert all(layer.disable_adapters for layer in layers)
+        raise KeyError
+    assert [(module.training, getattr(module, "_disable_adapters", None)) for module in model.modules()] == before
+    with base_alone(model):
+        assert not any(module.training for module in model.modules())
 
 
 def test_needs_a_causal_language_model():
