@@ -37,6 +37,7 @@ LLAMA = "--family llama --layers 16 --width 2048 --vocabulary 32000"
 MEDIUM = "--layers 24 --width 1024 --vocabulary 50257"
 LONG = "--lengths 512,32 --samples 96 --epochs 3 --batch_size 32"
 MANY = "--lengths 512,32 --samples 256 --epochs 3 --batch_size 128"
+SHORT = "--epochs 3 --samples 128 --batch_size 32"
 FOUR = "plain+per_device_train_batch_size=32+gradient_accumulation_steps=4"
 TINY = "--layers 2 --width 64 --samples 16 --batch_size 4 --epochs 2"
 #: What is measured, the most telling first: a name, settings, ways, of which the first is what others are relative to.
@@ -44,7 +45,12 @@ SHAPES = [
     ("Llama 1B, prompts of 512", f"{LLAMA} {LONG}", "plain device+fast plain+fast recompute device"),
     ("Llama 1B, prompts of 512, 128 samples a step", f"{LLAMA} {MANY}", f"{FOUR} device+fast recompute+fast"),
     ("GPT-2 medium, prompts of 512, 128 samples a step", f"{MEDIUM} {MANY}", f"{FOUR} device+fast"),
-    ("GPT-2 medium, E2E", f"{MEDIUM} --epochs 3 --samples 128 --batch_size 32", "plain device+fast plain+fast device"),
+    ("GPT-2 medium, E2E", f"{MEDIUM} {SHORT}", "plain device+fast plain+fast device"),
+    (
+        "GPT-2 medium, E2E, no dropout in attention",
+        f"{MEDIUM} {SHORT} --attention_dropout 0",
+        "plain device+fast plain+fast",
+    ),
     ("GPT-2 medium, E2E, batches of 128", f"{MEDIUM} --epochs 3 --samples 384 --batch_size 128", "plain device+fast"),
     ("GPT-2 medium, prompts of 512", f"{MEDIUM} {LONG}", "plain device+fast plain+torch_compile"),
     ("Llama 1B, eight samples a prompt of 512", f"{LLAMA} {LONG} --same 8", "plain share_1+fast"),

@@ -156,6 +156,8 @@ class Runs:
             return LlamaForCausalLM(LlamaConfig(vocab_size=tokens, **shape, **heads))
         if layers:
             shape = {"n_layer": layers, "n_embd": width, "n_head": max(width // 64, 4)}
+            dropout = getattr(self.options, "attention_dropout", None)  # GPT-2's own keeps kernels for rows away
+            shape |= {} if dropout is None else {"attn_pdrop": dropout}
             return GPT2LMHeadModel(GPT2Config(vocab_size=tokens, n_positions=1024, **shape))
         return AutoModelForCausalLM.from_pretrained(self.task.args.model_name_or_path)
 
@@ -269,6 +271,7 @@ def parser_of_runs() -> argparse.ArgumentParser:
     made.add_argument("--width", type=int, default=256)
     made.add_argument("--vocabulary", type=int, help="of such a model; default: that of the tokenizer")
     made.add_argument("--family", choices=sorted(TARGETS), default="gpt2", help="of a model with random weights")
+    made.add_argument("--attention_dropout", type=float, help="of such a GPT-2; default: its own, 0.1")
     made.add_argument("--bf16", action="store_true")
     add_adapters(made)
     return made
@@ -300,7 +303,7 @@ def main() -> None:
             if getattr(trainer, "report", None) is not None:
                 predicted[name].append(trainer.report.plan.predicted_time)
     settings = runs.settings
-    usual = (("same", 1), ("family", "gpt2"))
+    usual = (("same", 1), ("family", "gpt2"), ("attention_dropout", None))
     settings = {key: value for key, value in settings.items() if key != "ways" and (key, value) not in usual}
     if options.layers:
         kind = {"gpt2": "GPT-2", "llama": "Llama"}[options.family]
