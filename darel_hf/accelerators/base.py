@@ -100,7 +100,7 @@ class Accelerator(ABC):
 
     def step(self, inputs: Mapping[str, Any]) -> Callable[[], torch.Tensor]:
         """Return what computes the loss of a training step on these inputs, to try out or compare with."""
-        items = self.trainer._get_num_items_in_batch([inputs], self.trainer.args.device)
+        items = self.trainer.count_items(inputs)
         return lambda: self.trainer.own_loss(inputs, items, smoothed=True)
 
     def try_attached(self, inputs: Mapping[str, Any]) -> str | None:

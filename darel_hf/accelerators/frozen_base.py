@@ -150,20 +150,28 @@ class FrozenBase:
         self._hooks: list[Any] = []
         # Positions that arguments of calls are known for; whether these are those of one prompt, from its beginning.
         self._longest, self._is_table, self._refresh = 0, True, False
+        try:
+            self._explore(tuple(tokens))
+        except BaseException:  # memory that is short, say: no hook stays behind
+            self.close()
+            raise
+
+    def _explore(self, tokens: tuple[int, ...]) -> None:
+        """Find out which modules attend, and what is kept of a position."""
         FrozenBase.exploring = self
         try:
-            self._run(self._row([tuple(tokens)])[0])
+            self._run(self._row([tokens])[0])
         finally:
             FrozenBase.exploring = None
-        if adapted:
+        if self.adapted:
             for layer in self.layers:
                 self._hooks.append(layer.module.register_forward_pre_hook(self._at_attention, with_kwargs=True))
-            self.record([tuple(tokens)])
+            self.record([tokens])
             # In train mode dropout would draw: a run that was resumed would go on with other numbers.
-            with base_alone(model), preserve_rng_state():
+            with base_alone(self.model), preserve_rng_state():
                 for layer, read in zip(self.layers, list(self._read), strict=True):
                     self._sort_linears(layer, read)
-        probe, _ = self.record([tuple(tokens)])
+        probe, _ = self.record([tokens])
         self.dtype, self.row_bytes = probe.dtype, probe.shape[1] * probe.element_size()
         kept = [[(linear.name, str(linear.columns)) for linear in layer.linears] for layer in self.layers]
         self.layout = f"{zlib.crc32(repr(kept).encode()):08x}"

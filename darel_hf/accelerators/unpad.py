@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import find_reader
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, Trial, base_model
-from .base import Accelerator, first_line, not_causal, register_accelerator
+from .base import Accelerator, CannotAccelerate, first_line, not_causal, register_accelerator
 from .row_attention import NARROW, attend, autocast_dtype, holds_places, on_cpu, places_of
 
 #: The name of our attention in transformers' registry.
@@ -237,7 +237,12 @@ class PaddingFree(Accelerator):
             self.refuse(wrong)
         if model.config._attn_implementation != self.attention:  # Trainer may have made the model anew
             model.set_attn_implementation(self.attention)
-        return self.row(inputs, self.label_positions_only)
+        try:
+            return self.row(inputs, self.label_positions_only)
+        except ValueError as error:
+            if self.asked:
+                raise
+            raise CannotAccelerate(first_line(error)) from error
 
     def row(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
         """Return a batch without padding; of few lengths, where products of every new one take long at first."""
@@ -273,7 +278,7 @@ class PaddingFree(Accelerator):
         if not inputs["labels"][:, 1:].ne(IGNORE).any():
             return self._named("the samples that were tried have no label left (prompts cut at the maximal length?)")
         model, inputs = trainer.model, self.samples_to_try(trainer._prepare_inputs(inputs))
-        items = trainer._get_num_items_in_batch([inputs], trainer.args.device)
+        items = trainer.count_items(inputs)
         # A loss that is not the model's own (of a class besides Trainer and DarelMixin, say) wants all logits.
         fewer = self.label_positions_only is not False
         fewer &= sum("compute_loss" in vars(cls) for cls in type(trainer).__mro__) == 2

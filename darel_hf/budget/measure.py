@@ -63,7 +63,7 @@ def _seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 def _loss(trainer: Any, batch: Mapping) -> torch.Tensor:
     trainer.model.train()
-    items = trainer._get_num_items_in_batch([batch], trainer.args.device)  # as in training: losses may rely on it
+    items = trainer.count_items(batch)  # as in training: losses may rely on it
     with trainer.autocast():
         return trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
 

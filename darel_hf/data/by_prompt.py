@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,13 @@ def prompt_length(taught: np.ndarray) -> int:
 
 
 def prompt_of(item: Any) -> bytes:
-    """Return what tells a sample's prompt from others: the tokens of it, see [`prompt_tokens`]."""
-    return prompt_tokens(item).tobytes()
+    """Return what tells a sample's prompt from others, in 16 bytes: there may be millions; see [`prompt_tokens`]."""
+    return digest_of(prompt_tokens(item))
+
+
+def digest_of(tokens: np.ndarray) -> bytes:
+    """Return 16 bytes that tell some tokens from others."""
+    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 
 def prompt_tokens(item: Any) -> np.ndarray:
@@ -135,13 +141,13 @@ def count_prompts(dataset: Any, seconds: float) -> PromptCount:
     ```
     """
     order, began = np.random.default_rng(0).permutation(len(dataset)).tolist(), time.perf_counter()
-    found: set[bytes] = set()
+    found: dict[bytes, int] = {}
     read = 0
     while read < len(order) and (not read or time.perf_counter() - began < seconds):
         part = order[read : read + 256]
-        found.update(map(prompt_of, read_items(dataset, part)))
+        found |= {digest_of(tokens): len(tokens) for tokens in map(prompt_tokens, read_items(dataset, part))}
         read += len(part)
-    return PromptCount(read, len(found), sum(map(len, found)) // np.dtype(np.int64).itemsize)
+    return PromptCount(read, len(found), sum(found.values()))
 
 
 class ShuffledByPrompt(torch.utils.data.Sampler[int]):

@@ -144,4 +144,5 @@ def has_labels(feature: Mapping[str, Any]) -> bool:
 def group_numbers(values: list[Any]) -> np.ndarray:
     """Number the distinct values of a column: int64 `[n]`."""
     numbers: dict[Any, int] = {}
-    return np.array([numbers.setdefault(repr(value), len(numbers)) for value in values], dtype=np.int64)
+    keys = (value if isinstance(value, bytes) else repr(value) for value in values)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)

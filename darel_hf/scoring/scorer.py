@@ -87,10 +87,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
     training = model.training
     frozen = () if hasattr(model, "peft_config") else [p for p in model.parameters() if not p.requires_grad]
     before = [(tensor, tensor.detach().clone()) for tensor in (*model.buffers(), *frozen)]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]  # of earlier micro-batches, say
+    model.zero_grad(set_to_none=True)
     try:
         yield
     finally:
-        model.zero_grad(set_to_none=True)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         model.train(training)
         with torch.no_grad():
             for tensor, value in before:

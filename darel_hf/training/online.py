@@ -204,7 +204,7 @@ class OnlineStage:
         if scorer.sharded:  # no backward pass by itself
             problem = "its loss is more than cross-entropy" if scorer.reading.matches_own_loss is False else None
         else:
-            items = trainer._get_num_items_in_batch([inputs], self.args.device)
+            items = trainer.count_items(inputs)
             own = partial(trainer.own_loss, inputs, smoothed=True)
             if items is not None:
                 with scorer.scoring(), preserve_rng_state():

@@ -101,13 +101,11 @@ class Planner:
         dataset, collator = self.data.batching
         size = self.trainer._train_batch_size
 
-        def compare() -> tuple[float, bool]:
-            full = measure_memory(self.trainer, dataset, collator, size)
-            self.recompute.set(True)
-            return full, measure_memory(self.trainer, dataset, collator, size) < full
-
+        memory = partial(self._on_all, measure_memory, self.trainer, dataset, collator, size)
         with self.clock.count("probe"), preserve_rng_state():
-            self._full_memory, less = self.trainer.on_main(compare)
+            self._full_memory = memory()
+            self.recompute.set(True)
+            less = memory() < self._full_memory
         self.recompute.set(less)
 
     def try_accelerators(self) -> None:
@@ -160,8 +158,8 @@ class Planner:
             candidates = 3 if self.plan.online_keep == 1 else self.plan.candidate_rows / full_size
         with self.clock.count("probe"):
             if config.budget_memory is not None:
-                memory = partial(measure_memory, trainer, dataset, collator)
-                size = trainer.on_main(batch_size_within, memory, full_size, config.budget_memory, self._full_memory)
+                memory = partial(self._on_all, measure_memory, trainer, dataset, collator)
+                size = batch_size_within(memory, full_size, config.budget_memory, self._full_memory)
                 self.plan = replace(self.plan, batch_size=size, recomputes=self.recompute.on)
             self.count_padding()
             size, total = self.plan.batch_size, self._micro_batches()
@@ -323,6 +321,21 @@ class Planner:
         candidates = self.plan.candidate_rows
         padding = self.data.by_length(widths, candidates).positions(candidates, self.plan.batch_size)
         self._set_costs(padding=min(padding, 1.0))
+
+    def _on_all(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call what may wait for other processes on all of them; return or raise what the main one finds."""
+        error, value = None, None
+        try:
+            value = function(*args)
+        except Exception as found:  # whatever it is, the other processes wait
+            error = found
+
+        def tell() -> Any:
+            if error is not None:
+                raise error
+            return value
+
+        return self.trainer.on_main(tell)
 
     def _from_main(self, value: Any) -> Any:
         return self.trainer.on_main(lambda: value)

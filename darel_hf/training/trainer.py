@@ -239,6 +239,14 @@ class DarelMixin:
         finally:
             self.label_smoother = smoother
 
+    def count_items(self, inputs: Mapping[str, Any]) -> Any:
+        """Return Trainer's count of a micro-batch's items, of this process alone: trials may be its own affair."""
+        across, self.args.average_tokens_across_devices = self.args.average_tokens_across_devices, False
+        try:
+            return self._get_num_items_in_batch([inputs], self.args.device)
+        finally:
+            self.args.average_tokens_across_devices = across
+
     def examples(self) -> tuple[dict, list[dict]] | None:
         """Return a few rows for trials, together and alone; `None` where they can be cut out of any batch."""
         return None if self._run is None else self._run.data.examples()

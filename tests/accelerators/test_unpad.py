@@ -21,6 +21,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Trainer,
+    TrainerCallback,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -500,6 +501,31 @@ def test_a_window_that_attention_is_not_told_of(tmp_path, lengths, found):
     with pytest.raises(ValueError, match="would change by"):
         trainer.train()
     assert (trainer.state.global_step > 0) == (found == "later")
+
+
+def test_a_row_beyond_the_window_later_keeps_what_was_accumulated(tmp_path):
+    """What is tried out between the micro-batches of a step leaves the gradients of those before it alone."""
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            self.steps = [*getattr(self, "steps", []), found]
+
+    def run(cls, **more):
+        watch = Gradients()
+        trainer = cls(
+            model=windowed(),
+            args=arguments(tmp_path, num_train_epochs=1, gradient_accumulation_steps=4, **GENTLE),
+            train_dataset=rows_of([4] * 100 + [20] + [4] * 99),
+            data_collator=PadCollator(),
+            callbacks=[watch],
+            **more,
+        )
+        trainer.train()
+        return watch.steps
+
+    for ours, plain in zip(run(DarelTrainer, darel=DarelConfig(unpad=True)), run(Trainer), strict=True):
+        assert distance(ours, plain) < 1e-4
 
 
 def test_labels_that_padding_predicts_later(tmp_path):

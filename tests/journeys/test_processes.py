@@ -183,6 +183,22 @@ def test_sharded_model_equals_whole_one(samples):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("which", "rows"), [("memory", (1, 2, 3)), ("window", (4,))])
+def test_what_one_process_tries_out_waits_for_nobody(tmp_path, which, rows):
+    """A memory budget, and a row beyond the window that only one process meets."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(SCRIPT.with_name("alone_script.py")), which, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sum(done.stdout.count(f"{which}: trained, {n} rows") == 2 for n in rows) == 1
+
+
+@pytest.mark.slow
 def test_processes_that_share_rows_are_refused(tmp_path):
     """Tensor, context and sequence parallelism as meshes on gloo, where plain Trainer is made without a word."""
     script = SCRIPT.with_name("parallel_script.py")

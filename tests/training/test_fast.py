@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import datasets
 import pytest
 import torch
 from helpers import PadCollator, arguments, assert_same_weights, tiny_gpt2, token_data, weights, with_prompts
@@ -100,6 +101,34 @@ def test_a_model_that_takes_nothing(tmp_path, capsys):
         "prompt_cache, share_prompts, unpad, last_block",
     ]
     assert said[2].endswith("BertForSequenceClassification is no causal language model")
+
+
+def test_a_later_batch_whose_prompts_cannot_be_read(tmp_path, caplog):
+    """Padded on the left, as the reader alone takes it."""
+
+    class Left(PadCollator):
+        def __call__(self, features):
+            made = super().__call__(features)
+            lengths = [len(feature["input_ids"]) for feature in features]
+            width = made["input_ids"].shape[1]
+            turned = {k: [row.roll(width - n) for row, n in zip(v, lengths, strict=True)] for k, v in made.items()}
+            return {key: torch.stack(rows) for key, rows in turned.items()}
+
+    ids = [[5, 6, 7, 8, 9, 10, 11, 12] + ([13] * 8 if i == 100 else []) for i in range(200)]
+    data = datasets.Dataset.from_list(
+        [{"input_ids": row, "attention_mask": [1] * len(row), "labels": [-100] * 4 + row[4:]} for row in ids]
+    )
+    trainer = DarelTrainer(
+        model=adapted("llama", config=ReaderLoraConfig),
+        args=arguments(tmp_path, **{**GENTLE, "num_train_epochs": 1}),
+        train_dataset=data,
+        data_collator=Left(),
+        darel=DarelConfig(fast=True),
+    )
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 50 and "prompt_cache" in trainer.report.left_out
+    assert "going on without prompt_cache: position_ids: those of a row do not begin at 0" in caplog.text
 
 
 def test_a_later_batch_that_cannot_be(tmp_path, caplog):
