@@ -72,7 +72,8 @@ class OnlineStage:
         self.given_up: dict[str, str] = {}  # accelerators that a batch did not take, and why
         self.choosing = next((a for a in accelerators if a.chooses), None)  # chooses in the forward pass that trains
         config = self.config = selector.config
-        self.in_loop = config.online_keep < 1 or config.track or offline_weights is not None or streams
+        numbered = streams and config.id_column is not None
+        self.in_loop = config.online_keep < 1 or config.track or offline_weights is not None or numbered
         self.trained_rows = self.candidate_rows = 0  # of this process, since the start of the run
         self.total_trained = self.total_candidates = 0  # of all processes, as of the last merge
         self._make_sampler, self.sampler = make_sampler, None

@@ -231,6 +231,9 @@ class Run:
         kept = offline.kept(ledger)
         if online.in_loop:
             rows, times = online.total_trained, ledger.times_trained.astype(float)
+        elif self.data.streams:  # of which nobody has counted the rows
+            each = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            rows, times = state.global_step * each, ledger.times_trained.astype(float)
         else:  # nothing of ours is in the loop: every kept sample is trained on once an epoch, but for a dropped batch
             size, seen = (state.train_batch_size or 1) * self.args.world_size, state.epoch
             if self.args.dataloader_drop_last:

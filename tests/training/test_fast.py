@@ -186,3 +186,29 @@ def test_streams_and_mistakes(tmp_path, capsys):
     trainer = fast(tmp_path, adapted("llama"), {"id_column": "number"}, stream, max_steps=3)
     assert trainer.state.global_step == 3
     assert "of a stream nothing can be tried out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("darel", [{"fast": True}, {"unpad": True}], ids=["fast", "unpad"])
+def test_a_stream_whose_rows_have_no_numbers(darel, tmp_path):
+    """Where nothing is chosen none are needed."""
+    stream, more = token_data().remove_columns("group").to_iterable_dataset(), {**GENTLE, "max_steps": 4}
+    models = adapted("llama"), adapted("llama")
+    trainers = [
+        Trainer(
+            model=models[0],
+            args=arguments(tmp_path / "plain", **more),
+            train_dataset=stream,
+            data_collator=PadCollator(),
+        ),
+        DarelTrainer(
+            model=models[1],
+            args=arguments(tmp_path / "ours", **more),
+            train_dataset=stream,
+            data_collator=PadCollator(),
+            darel=DarelConfig(**darel),
+        ),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert distance(moved(models[1]), moved(models[0]), moved(adapted("llama"))) < 1e-3
+    assert trainers[1].report.rows_backpropagated == 4 * 4
