@@ -111,10 +111,8 @@ def _check_stream(config: DarelConfig, args: Any) -> None:
     remedy = "train_dataset is a stream, whose prompts are not known before it is read; give 1"
     require(config.of_a_prompt == 1, "share_prompts", config.of_a_prompt, remedy)
     remedy = "the rows of a stream have no numbers; name a column with integer ids"
-    numbered = config.online_keep == 1 and not config.track  # else it is by numbers that rows are known again
-    require(numbered or config.id_column is not None, "id_column", None, remedy)
-    several = (
-        config.id_column is not None and args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
-    )
+    named = config.id_column is not None
+    require(named or (config.online_keep == 1 and not config.track), "id_column", None, remedy)
+    several = named and args.world_size > 1 and args.accelerator_config.dispatch_batches is not False
     remedy = "each process reads its own part of a stream; give accelerator_config={'dispatch_batches': False}"
     require(not several, "dispatch_batches", args.accelerator_config.dispatch_batches, remedy)
