@@ -189,6 +189,7 @@ def main() -> None:
     made.add_argument("--full", action="store_true", help="train all weights; then the way is plain+fast")
     made.add_argument("--bf16", action="store_true", help="Trainer's, for all ways")
     add_adapters(made)
+    made.add_argument("--times_only", action="store_true", help="no FLOPs and no memory")
     made.add_argument("--parts", action="store_true", help="what is left of a step, in place of whole runs")
     options = made.parse_args()
     options.lengths, options.same, options.family = None, 1, "gpt2"
@@ -199,14 +200,14 @@ def main() -> None:
     runs = Runs(options)
     names = list(dict.fromkeys(way for name in options.ways.split(",") for way in LISTS.get(name, (name,))))
     settings = {**runs.settings, **({"lora_r": None} if options.full else {})}
-    left_out = ("ways", "parts", "lengths", "same", "family")
+    left_out = ("ways", "parts", "times_only", "lengths", "same", "family")
     settings = {key: value for key, value in settings.items() if key not in left_out}
     if options.layers:
         settings["model"] = f"GPT-2 of {options.layers} layers and width {options.width}, random"
     if options.parts:
         compare_parts(runs, names, settings)
         return
-    costs = {way: apart(costs_of, runs, way) for way in ("plain", *names)}
+    costs = {} if options.times_only else {way: apart(costs_of, runs, way) for way in ("plain", *names)}
     full, times, predicted, steps = [], defaultdict(list), defaultdict(list), defaultdict(list)
     for _ in range(options.pairs):
         for way in ("plain", *names):
@@ -223,8 +224,10 @@ def main() -> None:
     for way in names:
         row = {"arm": way, "seed": 0, "full_seconds": full, "times": times[way], "predicted": predicted[way]}
         row["steps_of_plain"] = statistics.median(map(truediv, steps[way], steps["plain"]))
-        row |= {f"{key}_of_plain": costs[way][key] / costs["plain"][key] for key in costs["plain"]}
-        store("exact", settings, {**row, "peak_bytes": costs[way]["peak_bytes"]})
+        if costs:
+            row |= {f"{key}_of_plain": costs[way][key] / costs["plain"][key] for key in costs["plain"]}
+            row["peak_bytes"] = costs[way]["peak_bytes"]
+        store("exact", settings, row)
     columns = {"steps alone": "steps_of_plain", "FLOPs": "flops_of_plain", "peak memory": "peak_bytes_of_plain"}
     (RESULTS / "exact.md").write_text(tables_of("exact", columns), encoding="utf-8")
 
