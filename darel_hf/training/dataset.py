@@ -38,6 +38,7 @@ from ..data import (
     stores_lengths,
 )
 from ..files import require
+from ..scoring import base_model
 from ..selection import kept_count
 
 
@@ -288,7 +289,17 @@ class TrainingSet:
     @cached_property
     def _some_items(self) -> list:
         dataset, _ = self.batching
-        return [dataset[int(i)] for i in np.unique(np.linspace(0, len(dataset) - 1, 64).astype(int))]
+        chosen = {*np.linspace(0, len(dataset) - 1, 64).astype(int).tolist(), *self._beyond_window()}
+        return [dataset[i] for i in sorted(chosen)]
+
+    def _beyond_window(self) -> list[int]:
+        """Return the shortest sample beyond the window of the model, if there is one and lengths are at hand."""
+        window = getattr(getattr(base_model(self.trainer.model), "config", None), "sliding_window", None)
+        if not window or not stores_lengths(self.dataset):
+            return []
+        lengths = sample_lengths(self.dataset)
+        longer = np.where(lengths > window, lengths, np.iinfo(np.int64).max)
+        return [int(longer.argmin())] if (lengths > window).any() else []
 
     @cached_property
     def _few_items(self) -> list:

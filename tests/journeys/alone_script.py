@@ -3,7 +3,6 @@
 import sys
 from pathlib import Path
 
-import datasets
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -29,9 +28,7 @@ def main():
     else:  # a row that is longer than the window, in the batch of one process, and none of those that were looked at
         lengths = [20 if i == 8 else 8 for i in range(400)]
         rows = [list(range(2, 2 + length)) for length in lengths]
-        data = datasets.Dataset.from_list(
-            [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100, *ids[1:]]} for ids in rows]
-        )
+        data = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100, *ids[1:]]} for ids in rows]
         model, darel = with_a_window(), {"unpad": True}
     args = arguments(folder, ddp_backend="gloo", max_steps=3, train_sampling_strategy="sequential")
     trainer = DarelTrainer(
