@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..adapters import find_reader
 from ..config import ACCELERATOR_FACTS
 from ..scoring import IGNORE, Trial, base_model
-from .base import Accelerator, CannotAccelerate, first_line, not_causal, register_accelerator
+from .base import Accelerator, first_line, not_causal, register_accelerator
 from .row_attention import NARROW, attend, autocast_dtype, holds_places, on_cpu, places_of
 
 #: The name of our attention in transformers' registry.
@@ -242,7 +242,7 @@ class PaddingFree(Accelerator):
         except ValueError as error:
             if self.asked:
                 raise
-            raise CannotAccelerate(first_line(error)) from error
+            self.refuse(first_line(error))
 
     def row(self, inputs: Mapping[str, Any], label_positions_only: bool) -> dict[str, Any]:
         """Return a batch without padding; of few lengths, where products of every new one take long at first."""
